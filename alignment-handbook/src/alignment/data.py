@@ -1,0 +1,296 @@
+"""Reward data from files, folders and the Hub, as rows of `prompt` (messages), `responses` (texts), `scores`.
+
+Formats are recognised by their columns:
+
+- list form: `prompt` (text or messages), `responses` (texts or message lists), `scores` (or `rewards`);
+- the 2024 form: `A0`, `A1`, ... (texts or message lists) and `score_A0`, `score_A1`, ...;
+- pairs: `chosen`, `rejected` (texts or message lists), with `prompt` or with it inside them, and for reward data
+  `score_chosen`, `score_rejected`.
+"""
+
+import gzip
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_datasets, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
+
+from alignment.errors import UserError
+
+Row = dict[str, Any]
+Messages = list[dict[str, str]]
+
+GROUP_FEATURES = Features(
+    {
+        "prompt": List({"role": Value("string"), "content": Value("string")}),
+        "responses": List(Value("string")),
+        "scores": List(Value("float64")),
+    }
+)
+
+
+@dataclass
+class DataConfig:
+    """Where the rows come from: two files, or a mixture of sources."""
+
+    train_file: str | None = field(
+        default=None, metadata={"help": "Rows to train on: .jsonl, .jsonl.gz, .json, .csv or .parquet."}
+    )
+    eval_file: str | None = field(default=None, metadata={"help": "Held-out rows, in the same formats."})
+    dataset_mixer: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Sources and the fraction of each to use: {file, folder or Hub id: fraction}."},
+    )
+    dataset_splits: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Splits of the sources; those with 'train' in their name are trained on. Default: train test."
+        },
+    )
+    dataset_configs: list[str] | None = field(
+        default=None, metadata={"help": "Configuration of each Hub source, in the order of dataset_mixer."}
+    )
+    dataset_mixture: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "alignment-handbook's 2025 form of a mixture: {datasets: [{id, config, split, columns, weight}], "
+            "test_split_size, seed}."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        for key in ("dataset_mixer", "dataset_mixture"):
+            value = getattr(self, key)
+            if isinstance(value, str):
+                try:
+                    setattr(self, key, json.loads(value))
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{key}: not a mapping: {value!r}") from error
+        if self.train_file is None and not self.dataset_mixer and not self.dataset_mixture:
+            raise ValueError("no training data; set train_file, dataset_mixer or dataset_mixture")
+
+
+def load_groups(config: DataConfig, pairs: bool = False) -> tuple[Dataset, Dataset | None]:
+    """The rows to train on and the held-out rows.
+
+    Args:
+        config: Where they come from.
+        pairs: Take them as preference pairs: two responses, the better one first, scores 1 and 0.
+
+    Returns:
+        Data sets with the columns of `GROUP_FEATURES`; None where there are no held-out rows.
+
+    Raises:
+        UserError: A source is not there, has no train split, or a row cannot be used; names the file and row.
+    """
+    if config.train_file is not None:
+        train = _load_source(config.train_file, None, pairs)
+        return train, None if config.eval_file is None else _load_source(config.eval_file, None, pairs)
+    if config.dataset_mixture:
+        return _load_mixture(config.dataset_mixture, pairs)
+    splits = config.dataset_splits or ["train", "test"]
+    if not any("train" in split for split in splits):
+        raise UserError(f"dataset_splits: no train split in {splits}; one name must contain 'train'")
+    parts: dict[bool, list[Dataset]] = {True: [], False: []}
+    for i, (path, fraction) in enumerate(config.dataset_mixer.items()):
+        if not isinstance(fraction, int | float) or not 0 < fraction <= 1:
+            raise UserError(f"dataset_mixer: the fraction of {path} must be above 0 and at most 1, got {fraction}")
+        name = config.dataset_configs[i] if config.dataset_configs else None
+        for split in splits:
+            is_train = "train" in split
+            if Path(path).is_file() and not is_train:
+                continue  # a file is one split
+            part = _load_source(path, split, pairs, name)
+            parts[is_train].append(part.select(range(round(len(part) * fraction))) if is_train else part)
+    return concatenate_datasets(parts[True]), concatenate_datasets(parts[False]) if parts[False] else None
+
+
+def _load_mixture(mixture: dict[str, Any], pairs: bool) -> tuple[Dataset, Dataset | None]:
+    sources = mixture.get("datasets")
+    if not sources or not all(isinstance(source, dict) and "id" in source for source in sources):
+        raise UserError("dataset_mixture: 'datasets' must be a list of sources, each with an 'id'")
+    parts = []
+    for source in sources:
+        part = _load_source(source["id"], source.get("split", "train"), pairs, source.get("config"))
+        parts.append(part.select(range(round(len(part) * source.get("weight", 1.0)))))
+    rows = concatenate_datasets(parts)
+    if mixture.get("test_split_size") is None:
+        return rows, None
+    split = rows.train_test_split(test_size=mixture["test_split_size"], seed=mixture.get("seed", 0))
+    return split["train"], split["test"]
+
+
+def _load_source(path: str, split: str | None, pairs: bool, name: str | None = None) -> Dataset:
+    files = _local_files(path, split)
+    stamps = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]  # part of the cache's key
+    read = partial(_groups_of, path, split, name, pairs, stamps)
+    try:
+        rows = Dataset.from_generator(read, features=GROUP_FEATURES)
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise
+    except ValueError as error:  # what datasets says of a generator that yields nothing
+        if "corresponds to no data" not in str(error):
+            raise
+        rows = []
+    if not len(rows):
+        raise UserError(f"{path}: no rows{f' in split {split}' if split else ''}; give a file that has some")
+    return rows
+
+
+def _local_files(path: str, split: str | None) -> list[Path]:
+    """The files that a source stands for; none for a Hub id."""
+    here = Path(path)
+    if here.is_file():
+        return [here]
+    if here.is_dir():
+        return sorted(file for file in here.rglob("*") if file.is_file())
+    if split is None or re.search(r"\.(jsonl?|csv|parquet)(\.gz)?$", path):
+        raise UserError(f"{path}: no such file; check train_file, eval_file or dataset_mixer")
+    return []
+
+
+def _groups_of(path: str, split: str | None, name: str | None, pairs: bool, stamps: list[Any]) -> Iterator[Row]:
+    for where, row in _read(path, split, name):
+        yield to_group(row, where, pairs)
+
+
+def _read(path: str, split: str | None, name: str | None) -> Iterator[tuple[str, Row]]:
+    """Raw rows of a source, each with the words that tell a user which one it is."""
+    if re.search(r"\.jsonl?(\.gz)?$", path) and Path(path).is_file():
+        yield from _read_json(path)
+        return
+    for i, row in enumerate(_open_table(path, split, name)):
+        yield f"{path}, row {i + 1}", row
+
+
+def _read_json(path: str) -> Iterator[tuple[str, Row]]:
+    open_text = gzip.open if path.endswith(".gz") else open
+    try:
+        with open_text(path, "rt", encoding="utf-8") as file:
+            if re.search(r"\.json(\.gz)?$", path) and file.read(1) == "[":
+                file.seek(0)
+                lines = ((f"row {i + 1}", row) for i, row in enumerate(json.load(file)))
+            else:
+                file.seek(0)
+                lines = ((f"line {i + 1}", line) for i, line in enumerate(file) if line.strip())
+            for place, line in lines:
+                where = f"{path}, {place}"
+                row = _parse_line(line, where) if isinstance(line, str) else line
+                if not isinstance(row, dict):
+                    raise UserError(f"{where}: expected an object with named columns, got {type(row).__name__}")
+                yield where, row
+    except (OSError, EOFError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+
+
+def _parse_line(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not JSON ({error.msg}, column {error.colno}); write one object a line") from error
+
+
+def _open_table(path: str, split: str | None, name: str | None) -> Dataset:
+    """A CSV or Parquet file, a `save_to_disk` folder, a folder of data files, or a Hub data set."""
+    here = Path(path)
+    try:
+        if here.is_file():
+            return load_dataset(here.suffix.lstrip("."), data_files=path, split="train")
+        if (here / "dataset_dict.json").is_file() or (here / "state.json").is_file():
+            table = load_from_disk(path)
+        else:
+            table = load_dataset(path, name)
+    except Exception as error:  # datasets and the hub raise many kinds; all mean that the source cannot be read
+        raise UserError(f"{path}: cannot be loaded as a file, folder or Hub data set: {error}") from error
+    if not isinstance(table, DatasetDict):
+        return table
+    if split not in table:
+        raise UserError(f"{path}: no split {split!r}; it has {', '.join(table)}: set dataset_splits")
+    return table[split]
+
+
+def to_group(row: Row, where: str, pairs: bool = False) -> Row:
+    """One row of any known format as `prompt`, `responses`, `scores`.
+
+    Args:
+        row: The row as it was read.
+        where: Names file and row, for errors.
+        pairs: Return two responses, the better one first, with scores 1 and 0.
+
+    Raises:
+        UserError: Columns are missing, there are fewer than two responses, or a value cannot be used.
+    """
+    if "responses" in row and ("scores" in row or "rewards" in row):
+        responses, scores = row["responses"], row.get("scores", row.get("rewards"))
+    elif "A0" in row and "score_A0" in row:
+        names = sorted((k for k in row if re.fullmatch(r"A\d+", k)), key=lambda k: int(k[1:]))
+        names = [k for k in names if row[k] is not None]  # tables fill ragged rows up with nulls
+        responses, scores = [row[k] for k in names], [row.get(f"score_{k}") for k in names]
+    elif "chosen" in row and "rejected" in row and (pairs or "score_chosen" in row):
+        responses = [row["chosen"], row["rejected"]]
+        scores = [1.0, 0.0] if pairs else [row["score_chosen"], row.get("score_rejected")]
+    else:
+        wanted = "chosen and rejected" if pairs else "prompt, responses and scores (or A0, score_A0, ...)"
+        raise UserError(f"{where}: needs columns {wanted}; found {', '.join(row) or 'none'}")
+    if not isinstance(responses, list) or not isinstance(scores, list) or len(responses) != len(scores):
+        raise UserError(f"{where}: responses and scores must be lists of the same length")
+    if len(responses) < 2:
+        raise UserError(f"{where}: {len(responses)} response; at least two are needed to compare: remove the row")
+    scores = [_score(score, k, where) for k, score in enumerate(scores)]
+    prompt, texts = _split_prompt(row.get("prompt"), responses, where)
+    if pairs:
+        if len(texts) > 2:
+            raise UserError(f"{where}: {len(texts)} responses; a pair has two: use run_reward.py for more")
+        better = int(scores[1] > scores[0])
+        texts, scores = [texts[better], texts[1 - better]], [1.0, 0.0]
+    return {"prompt": prompt, "responses": texts, "scores": scores}
+
+
+def _score(score: Any, k: int, where: str) -> float:
+    if isinstance(score, bool) or not isinstance(score, int | float):
+        shown = "null" if score is None else repr(score)
+        raise UserError(f"{where}: the score of response {k + 1} is {shown}, not a number: mend or remove the row")
+    if not math.isfinite(score):
+        raise UserError(f"{where}: the score of response {k + 1} is {score}, not finite: mend or remove the row")
+    return float(score)
+
+
+def _split_prompt(prompt: Any, responses: list[Any], where: str) -> tuple[Messages, list[str]]:
+    """Prompt messages and response texts, wherever the prompt stands: in its column or in the conversations."""
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    elif prompt is not None:
+        prompt = _messages(prompt, "prompt", where)
+    texts = []
+    for k, response in enumerate(responses):
+        if isinstance(response, str):
+            texts.append(response)
+            continue
+        turns = _messages(response, f"response {k + 1}", where)
+        if not turns or turns[-1]["role"] != "assistant":
+            raise UserError(f"{where}: response {k + 1} does not end with an assistant message")
+        *before, answer = turns
+        texts.append(answer["content"])
+        if before:  # a whole conversation: its own turns are the prompt, and all responses must share them
+            if k > 0 and prompt != before:
+                raise UserError(f"{where}: the responses do not share one prompt: their earlier turns differ")
+            prompt = before
+    if not prompt:
+        raise UserError(f"{where}: no prompt; give a 'prompt' column, or message lists that begin with it")
+    return prompt, texts
+
+
+def _messages(value: Any, what: str, where: str) -> Messages:
+    if not isinstance(value, list) or not all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
+    ):
+        raise UserError(f"{where}: {what} must be text or a list of messages with 'role' and 'content'")
+    return [{"role": m["role"], "content": m["content"]} for m in value]

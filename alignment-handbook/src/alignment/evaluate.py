@@ -1,0 +1,80 @@
+"""Samples before and after training, scored by a function of the user's, and what their difference is worth."""
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from alignment.errors import UserError
+
+RewardFunction = Callable[..., list[float]]
+
+
+def load_reward_function(spec: str) -> RewardFunction:
+    """A function (prompts, completions, **columns) -> scores, TRL's signature, from `FILE.py:NAME`.
+
+    Raises:
+        UserError: No such file or function.
+    """
+    file, _, name = spec.rpartition(":")
+    if not Path(file).is_file():
+        raise UserError(f"reward_function: {spec!r} names no file; write FILE.py:NAME")
+    module_spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    if not callable(getattr(module, name, None)):
+        raise UserError(f"reward_function: {file} has no function {name!r}")
+    return getattr(module, name)
+
+
+def score_samples(
+    reward_function: RewardFunction, prompts: list[list[dict[str, str]]], samples: list[list[str]]
+) -> list[dict[str, Any]]:
+    """Scores every sample.
+
+    Args:
+        prompts: Message lists.
+        samples: The texts sampled for each prompt.
+
+    Returns:
+        For each prompt `prompt`, `samples` and their `scores`.
+    """
+    flat_prompts = [prompt for prompt, texts in zip(prompts, samples, strict=True) for _ in texts]
+    completions = [[{"role": "assistant", "content": text}] for texts in samples for text in texts]
+    scores = iter(reward_function(prompts=flat_prompts, completions=completions))
+    return [
+        {"prompt": prompt, "samples": texts, "scores": [float(next(scores)) for _ in texts]}
+        for prompt, texts in zip(prompts, samples, strict=True)
+    ]
+
+
+def mean_length(scored: list[dict[str, Any]]) -> float:
+    """Mean length of the samples, in words."""
+    return float(np.mean([len(text.split()) for row in scored for text in row["samples"]]))
+
+
+def prompt_means(scored: list[dict[str, Any]]) -> np.ndarray:
+    """Mean score of each prompt's samples. Shape (prompts,)."""
+    return np.array([np.mean(row["scores"]) for row in scored])
+
+
+def bootstrap_interval(
+    values: np.ndarray, confidence: float = 0.95, num_resamples: int = 10_000
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of a mean over prompts. Paired, when the values are differences by prompt.
+
+    Args:
+        values: One value a prompt: prompts are what is drawn, so samples of one prompt do not count as independent.
+            Shape (prompts,).
+
+    Example:
+        >>> low, high = bootstrap_interval(np.array([0.0, 1.0] * 50))
+        >>> 0.39 < low < 0.45 < 0.55 < high < 0.61
+        True
+    """
+    draws = np.random.default_rng(0).integers(len(values), size=(num_resamples, len(values)))
+    tail = 100 * (1 - confidence) / 2
+    low, high = np.percentile(values[draws].mean(axis=1), [tail, 100 - tail])
+    return float(low), float(high)

@@ -1,0 +1,30 @@
+"""What the tests share: offline, one thread a process, where the shared data lies, and skips that say why."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Tiny models run fastest on one thread, and a second one makes every small operation wait when the cores are busy.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared folder with golden values is not here")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Data sets built by a test never come from an earlier run's cache."""
+    os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("datasets"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> str:
+    """Folder of a tiny random Llama with its tokenizer."""
+    from tests.tiny import save_tiny_model
+
+    return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny-llama")

@@ -1,0 +1,131 @@
+"""Log-probs of packed groups against padded rows, and both against a plain loop over the model's full logits."""
+
+import random
+
+import pytest
+import torch
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from tests.tiny import tiny_config
+from trl_nca import shared_prompt
+from trl_nca.collate import GroupCollator
+from trl_nca.logps import response_logps
+
+SETTINGS = {key: value for key, value in tiny_config().to_dict().items() if key in (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "max_position_embeddings", "initializer_range", "pad_token_id",
+)}  # fmt: skip
+FAMILIES = {
+    "llama": (LlamaForCausalLM, tiny_config()),
+    "mistral-window": (MistralForCausalLM, MistralConfig(**SETTINGS, sliding_window=6)),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config(**{k: v for k, v in SETTINGS.items() if k != "head_dim"})),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SETTINGS)),
+    "gemma3": (
+        Gemma3ForCausalLM,
+        Gemma3TextConfig(**SETTINGS, sliding_window=5, layer_types=["sliding_attention", "full_attention"]),
+    ),
+}
+
+
+def make(family):
+    torch.manual_seed(0)
+    model_class, config = FAMILIES[family]
+    return model_class(config).double()
+
+
+def ragged_rows():
+    rng = random.Random(0)
+    ids = lambda n: [rng.randrange(3, 320) for _ in range(n)]  # noqa: E731
+    shapes = [(7, (3, 5, 1)), (1, (4, 9)), (12, (6, 2, 2, 8))]
+    return [
+        {"prompt_ids": ids(p), "response_ids": [ids(n) for n in ns], "scores": [rng.random() for _ in ns]}
+        for p, ns in shapes
+    ]
+
+
+def by_hand(model, rows):
+    """Each response alone behind its prompt, log-softmax over the full logits."""
+    sums = []
+    for row in rows:
+        for response in row["response_ids"]:
+            ids = torch.tensor([row["prompt_ids"] + response])
+            logps = model(ids).logits.double().log_softmax(-1)[0]
+            start = len(row["prompt_ids"])
+            sums.append(sum(logps[start + t - 1, token] for t, token in enumerate(response)))
+    return torch.stack(sums)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_equals_padded_equals_by_hand(family):
+    model, rows = make(family), ragged_rows()
+    batch = GroupCollator()(rows)
+    mask = batch["response_mask"]
+    expected = by_hand(model, rows)
+    expected_gradient = torch.autograd.grad(expected.square().mean(), model.parameters())
+
+    assert shared_prompt.why_not(model) is None
+    shared_prompt.use_shared_prompt(model)
+    for packed in (True, False):
+        logps = response_logps(model, batch, packed)
+        assert (logps[~mask] == 0).all()
+        torch.testing.assert_close(logps[mask], expected, rtol=1e-6, atol=1e-6)
+        gradient = torch.autograd.grad(logps[mask].square().mean(), model.parameters())
+        # transformers normalises in float32 whatever the model's type is: that is what the tolerance allows for.
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-4)
+
+
+def test_gradient_checkpointing_changes_nothing():
+    model, batch = make("mistral-window"), GroupCollator()(ragged_rows())
+    shared_prompt.use_shared_prompt(model)
+    model.train()
+    plain = torch.autograd.grad(response_logps(model, batch, True).sum(), model.parameters())
+    model.gradient_checkpointing_enable()
+    again = torch.autograd.grad(response_logps(model, batch, True).sum(), model.parameters())
+    torch.testing.assert_close(plain, again)
+
+
+def test_the_sliding_window_is_seen():
+    batch = GroupCollator()(ragged_rows())
+    windowed = make("mistral-window")
+    shared_prompt.use_shared_prompt(windowed)
+    wide = MistralForCausalLM(MistralConfig(**SETTINGS, sliding_window=None)).double()
+    wide.load_state_dict(windowed.state_dict())
+    shared_prompt.use_shared_prompt(wide)
+    difference = response_logps(windowed, batch, True) - response_logps(wide, batch, True)
+    assert difference.abs().max() > 1e-3
+
+
+def test_responses_do_not_see_each_other():
+    model, rows = make("llama"), ragged_rows()
+    shared_prompt.use_shared_prompt(model)
+    before = response_logps(model, GroupCollator()(rows), True)
+    rows[0]["response_ids"][1] = [5, 6, 7, 8]
+    after = response_logps(model, GroupCollator()(rows), True)
+    changed = (before != after).nonzero().tolist()
+    assert changed == [[0, 1]]
+
+
+def test_sampling_is_as_before_after_the_switch():
+    model, prompt = make("gemma3"), torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
+    expected = model.generate(prompt, max_new_tokens=12, do_sample=False)
+    shared_prompt.use_shared_prompt(model)
+    assert torch.equal(model.generate(prompt, max_new_tokens=12, do_sample=False), expected)
+
+
+def test_models_that_cannot_share_say_why():
+    softcapped = Gemma2ForCausalLM(Gemma2Config(**SETTINGS))  # caps attention scores, so it runs eager attention
+    assert "'eager'" in shared_prompt.why_not(softcapped)
+    chunked = LlamaForCausalLM(tiny_config(layer_types=["full_attention", "chunked_attention"]))
+    assert "chunked_attention" in shared_prompt.why_not(chunked)

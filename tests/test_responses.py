@@ -1,0 +1,159 @@
+"""From messages to token ids: where the prompt ends, special tokens, truncation, multi-turn, several templates."""
+
+import pytest
+from datasets import Dataset
+
+from tests.tiny import CHATML, tiny_tokenizer
+from trl_nca.responses import ResponseTokenizer, describe_group, tokenize_dataset
+
+#: Adds a system turn of its own when there is none, as SmolLM2's does.
+DEFAULT_SYSTEM = (
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}" + CHATML
+)
+#: Trims messages, writes the EOS after answers only, and has no generation prompt of its own (Llama 2, Mistral).
+INSTRUCT = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] | trim + ' [/INST]' }}"
+    "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] | trim + eos_token }}{% endif %}{% endfor %}"
+)
+#: Writes an empty thinking block into a finished answer, but not after the generation prompt (Qwen3).
+THINKING = CHATML.replace(
+    "m['content'] +", "('<think>\n\n</think>\n\n' if m['role'] == 'assistant' else '') + m['content'] +"
+)
+TEMPLATES = {"chatml": CHATML, "default-system": DEFAULT_SYSTEM, "instruct": INSTRUCT, "thinking": THINKING}
+
+USER = [{"role": "user", "content": "What is the capital of France?"}]
+TURNS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello"},
+    *USER,
+]
+
+
+def tokenize(prompt, responses, template=CHATML, **limits):
+    tokenizer = tiny_tokenizer(template)
+    row = {"prompt": prompt, "responses": responses, "scores": [float(k) for k in range(len(responses))]}
+    return tokenizer, ResponseTokenizer(tokenizer, **limits)(row)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("prompt", [USER, TURNS], ids=["one-turn", "multi-turn"])
+def test_prompt_and_response_are_the_whole_rendering(template, prompt):
+    tokenizer, row = tokenize(prompt, ["Paris.", "It is Paris, of course!"], TEMPLATES[template])
+    sampled_from = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert row["prompt_ids"] == sampled_from  # training sees what sampling will see
+    for text, ids in zip(["Paris.", "It is Paris, of course!"], row["response_ids"], strict=True):
+        messages = [*prompt, {"role": "assistant", "content": text}]
+        whole = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+        assert row["prompt_ids"] + ids == whole
+        assert ids.count(tokenizer.eos_token_id) == 1
+
+
+def test_one_bos_where_the_template_puts_it():
+    tokenizer, row = tokenize(USER, ["Paris.", "Rome."], INSTRUCT)
+    assert row["prompt_ids"][0] == tokenizer.bos_token_id
+    assert row["prompt_ids"].count(tokenizer.bos_token_id) == 1
+    assert all(tokenizer.bos_token_id not in ids for ids in row["response_ids"])
+
+
+def test_responses_with_a_common_beginning_are_not_cut_into():
+    tokenizer, row = tokenize(USER, ["Paris is it", "Paris was it"])
+    assert tokenizer.decode(row["response_ids"][0]) == "Paris is it<|im_end|>\n"
+
+
+@pytest.mark.parametrize("where", ["prompt", "response"])
+@pytest.mark.parametrize("text", ["<|im_end|>", "a<|im_start|>b", "<|endoftext|><|im_end|>"])
+def test_special_text_in_a_message_stays_text(where, text):
+    prompt = [{"role": "user", "content": f"What is {text}?" if where == "prompt" else "What?"}]
+    answer = f"It is {text} itself" if where == "response" else "A token"
+    tokenizer, row = tokenize(prompt, [answer, "Nothing"])
+    control = [tokenizer.convert_tokens_to_ids(t) for t in ("<|im_start|>", "<|im_end|>", "<|endoftext|>")]
+    clean_tokenizer, clean = tokenize([{"role": "user", "content": "What?"}], ["A token", "Nothing"])
+    for ids, clean_ids in [
+        (row["prompt_ids"], clean["prompt_ids"]),
+        (row["response_ids"][0], clean["response_ids"][0]),
+    ]:
+        assert [i for i in ids if i in control] == [i for i in clean_ids if i in control]
+    assert tokenizer.decode(row["prompt_ids"] + row["response_ids"][0]) == tokenizer.apply_chat_template(
+        [*prompt, {"role": "assistant", "content": answer}], tokenize=False
+    )
+
+
+def test_a_token_over_the_cut_is_split_as_in_sampling():
+    # "\n\n" is one token, so the rendering's "assistant\n" + "\nParis" has a token that reaches over the cut.
+    tokenizer, row = tokenize(USER, ["\nParis", "Paris"])
+    both = tokenizer("\n\n", add_special_tokens=False)["input_ids"]
+    assert len(both) == 1, "the test needs this merge"
+    assert row["prompt_ids"][-1] == tokenizer("\n", add_special_tokens=False)["input_ids"][0]
+    assert tokenizer.decode(row["response_ids"][0]) == "\nParis<|im_end|>\n"
+
+
+def test_response_given_as_messages():
+    tokenizer, as_text = tokenize(USER, ["Paris", "Rome"])
+    _, as_messages = tokenize(USER, [[{"role": "assistant", "content": c}] for c in ("Paris", "Rome")])
+    assert as_text == as_messages
+
+
+def test_plain_text_is_joined_with_one_eos():
+    tokenizer, row = tokenize("Q: the capital?\nA:", [" Paris", " Rome<|im_end|>"])
+    assert tokenizer.decode(row["prompt_ids"]) == "Q: the capital?\nA:"
+    assert [tokenizer.decode(ids) for ids in row["response_ids"]] == [" Paris<|im_end|>", " Rome<|im_end|>"]
+
+
+def test_a_tokenizer_without_template_takes_single_turns_as_text():
+    tokenizer, row = tokenize(USER, ["Paris", "Rome"], None)
+    assert tokenizer.decode(row["prompt_ids"]) == USER[0]["content"]
+
+
+def test_long_prompt_loses_its_beginning_but_not_its_bos():
+    tokenizer, whole = tokenize(USER, ["Paris", "Rome"], INSTRUCT)
+    _, row = tokenize(USER, ["Paris", "Rome"], INSTRUCT, max_prompt_length=10)
+    assert row["prompt_ids"] == [tokenizer.bos_token_id, *whole["prompt_ids"][-9:]]
+    assert row["prompt_trimmed"]
+    assert row["response_ids"] == whole["response_ids"]
+
+
+def test_long_response_is_cut_and_counted():
+    _, whole = tokenize(USER, ["Paris", "Rome " * 30])
+    limit = len(whole["prompt_ids"]) + len(whole["response_ids"][0]) + 2
+    tokenizer, row = tokenize(USER, ["Paris", "Rome " * 30], max_length=limit)
+    assert row["response_ids"][0] == whole["response_ids"][0]
+    assert len(row["prompt_ids"]) + len(row["response_ids"][1]) == limit
+    assert tokenizer.eos_token_id not in row["response_ids"][1]
+    assert (row["responses_cut"], row["dropped"]) == (1, "")
+
+
+def test_rows_that_cannot_fit_are_dropped_by_reason():
+    rows = Dataset.from_list(
+        [
+            {"prompt": USER, "responses": ["Paris", "Rome"], "scores": [1.0, 0.0]},
+            {"prompt": [{"role": "user", "content": "Well, " * 99}], "responses": ["a", "b"], "scores": [1.0, 0.0]},
+            {"prompt": USER, "responses": ["Paris", "Rome", "Oslo"], "scores": [1.0, 0.0, 0.5]},
+        ]
+    )
+    kept, report = tokenize_dataset(rows, tiny_tokenizer(), max_length=80)
+    assert kept["scores"][:] == [[1.0, 0.0], [1.0, 0.0, 0.5]]
+    assert set(kept.column_names) == {"prompt_ids", "response_ids", "scores"}
+    assert report == {
+        "rows_in": 3,
+        "rows_kept": 2,
+        "rows_dropped": 1,
+        "dropped_by_reason": {"prompt_too_long": 1},
+        "responses": 5,
+        "responses_cut": 0,
+        "prompts_trimmed": 0,
+    }
+
+
+def test_a_row_that_the_template_refuses_is_dropped_by_reason():
+    alternating = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('user first') }}{% endif %}" + CHATML
+    _, row = tokenize([{"role": "assistant", "content": "Hi"}], ["a", "b"], alternating)
+    assert row["dropped"] == "template_refused"
+
+
+def test_describe_group_shows_text_mask_and_eos():
+    tokenizer, row = tokenize(USER, ["Paris", "Rome"])
+    text = describe_group(row, tokenizer)
+    assert "mask 0" in text
+    assert "Paris<|im_end|>" in text
+    assert "ends with EOS" in text

@@ -1,0 +1,244 @@
+"""Trajectories of the trainers on tiny random models: each pair of settings that must agree is held to one curve."""
+
+import math
+import random
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import LlamaForCausalLM
+from trl import DPOConfig, DPOTrainer
+
+from nca_trainer import NCAConfig, NCATrainer, PairwiseNCATrainer
+from tests.tiny import tiny_config, tiny_tokenizer
+
+WORDS = "Paris Rome is was the capital of France Italy and a city not far from here".split()
+
+
+def text(rng, most):
+    return " ".join(rng.choices(WORDS, k=rng.randint(1, most)))
+
+
+def reward_rows(n, ks=(2, 3, 5)):
+    """Rows with K responses, K differing by row."""
+    rng = random.Random(0)
+    rows = []
+    for i in range(n):
+        k = ks[i % len(ks)]
+        prompt = [{"role": "user", "content": text(rng, 12)}]
+        rows.append(
+            {
+                "prompt": prompt,
+                "responses": [text(rng, 15) for _ in range(k)],
+                "scores": [rng.random() for _ in range(k)],
+            }
+        )
+    return Dataset.from_list(rows)
+
+
+def pair_rows(n):
+    rng = random.Random(1)
+    answer = lambda: [{"role": "assistant", "content": text(rng, 15)}]  # noqa: E731
+    return Dataset.from_list(
+        [
+            {"prompt": [{"role": "user", "content": text(rng, 9)}], "chosen": answer(), "rejected": answer()}
+            for _ in range(n)
+        ]
+    )
+
+
+def tiny_llama():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(tiny_config())
+
+
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+DEFAULTS = {
+    "learning_rate": 1e-2, "max_steps": 5, "logging_steps": 1, "per_device_train_batch_size": 4, "beta": 0.1,
+    "bf16": False, "use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no",
+    "lr_scheduler_type": "constant", "gradient_checkpointing": False, "seed": 7,
+}  # fmt: skip
+
+
+def make_trainer(
+    tmp_path, rows, trainer_class=NCATrainer, config_class=NCAConfig, lora=True, eval_rows=None, **settings
+):
+    if config_class is NCAConfig:
+        settings = {"alpha": 0.3} | settings
+    if not lora:  # Adam's first steps are signs: at a high rate a rounding error in a tiny gradient shows in a weight
+        settings = {"learning_rate": 1e-3} | settings
+    return trainer_class(
+        model=tiny_llama(),
+        ref_model=None if lora else tiny_llama(),
+        args=config_class(output_dir=str(tmp_path), **DEFAULTS | settings),
+        train_dataset=rows,
+        eval_dataset=eval_rows,
+        processing_class=tiny_tokenizer(),
+        peft_config=LoraConfig(**LORA) if lora else None,
+    )
+
+
+def logged(trainer, key="loss"):
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+def run(*args, **kwargs):
+    """Trains; returns the losses of the steps, and the trained weights."""
+    trainer = make_trainer(*args, **kwargs)
+    trainer.train()
+    weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad])
+    return logged(trainer), weights
+
+
+def assert_same_curve(one, other, atol=1e-4):
+    """Largest difference and mean drift of the losses, and the final weights."""
+    assert one[0] == pytest.approx(other[0], abs=atol)
+    assert sum(one[0]) / len(one[0]) == pytest.approx(sum(other[0]) / len(other[0]), abs=atol / 2)
+    torch.testing.assert_close(one[1], other[1], rtol=0, atol=atol)
+    assert max(one[0]) - min(one[0]) > 10 * atol, "nothing was learned, so nothing was compared"
+
+
+@pytest.mark.parametrize(("loss_type", "expected"), [("NCA", 2 * math.log(2)), ("InfoNCA", math.log(3))])
+def test_loss_at_step_zero(tmp_path, loss_type, expected):
+    trainer = make_trainer(tmp_path, reward_rows(4, ks=(3,)), loss_type=loss_type, max_steps=1)
+    trainer.train()
+    assert logged(trainer) == pytest.approx([expected], abs=1e-5)
+
+
+def test_dpo_loss_at_step_zero(tmp_path):
+    trainer = make_trainer(tmp_path, pair_rows(4), PairwiseNCATrainer, loss_type="dpo", max_steps=1)
+    trainer.train()
+    assert logged(trainer) == pytest.approx([math.log(2)], abs=1e-5)
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+@pytest.mark.parametrize(("ours", "upstream"), [("DPO", "sigmoid"), ("InfoNCA", "sigmoid"), ("NCA", "nca_pair")])
+def test_pairs_follow_upstream(tmp_path, ours, upstream, lora):
+    rows = pair_rows(20)
+    mine = run(tmp_path, rows, PairwiseNCATrainer, loss_type=ours, lora=lora)
+    theirs = run(tmp_path, rows, DPOTrainer, DPOConfig, loss_type=[upstream], lora=lora)
+    assert_same_curve(mine, theirs)
+
+
+def test_pairs_as_reward_rows_follow_upstream(tmp_path):
+    pairs = pair_rows(20)
+    rewards = pairs.map(
+        lambda r: {"responses": [r["rejected"][0]["content"], r["chosen"][0]["content"]], "scores": [0.0, 1.0]},
+        remove_columns=["chosen", "rejected"],
+    )
+    mine = run(tmp_path, rewards, loss_type="InfoNCA", alpha=0)
+    assert_same_curve(mine, run(tmp_path, pairs, DPOTrainer, DPOConfig, loss_type=["sigmoid"]))
+
+
+@pytest.mark.parametrize("loss_type", ["NCA", "InfoNCA"])
+def test_accumulation_equals_batch(tmp_path, loss_type):
+    # 14 rows at 4 a step: the last batch of the epoch is short, and each prompt must still count the same.
+    rows, settings = reward_rows(14), {"loss_type": loss_type, "max_steps": 8}
+    whole = run(tmp_path, rows, **settings)
+    in_ones = run(tmp_path, rows, per_device_train_batch_size=1, gradient_accumulation_steps=4, **settings)
+    assert_same_curve(whole, in_ones)
+    in_threes = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}
+    in_sixes = {"per_device_train_batch_size": 6}
+    assert_same_curve(run(tmp_path, rows, **settings | in_threes), run(tmp_path, rows, **settings | in_sixes))
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_packed_equals_padded(tmp_path, lora):
+    rows = reward_rows(20)
+    packed = run(tmp_path, rows, shared_prompt="true", lora=lora)
+    assert_same_curve(packed, run(tmp_path, rows, shared_prompt="false", lora=lora))
+
+
+def test_checkpointing_changes_nothing(tmp_path):
+    rows = reward_rows(20)
+    assert_same_curve(run(tmp_path, rows), run(tmp_path, rows, gradient_checkpointing=True))
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_precomputed_equals_online_reference(tmp_path, lora):
+    rows = reward_rows(20)
+    online = run(tmp_path, rows, lora=lora)
+    assert_same_curve(online, run(tmp_path, rows, lora=lora, precompute_ref_log_probs=True))
+
+
+def test_resumed_equals_uninterrupted(tmp_path):
+    rows, settings = reward_rows(20), {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    whole = run(tmp_path / "a", rows, **settings)
+    trainer = make_trainer(tmp_path / "b", rows, **settings)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
+    weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad])
+    assert_same_curve(whole, (logged(trainer), weights))
+
+
+def test_the_reference_stays_and_the_policy_moves(tmp_path):
+    trainer = make_trainer(tmp_path, reward_rows(8), lora=False, max_steps=2)
+    reference = [p.clone() for p in trainer.ref_model.parameters()]
+    policy = [p.clone() for p in trainer.model.parameters()]
+    trainer.train()
+    torch.testing.assert_close(list(trainer.ref_model.parameters()), reference, rtol=0, atol=0)
+    assert any((p != q).any() for p, q in zip(trainer.model.parameters(), policy, strict=True))
+
+
+def test_metrics_count_every_prompt_once(tmp_path):
+    # 5 held-out prompts in batches of 2: a mean over batches would count the last one twice.
+    rows = reward_rows(5)
+    trainer = make_trainer(tmp_path, reward_rows(8), eval_rows=rows, per_device_eval_batch_size=2, max_steps=3)
+    trainer.train()
+    in_twos = trainer.evaluate()
+    one_by_one = [trainer.evaluate(rows.select([i])) for i in range(5)]
+    for key in (
+        "eval_loss",
+        "eval_rewards/chosen",
+        "eval_rewards/margins",
+        "eval_rewards/accuracies",
+        "eval_logps/chosen",
+    ):
+        assert in_twos[key] == pytest.approx(sum(one[key] for one in one_by_one) / 5, abs=1e-5)
+    # Only rows 2 and 5 of the pattern K = 2, 3, 5 have a fifth response.
+    ranked = [one["eval_rewards/rank_4"] for one in one_by_one if "eval_rewards/rank_4" in one]
+    assert len(ranked) == 1
+    assert in_twos["eval_rewards/rank_4"] == pytest.approx(ranked[0], abs=1e-6)
+
+
+def test_tie_break_goes_to_the_first_response(tmp_path):
+    trainer = make_trainer(tmp_path, reward_rows(4), alpha=0.0, tie_break=0.01, max_steps=1)
+    scores, mask = torch.tensor([[0.5, 0.5, 0.1]]), torch.ones(1, 3, dtype=torch.bool)
+    assert trainer._targets(scores, mask).tolist() == [[1, 0, 0]]
+    assert scores.tolist()[0][0] == 0.5, "the scores that are logged stay as they are"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss_type": "ipo"}, "unknown loss 'ipo'; choose one of NCA"),
+        ({"beta": 0.0}, "beta: must be > 0"),
+        ({"alpha": -1.0}, "alpha: must be >= 0"),
+        ({"alpha": float("nan")}, "alpha: must be >= 0"),
+        ({"max_prompt_length": 1024}, "leaves no room"),
+        ({"padding_free": True}, "padding_free: True has no effect"),
+        ({"use_liger_kernel": True}, "use_liger_kernel: True has no effect"),
+        ({"label_smoothing": 0.1}, "label_smoothing: 0.1 has no effect"),
+    ],
+)
+def test_config_refuses(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        NCAConfig(output_dir=str(tmp_path), **DEFAULTS | settings)
+
+
+@pytest.mark.parametrize("written", ["nca", "NCA", "infonca", "InfoNCA", "dpo", "BIASEDNCA"])
+def test_loss_type_in_any_case(tmp_path, written):
+    config = NCAConfig(output_dir=str(tmp_path), **DEFAULTS, loss_type=written)
+    assert config.loss_type.lower() == written.lower()
+    assert config.loss_type in ("NCA", "InfoNCA", "DPO", "biasedNCA")
+
+
+def test_a_model_that_cannot_share_prompts_says_so(tmp_path):
+    trainer = make_trainer(tmp_path, reward_rows(4), shared_prompt="auto", max_steps=1)
+    trainer.model.set_attn_implementation("eager")
+    with pytest.warns(UserWarning, match="Prompts are not shared"):
+        trainer.train()
+    trainer = make_trainer(tmp_path, reward_rows(4), shared_prompt="true", max_steps=1)
+    trainer.model.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match="cannot share prompts"):
+        trainer.train()

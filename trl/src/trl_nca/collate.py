@@ -1,0 +1,76 @@
+"""Batches of groups, packed: every token once, no padding, one copy of each prompt.
+
+Legend: B prompts, K responses (the largest of the batch), T packed tokens.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class GroupCollator:
+    """Packs groups into one row of tokens, prompt-major: prompt 0, its responses, prompt 1, its responses, ...
+
+    Positions restart after the prompt: every response continues the prompt as if it were the only one.
+
+    Example:
+        >>> rows = [
+        ...     {"prompt_ids": [1, 2], "response_ids": [[3, 4], [5]], "scores": [0.9, 0.1]},
+        ...     {"prompt_ids": [6], "response_ids": [[7], [8], [9]], "scores": [1.0, 2.0, 3.0]},
+        ... ]
+        >>> batch = GroupCollator()(rows)
+        >>> batch["input_ids"]
+        tensor([[1, 2, 3, 4, 5, 6, 7, 8, 9]])
+        >>> batch["position_ids"]
+        tensor([[0, 1, 2, 3, 2, 0, 1, 1, 1]])
+        >>> batch["prompt_lengths"], batch["response_lengths"]
+        (tensor([2, 1]), tensor([[2, 1, 0],
+                [1, 1, 1]]))
+        >>> batch["scores"]
+        tensor([[0.9000, 0.1000, 0.0000],
+                [1.0000, 2.0000, 3.0000]], dtype=torch.float64)
+    """
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Collates rows of the tokenized data set.
+
+        Args:
+            rows: Each with `prompt_ids` (ints), `response_ids` (K lists of ints), `scores` (K numbers) and, where the
+                reference was computed before, `ref_logps` (K numbers).
+
+        Returns:
+            `scores` (float64) and `response_mask` (bool), shape (B, K), padded with 0 and False;
+            `prompt_lengths`, shape (B,), and `response_lengths`, shape (B, K), in tokens, 0 where padded;
+            `input_ids` and `position_ids`, shape (1, T); `ref_logps`, shape (B, K), where the rows have it.
+        """
+        input_ids: list[int] = []
+        position_ids: list[int] = []
+        for row in rows:
+            start = len(row["prompt_ids"])
+            input_ids += row["prompt_ids"]
+            position_ids += range(start)
+            for response in row["response_ids"]:
+                input_ids += response
+                position_ids += range(start, start + len(response))
+        response_lengths = _padded([[len(r) for r in row["response_ids"]] for row in rows], torch.long)
+        batch = {
+            # First in the batch: the Trainer takes the number of examples from the first tensor it meets.
+            "scores": _padded([row["scores"] for row in rows], torch.float64),
+            "response_mask": response_lengths > 0,
+            "prompt_lengths": torch.tensor([len(row["prompt_ids"]) for row in rows]),
+            "response_lengths": response_lengths,
+            "input_ids": torch.tensor([input_ids]),
+            "position_ids": torch.tensor([position_ids]),
+        }
+        if "ref_logps" in rows[0]:
+            batch["ref_logps"] = _padded([row["ref_logps"] for row in rows], torch.float32)
+        return batch
+
+
+def _padded(rows: list[list[Any]], dtype: torch.dtype) -> Tensor:
+    """Ragged rows to a tensor padded with 0. Shape (B, K)."""
+    longest = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], dtype=dtype)

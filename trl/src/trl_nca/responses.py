@@ -1,0 +1,223 @@
+"""From a prompt and its K responses to token ids, through the tokenizer's chat template.
+
+The template renders the whole conversation, prompt and response together, and the rendering is cut where the response
+begins. (Rendering a response alone, as the 2024 scripts did, goes wrong with templates that add a default system turn.)
+"""
+
+import os.path
+import re
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from datasets import Dataset, Features, List, Value
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+Messages = list[dict[str, str]]
+
+# One private-use character stands for each special token's text inside a message while the template runs.
+_FIRST_STAND_IN = 0xF0000
+_RESPONSE_MARK = chr(_FIRST_STAND_IN - 1)
+
+TOKENIZED_FEATURES = Features(
+    {
+        "prompt_ids": List(Value("int32")),
+        "response_ids": List(List(Value("int32"))),
+        "scores": List(Value("float64")),
+    }
+)
+
+
+class ResponseTokenizer:
+    """Tokenizes one prompt and its responses so that training sees what sampling will see.
+
+    - The prompt's ids are those of the template with `add_generation_prompt=True`: what the model is given when sampled.
+    - A response's ids are all that the template writes after it: the text, the EOS, and whatever follows.
+    - Text inside a message that spells a special token ("</s>", "<|im_end|>") stays text: it never becomes that token.
+    - A prompt given as plain text is not templated: prompt, response and one EOS are joined, as TRL does.
+
+    Args:
+        tokenizer: A tokenizer, with a chat template if prompts are lists of messages.
+        max_length: Most tokens of prompt + response, or None for no bound. A longer response is cut at its end.
+        max_prompt_length: Most tokens of a prompt, or None. A longer prompt loses its beginning (but for the BOS).
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None, max_prompt_length: int | None = None
+    ):
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.max_prompt_length = max_prompt_length
+        added = tokenizer.added_tokens_decoder.values()
+        specials = {str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)
+        self._stand_ins = {text: chr(_FIRST_STAND_IN + i) for i, text in enumerate(sorted(specials))}
+        self._literals = {stand_in: text for text, stand_in in self._stand_ins.items()}
+        longest_first = sorted(specials, key=len, reverse=True)
+        self._special_text = re.compile("|".join(map(re.escape, longest_first))) if specials else None
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Tokenizes a row.
+
+        Args:
+            row: `prompt` (messages or text), `responses` (K texts, or K lists of messages) and `scores` (K numbers).
+
+        Returns:
+            `prompt_ids` (ints), `response_ids` (K lists of ints), `scores`; and what was done to fit them:
+            `prompt_trimmed` (bool), `responses_cut` (count), `dropped` (a reason, or "" for a row to train on).
+        """
+        prompt, responses, dropped = row["prompt"], row["responses"], ""
+        try:
+            if isinstance(prompt, str):
+                prompt_ids, response_ids = self._join_text(prompt, responses)
+            elif self.tokenizer.chat_template is None and len(prompt) == 1:
+                prompt_ids, response_ids = self._join_text(prompt[0]["content"], responses)
+            else:
+                prompt_ids, response_ids = self._cut_rendering(prompt, responses)
+        except TemplateError:
+            prompt_ids, response_ids, dropped = [], [], "template_refused"
+        fitted_prompt = self._fit_prompt(prompt_ids)
+        room = sys.maxsize if self.max_length is None else self.max_length - len(fitted_prompt)
+        if room < 1:
+            dropped = "prompt_too_long"
+        elif not all(response_ids):
+            dropped = "empty_response"
+        return {
+            "prompt_ids": fitted_prompt,
+            "response_ids": [ids[: max(room, 0)] for ids in response_ids],
+            "scores": row["scores"],
+            "prompt_trimmed": len(fitted_prompt) < len(prompt_ids),
+            "responses_cut": sum(len(ids) > room for ids in response_ids),
+            "dropped": dropped,
+        }
+
+    def _cut_rendering(
+        self, prompt: Messages, responses: Sequence[str | Messages]
+    ) -> tuple[list[int], list[list[int]]]:
+        turns = [[{"role": "assistant", "content": r}] if isinstance(r, str) else r for r in responses]
+        prompt = self._protect(prompt)
+        texts = [self._render(prompt + self._protect(turn)) for turn in turns]
+        marked = self._render(prompt + [{"role": "assistant", "content": _RESPONSE_MARK}])
+        # Up to here the rendering does not depend on the response. What sampling is given may end earlier: some
+        # templates write an empty thinking block into a finished answer, others a space before its first word.
+        before_response = os.path.commonprefix([marked, *texts])
+        sampled_from = self._render(prompt, add_generation_prompt=True)
+        prompt_text = sampled_from if before_response.startswith(sampled_from) else before_response
+        prompt_ids = self._encode(prompt_text)
+        return prompt_ids, [self._encode_after(prompt_ids, text, len(prompt_text)) for text in texts]
+
+    def _encode_after(self, prompt_ids: list[int], text: str, cut: int) -> list[int]:
+        whole = self._encode(text)
+        if whole[: len(prompt_ids)] == prompt_ids:
+            return whole[len(prompt_ids) :]
+        # A token reaches over the cut. Sampling never produces it: it starts after the prompt's own tokens.
+        return self._encode(text[cut:])
+
+    def _join_text(self, prompt: str, responses: Sequence[str]) -> tuple[list[int], list[list[int]]]:
+        eos, eos_id = self.tokenizer.eos_token, self.tokenizer.eos_token_id
+        prompt = self._stand_in(prompt)
+
+        def encode(text: str) -> list[int]:
+            ids = self._encode(text, add_special_tokens=True)
+            return ids[:-1] if ids and ids[-1] == eos_id else ids
+
+        prompt_ids = encode(prompt)
+        response_ids = []
+        for response in responses:
+            response = self._stand_in(response.removesuffix(eos) if eos else response)
+            whole = encode(prompt + response)
+            prefix_holds = whole[: len(prompt_ids)] == prompt_ids
+            ids = whole[len(prompt_ids) :] if prefix_holds else self._encode(response)
+            response_ids.append(ids if eos_id is None else [*ids, eos_id])
+        return prompt_ids, response_ids
+
+    def _fit_prompt(self, prompt_ids: list[int]) -> list[int]:
+        if self.max_prompt_length is None or len(prompt_ids) <= self.max_prompt_length:
+            return prompt_ids
+        bos = prompt_ids[:1] if prompt_ids[0] == self.tokenizer.bos_token_id else []
+        kept = self.max_prompt_length - len(bos)
+        return bos + prompt_ids[len(prompt_ids) - kept :]
+
+    def _render(self, messages: Messages, add_generation_prompt: bool = False) -> str:
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+
+    def _stand_in(self, text: str) -> str:
+        return self._special_text.sub(lambda m: self._stand_ins[m[0]], text) if self._special_text else text
+
+    def _protect(self, messages: Messages) -> Messages:
+        return [
+            {**m, "content": self._stand_in(m["content"])} if isinstance(m.get("content"), str) else m for m in messages
+        ]
+
+    def _encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of a rendering in which stand-ins mark text that must not become special tokens."""
+        ids: list[int] = []
+        for piece in re.split(f"([{chr(_FIRST_STAND_IN)}-{chr(_FIRST_STAND_IN + len(self._literals))}])", text):
+            literal = self._literals.get(piece)
+            if literal is not None:
+                ids += self.tokenizer(literal, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            elif piece:
+                ids += self.tokenizer(piece, add_special_tokens=add_special_tokens and not ids)["input_ids"]
+        return ids
+
+
+def tokenize_dataset(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None = None,
+    max_prompt_length: int | None = None,
+    num_proc: int | None = None,
+    desc: str = "Tokenizing",
+) -> tuple[Dataset, dict[str, Any]]:
+    """Tokenizes rows of `prompt`, `responses`, `scores`; drops those that cannot fit, and counts.
+
+    Args:
+        dataset: Columns `prompt`, `responses` (K >= 2 a row, K may differ by row), `scores`. Others are dropped.
+        tokenizer: See `ResponseTokenizer`, also for `max_length` and `max_prompt_length` (tokens).
+        num_proc: Processes to use; None for this one.
+        desc: Text of the progress bar.
+
+    Returns:
+        The data set with columns `prompt_ids`, `response_ids`, `scores`, and the counts `rows_in`, `rows_kept`,
+        `rows_dropped`, `dropped_by_reason`, `responses`, `responses_cut`, `prompts_trimmed`.
+    """
+    tokenize = ResponseTokenizer(tokenizer, max_length, max_prompt_length)
+    outcome = {"prompt_trimmed": Value("bool"), "responses_cut": Value("int32"), "dropped": Value("string")}
+    rows = dataset.map(
+        tokenize,
+        remove_columns=dataset.column_names,
+        features=Features({**TOKENIZED_FEATURES, **outcome}),
+        num_proc=num_proc,
+        desc=desc,
+    )
+    reasons = rows["dropped"][:] if len(rows) else []
+    kept = rows.select([i for i, reason in enumerate(reasons) if not reason])
+    report = {
+        "rows_in": len(rows),
+        "rows_kept": len(kept),
+        "rows_dropped": len(rows) - len(kept),
+        "dropped_by_reason": dict(Counter(reason for reason in reasons if reason)),
+        "responses": sum(len(ids) for ids in kept["scores"]),
+        "responses_cut": sum(kept["responses_cut"]),
+        "prompts_trimmed": sum(kept["prompt_trimmed"]),
+    }
+    return kept.remove_columns(list(outcome)), report
+
+
+def describe_group(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
+    """A tokenized group for a person to check: what the model is given, and which tokens count.
+
+    Args:
+        row: `prompt_ids`, `response_ids`, `scores`.
+    """
+    prompt = tokenizer.decode(row["prompt_ids"])
+    lines = [f"prompt ({len(row['prompt_ids'])} tokens, mask 0):", repr(prompt), ""]
+    for k, (ids, score) in enumerate(zip(row["response_ids"], row["scores"], strict=True)):
+        ends = "ends with EOS" if tokenizer.eos_token_id in ids[-2:] else "has no EOS at its end"
+        lines += [
+            f"response {k + 1}, score {score:g} ({len(ids)} tokens, mask 1, {ends}):",
+            repr(tokenizer.decode(ids)),
+        ]
+        lines += [" ".join(f"{token!r}:1" for token in tokenizer.convert_ids_to_tokens(ids)), ""]
+    return "\n".join(lines)

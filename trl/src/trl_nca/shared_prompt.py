@@ -1,0 +1,123 @@
+"""Attention over packed groups: each response sees its prompt and itself, and the prompt is there only once.
+
+Works through transformers' attention interface, so it needs no patched model. A group costs P^2 + sum_k L_k (P + L_k)
+score products in place of sum_k (P + L_k)^2, and no masked response-response block is ever computed.
+
+Legend: H heads, T packed tokens, D head dimension, P tokens of a prompt, L of a response.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "shared_prompt"
+
+
+@dataclass(frozen=True)
+class GroupLayout:
+    """Where each prompt and its responses lie in the packed row of a batch.
+
+    Args:
+        groups: For each prompt its slice of the T tokens, and the slices of its responses.
+    """
+
+    groups: list[tuple[slice, list[slice]]]
+
+    @classmethod
+    def of(cls, prompt_lengths: Tensor, response_lengths: Tensor) -> "GroupLayout":
+        """From lengths in tokens, shapes (B,) and (B, K); a length of 0 is a padded response.
+
+        Example:
+            >>> GroupLayout.of(torch.tensor([2]), torch.tensor([[3, 1, 0]])).groups
+            [(slice(0, 2, None), [slice(2, 5, None), slice(5, 6, None)])]
+        """
+        groups, at = [], 0
+        for prompt_length, lengths in zip(prompt_lengths.tolist(), response_lengths.tolist(), strict=True):
+            prompt = slice(at, at := at + prompt_length)
+            groups.append((prompt, [slice(at, at := at + length) for length in lengths if length]))
+        return cls(groups)
+
+
+def shared_prompt_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    group_layout: GroupLayout | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """Attention function for transformers' interface; plain SDPA when no layout is given (sampling, padded batches).
+
+    Args:
+        query: Shape (1, H, T, D).
+        key, value: Shape (1, H or fewer, T, D).
+        sliding_window: Keys at this distance or more from the query are not seen.
+        group_layout: Of the packed row, handed through the model's forward.
+
+    Returns:
+        The output, shape (1, T, H, D), and no weights.
+    """
+    if group_layout is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    heads_per_key = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, heads_per_key), repeat_kv(value, heads_per_key)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Causal attention of the last queries over all keys: (1, H, L, D) over (1, H, P + L, D)."""
+        mask = _causal_mask(q.shape[2], k.shape[2], sliding_window, q.device)
+        causal = mask is None and q.shape[2] > 1
+        return scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=causal, scale=scaling)
+
+    outputs = []
+    for prompt, responses in group_layout.groups:
+        prompt_key, prompt_value = key[:, :, prompt], value[:, :, prompt]
+        outputs.append(attend(query[:, :, prompt], prompt_key, prompt_value))
+        for response in responses:
+            keys = torch.cat([prompt_key, key[:, :, response]], dim=2)
+            values = torch.cat([prompt_value, value[:, :, response]], dim=2)
+            outputs.append(attend(query[:, :, response], keys, values))
+    return torch.cat(outputs, dim=2).transpose(1, 2), None  # (1, T, H, D)
+
+
+def _causal_mask(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor | None:
+    """True where a query may look: shape (num_queries, num_keys), or None where plain causality says it all."""
+    windowed = window is not None and num_keys > window
+    if not windowed and num_queries in (1, num_keys):
+        return None
+    key_positions = torch.arange(num_keys, device=device)
+    query_positions = key_positions[num_keys - num_queries :, None]
+    mask = key_positions <= query_positions
+    return mask & (query_positions - key_positions < window) if windowed else mask
+
+
+AttentionInterface.register(NAME, shared_prompt_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def why_not(model: PreTrainedModel) -> str | None:
+    """Why this model cannot run packed groups; None when it can."""
+    config = model.config.get_text_config()
+    if config._attn_implementation not in ("sdpa", NAME):
+        return f"its attention is {config._attn_implementation!r}, and packing is written for 'sdpa'"
+    if not getattr(model, "_supports_attention_backend", False):
+        return f"{type(model).__name__} does not use transformers' attention interface"
+    other = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if other:
+        return f"it has layers of type {', '.join(sorted(other))}"
+    return None
+
+
+def use_shared_prompt(model: PreTrainedModel) -> None:
+    """Switches a model's attention over. Batches without a layout and sampling run as before."""
+    model.set_attn_implementation(NAME)
