@@ -29,7 +29,7 @@ from trl_nca.losses import LOSSES, reward_targets
 from trl_nca.metrics import group_metrics
 from trl_nca.responses import TOKENIZED_FEATURES, tokenize_dataset
 
-#: `DPOConfig` keys that act inside upstream's own loss or forward, which these trainers replace: (key, its neutral value).
+#: `DPOConfig` keys that act inside upstream's loss or forward, which these trainers replace: (key, neutral value).
 UNSUPPORTED = [
     ("use_liger_kernel", False),
     ("padding_free", False),
@@ -53,7 +53,7 @@ class NCAConfig(DPOConfig):
     loss_type: str = field(
         default="NCA",
         metadata={
-            "help": "Loss, in any case: NCA or InfoNCA for any number of responses; DPO (InfoNCA of a pair) or biasedNCA "
+            "help": "Loss, in any case: NCA or InfoNCA for any number of responses; DPO (= InfoNCA) or biasedNCA "
             "for pairs."
         },
     )
@@ -108,6 +108,8 @@ class NCAConfig(DPOConfig):
             if getattr(self, key) != neutral:
                 raise ValueError(f"{key}: {getattr(self, key)!r} has no effect with these losses; remove the key")
         self.shared_prompt = str(self.shared_prompt).lower()
+        if not torch.accelerator.is_available():  # recipes are written for GPUs; on a CPU they run there, in float32
+            self.use_cpu, self.bf16 = True, bool(self.bf16)
         super().__post_init__()
         self.loss_type = by_lower[str(self.loss_type[0]).lower()]  # upstream makes a list of it
 

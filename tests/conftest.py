@@ -1,6 +1,7 @@
 """What the tests share: offline, one thread a process, where the shared data lies, and skips that say why."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -9,17 +10,14 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Data sets built by a test never come from an earlier run's cache. Set before anything imports datasets.
+_CACHE = tempfile.TemporaryDirectory(prefix="datasets-")
+os.environ["HF_DATASETS_CACHE"] = _CACHE.name
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared folder with golden values is not here")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def own_cache(tmp_path_factory):
-    """Data sets built by a test never come from an earlier run's cache."""
-    os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("datasets"))
 
 
 @pytest.fixture(scope="session")

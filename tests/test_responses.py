@@ -12,8 +12,10 @@ DEFAULT_SYSTEM = (
 )
 #: Trims messages, writes the EOS after answers only, and has no generation prompt of its own (Llama 2, Mistral).
 INSTRUCT = (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] | trim + ' [/INST]' }}"
-    "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] | trim + eos_token }}{% endif %}{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] | trim + ' [/INST]' }}"
+    "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] | trim + eos_token }}{% endif %}"
+    "{% endfor %}"
 )
 #: Writes an empty thinking block into a finished answer, but not after the generation prompt (Qwen3).
 THINKING = CHATML.replace(

@@ -76,7 +76,7 @@ class DataConfig:
             raise ValueError("no training data; set train_file, dataset_mixer or dataset_mixture")
 
 
-def load_groups(config: DataConfig, pairs: bool = False) -> tuple[Dataset, Dataset | None]:
+def load_groups(config: DataConfig, pairs: bool = False) -> dict[str, Dataset]:
     """The rows to train on and the held-out rows.
 
     Args:
@@ -84,34 +84,34 @@ def load_groups(config: DataConfig, pairs: bool = False) -> tuple[Dataset, Datas
         pairs: Take them as preference pairs: two responses, the better one first, scores 1 and 0.
 
     Returns:
-        Data sets with the columns of `GROUP_FEATURES`; None where there are no held-out rows.
+        `train` and, where there are held-out rows, `eval`: data sets with the columns of `GROUP_FEATURES`.
 
     Raises:
         UserError: A source is not there, has no train split, or a row cannot be used; names the file and row.
     """
     if config.train_file is not None:
-        train = _load_source(config.train_file, None, pairs)
-        return train, None if config.eval_file is None else _load_source(config.eval_file, None, pairs)
+        files = {"train": config.train_file, "eval": config.eval_file}
+        return {name: _load_source(file, None, pairs) for name, file in files.items() if file is not None}
     if config.dataset_mixture:
         return _load_mixture(config.dataset_mixture, pairs)
     splits = config.dataset_splits or ["train", "test"]
     if not any("train" in split for split in splits):
         raise UserError(f"dataset_splits: no train split in {splits}; one name must contain 'train'")
-    parts: dict[bool, list[Dataset]] = {True: [], False: []}
+    parts: dict[str, list[Dataset]] = {"train": [], "eval": []}
     for i, (path, fraction) in enumerate(config.dataset_mixer.items()):
         if not isinstance(fraction, int | float) or not 0 < fraction <= 1:
             raise UserError(f"dataset_mixer: the fraction of {path} must be above 0 and at most 1, got {fraction}")
         name = config.dataset_configs[i] if config.dataset_configs else None
         for split in splits:
-            is_train = "train" in split
-            if Path(path).is_file() and not is_train:
-                continue  # a file is one split
-            part = _load_source(path, split, pairs, name)
-            parts[is_train].append(part.select(range(round(len(part) * fraction))) if is_train else part)
-    return concatenate_datasets(parts[True]), concatenate_datasets(parts[False]) if parts[False] else None
+            if "train" in split:
+                part = _load_source(path, split, pairs, name)
+                parts["train"].append(part.select(range(round(len(part) * fraction))))
+            elif not Path(path).is_file():  # a file is one split
+                parts["eval"].append(_load_source(path, split, pairs, name))
+    return {name: concatenate_datasets(found) for name, found in parts.items() if found}
 
 
-def _load_mixture(mixture: dict[str, Any], pairs: bool) -> tuple[Dataset, Dataset | None]:
+def _load_mixture(mixture: dict[str, Any], pairs: bool) -> dict[str, Dataset]:
     sources = mixture.get("datasets")
     if not sources or not all(isinstance(source, dict) and "id" in source for source in sources):
         raise UserError("dataset_mixture: 'datasets' must be a list of sources, each with an 'id'")
@@ -121,9 +121,33 @@ def _load_mixture(mixture: dict[str, Any], pairs: bool) -> tuple[Dataset, Datase
         parts.append(part.select(range(round(len(part) * source.get("weight", 1.0)))))
     rows = concatenate_datasets(parts)
     if mixture.get("test_split_size") is None:
-        return rows, None
+        return {"train": rows}
     split = rows.train_test_split(test_size=mixture["test_split_size"], seed=mixture.get("seed", 0))
-    return split["train"], split["test"]
+    return {"train": split["train"], "eval": split["test"]}
+
+
+def check_rows(rows: Dataset, only_pairs: bool, template: str | None) -> None:
+    """Checks that the rows fit the loss and the tokenizer.
+
+    Args:
+        rows: From `load_groups`.
+        only_pairs: Whether the loss compares two responses and no more.
+        template: The tokenizer's chat template, if it has one.
+
+    Raises:
+        UserError: They do not; names the row.
+    """
+    for i, row in enumerate(rows):
+        if only_pairs and len(row["scores"]) > 2:
+            raise UserError(
+                f"loss_type: DPO and biasedNCA compare two responses, and row {i + 1} has {len(row['scores'])}; use "
+                "NCA or InfoNCA, or run_preference.py with pairs"
+            )
+        if template is None and len(row["prompt"]) > 1:
+            raise UserError(
+                f"chat_template: the tokenizer has none, and the prompt of row {i + 1} has {len(row['prompt'])} "
+                "messages; set chat_template to a Jinja template or a .jinja file"
+            )
 
 
 def _load_source(path: str, split: str | None, pairs: bool, name: str | None = None) -> Dataset:

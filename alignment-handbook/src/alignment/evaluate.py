@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 from alignment.errors import UserError
+from alignment.recipe import RunConfig
+from alignment.sample import Messages, sample_responses
 
 RewardFunction = Callable[..., list[float]]
 
@@ -29,18 +31,40 @@ def load_reward_function(spec: str) -> RewardFunction:
     return getattr(module, name)
 
 
-def score_samples(
-    reward_function: RewardFunction, prompts: list[list[dict[str, str]]], samples: list[list[str]]
+def sample_and_score(
+    model: Any,
+    tokenizer: Any,
+    prompts: list[Messages],
+    reward_function: RewardFunction,
+    config: RunConfig,
+    seed: int,
+    when: str,
 ) -> list[dict[str, Any]]:
-    """Scores every sample.
+    """Samples responses to the first prompts and scores each of them.
 
     Args:
-        prompts: Message lists.
-        samples: The texts sampled for each prompt.
+        model: The policy.
+        tokenizer: Its tokenizer.
+        prompts: Message lists; `config.max_eval_prompts` of them are used.
+        reward_function: From `load_reward_function`.
+        config: How many samples, how long, at what temperature.
+        seed: Of the samples.
+        when: "before" or "after" training, for the progress bar.
 
     Returns:
-        For each prompt `prompt`, `samples` and their `scores`.
+        For each prompt `prompt`, `samples` (texts) and their `scores`.
     """
+    prompts = prompts[: config.max_eval_prompts]
+    samples = sample_responses(
+        model,
+        tokenizer,
+        prompts,
+        num_samples=config.num_eval_samples,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        seed=seed,
+        desc=f"Sampling {when} training",
+    )
     flat_prompts = [prompt for prompt, texts in zip(prompts, samples, strict=True) for _ in texts]
     completions = [[{"role": "assistant", "content": text}] for texts in samples for text in texts]
     scores = iter(reward_function(prompts=flat_prompts, completions=completions))

@@ -14,10 +14,10 @@ from alignment.errors import UserError
 FINISHED = "train_results.json"
 #: Written first, before the model is loaded.
 STARTED = "recipe.yaml"
-_WRITTEN = [
-    STARTED, "plan.json", "data_report.json", "before.json", "after.json", "trainer_state.json", FINISHED,
-    "eval_results.json", "all_results.json", "README.md",
-]  # fmt: skip
+_WRITTEN = (
+    f"{STARTED} plan.json data_report.json samples_before.json samples_after.json trainer_state.json eval_results.json "
+    f"{FINISHED} README.md"
+).split()
 
 
 def resume_point(output_dir: str, resume: str | None, overwrite: bool) -> str | None:
@@ -71,7 +71,7 @@ def start_output(output_dir: str, configs: list[Any], overwrite: bool) -> None:
     resolved: dict[str, Any] = {}
     for config in configs:
         as_given = config.to_dict() if hasattr(config, "to_dict") else dataclasses.asdict(config)
-        resolved |= {key: value for key, value in as_given.items() if value is not None}
+        resolved |= {key: value for key, value in as_given.items() if value not in (None, [], {})}
     resolved.pop("overwrite_output_dir", None)  # of that launch, not of the run
     resolved.pop("resume_from_checkpoint", None)
     (folder / STARTED).write_text(yaml.safe_dump(json.loads(json.dumps(resolved, default=str)), sort_keys=False))

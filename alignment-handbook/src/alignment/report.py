@@ -50,35 +50,54 @@ def verdict(comparison: dict[str, Any]) -> str:
     return "NOT SHOWN to improve: the interval of the difference contains zero"
 
 
+def data_lines(report: dict[str, dict[str, Any]]) -> str:
+    """What happened to the rows on their way to tokens, one line a data set.
+
+    Args:
+        report: The counts of `trl_nca.responses.tokenize_dataset`, by name.
+    """
+    lines = []
+    for name, counts in report.items():
+        reasons = ", ".join(f"{reason} {n}" for reason, n in counts["dropped_by_reason"].items()) or "none"
+        lines.append(
+            f"{name}: {counts['rows_kept']} of {counts['rows_in']} rows kept (dropped: {reasons}), "
+            f"{counts['responses']} responses, {counts['responses_cut']} of them cut at max_length; "
+            f"{counts['prompts_trimmed']} prompts trimmed"
+        )
+    return "\n".join(lines)
+
+
 def final_table(results: dict[str, Any]) -> str:
     """The table that a run ends with.
 
     Args:
-        results: `train`, `eval_before`, `eval_after`: metrics of the Trainer (the evals None without held-out rows);
-            `samples`: from `compare_samples`, or None; `peak_memory_gb`; `output_dir`.
+        results: `train` and `eval`: metrics of the Trainer (`eval` None without held-out rows); `samples`: from
+            `compare_samples`, or None; `beta`; `seconds`; `peak_memory_gb`; `output_dir`.
     """
     rows: list[tuple[str, str]] = []
-    samples, before, after = results["samples"], results["eval_before"], results["eval_after"]
+    samples, held_out = results["samples"], results["eval"]
     if samples:
-        intervals = {k: "[{:.3f}, {:.3f}]".format(*samples[k]) for k in samples if k.endswith("interval")}
+        before, after, difference = (
+            "{:.3f} [{:.3f}, {:.3f}]".format(samples[f"score_{part}"], *samples[f"score_{part}_interval"])
+            for part in ("before", "after", "difference")
+        )
         rows += [
-            ("held-out score", f"{samples['score_before']:.3f} {intervals['score_before_interval']} -> "
-                               f"{samples['score_after']:.3f} {intervals['score_after_interval']}"),
-            ("difference (95 %)", f"{samples['score_difference']:+.3f} {intervals['score_difference_interval']}, "
-                                  f"{samples['num_prompts']} prompts x {samples['samples_per_prompt']} samples"),
+            ("held-out score (95 %)", f"{before} -> {after}"),
+            ("difference (95 %)", f"{difference}, {samples['num_prompts']} prompts x {samples['samples_per_prompt']}"),
             ("verdict", verdict(samples)),
             ("mean length (words)", f"{samples['words_before']:.1f} -> {samples['words_after']:.1f}"),
-        ]  # fmt: skip
-    if before and after:
+        ]
+    if held_out:
+        # The policy starts as the reference, and the reward is beta times what it has gained on it since.
+        start = held_out["eval_logps/chosen"] - held_out["eval_rewards/chosen"] / results["beta"]
         rows += [
-            ("log p(best response)", f"{before['eval_logps/chosen']:.2f} -> {after['eval_logps/chosen']:.2f}"),
-            ("held-out loss", f"{before['eval_loss']:.4f} -> {after['eval_loss']:.4f}"),
-            ("reward accuracy", f"{after['eval_rewards/accuracies']:.3f}"),
-            ("reward margin", f"{after['eval_rewards/margins']:+.4f}"),
+            ("log p(best response)", f"{start:.2f} -> {held_out['eval_logps/chosen']:.2f}"),
+            ("held-out loss", f"{held_out['eval_loss']:.4f}"),
+            ("reward accuracy", f"{held_out['eval_rewards/accuracies']:.3f}"),
+            ("reward margin", f"{held_out['eval_rewards/margins']:+.4f}"),
         ]
     rows += [
-        ("seconds (training)", f"{results['train']['train_runtime']:.0f}"),
-        ("seconds (all)", f"{results['seconds']:.0f}"),
+        ("seconds", f"{results['seconds']:.0f}, {results['train']['train_runtime']:.0f} of them training"),
         ("peak memory", f"{results['peak_memory_gb']:.2f} GB"),
         ("files", results["output_dir"]),
     ]

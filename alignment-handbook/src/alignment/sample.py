@@ -18,7 +18,7 @@ def sample_responses(
     max_new_tokens: int,
     temperature: float = 1.0,
     top_p: float = 1.0,
-    batch_size: int = 32,
+    batch_size: int = 64,
     seed: int = 0,
     desc: str = "Sampling",
 ) -> list[list[str]]:

@@ -49,7 +49,7 @@ def _packed_logps(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     logits = model(
         input_ids=input_ids,
         position_ids=batch["position_ids"],
-        # transformers hands a mask of four dimensions on as it is, and so builds none of its own: (T, T) would be large.
+        # transformers hands a mask of four dimensions on as it is and builds none of its own: (T, T) would be large.
         attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
         group_layout=layout,
         logits_to_keep=torch.tensor(predictors, device=device),

@@ -4,7 +4,8 @@ Notation, used throughout `trl_nca`:
 
 - B prompts, K responses to each (padded to the largest K of the batch; `response_mask` tells which are real),
 - scores \(s_i\): the numbers in the data; targets \(w_i = \mathrm{softmax}(s / \alpha)_i\),
-- implicit rewards \(r_i = \beta\,[\log \pi(y_i|x) - \log \pi_{ref}(y_i|x)]\), the log-probs summed over the response's tokens.
+- implicit rewards \(r_i = \beta\,[\log \pi(y_i|x) - \log \pi_{ref}(y_i|x)]\), log-probs summed over the response's
+  tokens.
 
 Every function is pure, takes any leading shape in place of B, works in the dtype it is given (float32 or wider) and
 returns one loss a prompt. The trainer averages them over the global batch.
@@ -52,7 +53,8 @@ def reward_targets(scores: Tensor, alpha: float, response_mask: Tensor | None = 
 def info_nca_loss(rewards: Tensor, targets: Tensor, response_mask: Tensor | None = None) -> Tensor:
     r"""InfoNCA loss: cross-entropy between the targets and the policy's own ranking of the K responses.
 
-    .. math:: \ell = -\sum_i w_i \log \mathrm{softmax}(r)_i, \qquad \partial\ell/\partial r_i = \mathrm{softmax}(r)_i - w_i
+    .. math:: \ell = -\sum_i w_i \log \mathrm{softmax}(r)_i, \qquad
+              \partial\ell/\partial r_i = \mathrm{softmax}(r)_i - w_i
 
     Args:
         rewards: Implicit rewards beta * (logps - ref_logps). Shape (B, K).

@@ -33,7 +33,7 @@ TOKENIZED_FEATURES = Features(
 class ResponseTokenizer:
     """Tokenizes one prompt and its responses so that training sees what sampling will see.
 
-    - The prompt's ids are those of the template with `add_generation_prompt=True`: what the model is given when sampled.
+    - The prompt's ids are those of the template with `add_generation_prompt=True`: what sampling starts from.
     - A response's ids are all that the template writes after it: the text, the EOS, and whatever follows.
     - Text inside a message that spells a special token ("</s>", "<|im_end|>") stays text: it never becomes that token.
     - A prompt given as plain text is not templated: prompt, response and one EOS are joined, as TRL does.

@@ -1,0 +1,184 @@
+"""Recipes: every YAML parses, overrides win, old keys are translated, mistakes are named."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import yaml
+
+from alignment.data import DataConfig
+from alignment.errors import UserError
+from alignment.models import PolicyConfig
+from alignment.recipe import OLD_KEYS, RunConfig, parse_recipe
+from nca_trainer import NCAConfig
+from tests.conftest import ROOT
+
+TYPES = [DataConfig, PolicyConfig, RunConfig, NCAConfig]
+MINIMAL = {"model_name_or_path": "some/model", "train_file": "rows.jsonl", "output_dir": "out", "bf16": False}
+
+#: A recipe as the 2024 scripts and the alignment-handbook of its time had it.
+RECIPE_2024 = """
+model_name_or_path: some/model
+torch_dtype: bfloat16
+use_flash_attention_2: true
+use_peft: true
+load_in_4bit: true
+lora_r: 16
+lora_target_modules:
+- q_proj
+- v_proj
+dataset_mixer:
+  some/rewards: 1.0
+dataset_splits:
+- train_prefs
+- test_prefs
+preprocessing_num_workers: 12
+bf16: false
+beta: 0.01
+temperature_alpha: 0.0001
+do_eval: true
+evaluation_strategy: steps
+eval_steps: 200
+loss_type: NCA #
+gradient_checkpointing_kwargs:
+  use_reentrant: false
+hub_model_id: zephyr-7b-NCA-qlora
+learning_rate: 5.0e-6
+lr_scheduler_type: cosine
+max_length: 1024
+max_prompt_length: 512
+optim: adamw_torch
+output_dir: data/test_run
+save_strategy: "epoch"
+save_total_limit: null
+warmup_ratio: 0.1
+"""
+
+
+def write(tmp_path, recipe):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe if isinstance(recipe, str) else yaml.safe_dump(recipe))
+    return str(path)
+
+
+def parse(tmp_path, recipe, *overrides):
+    return parse_recipe([write(tmp_path, recipe), *overrides], TYPES)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "yamls").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_recipe_parses_and_each_key_has_a_comment(path):
+    parse_recipe([str(path)], TYPES)
+    for line in path.read_text().splitlines():
+        if line and not line.startswith(("#", " ")) and ":" in line:
+            assert "#" in line, f"{path.name}: {line.split(':')[0]} has no comment"
+
+
+def test_overrides_win_over_the_recipe(tmp_path):
+    recipe = MINIMAL | {"beta": 0.5, "loss_type": "NCA", "lora_target_modules": ["a", "b"]}
+    _, policy, _, args = parse(
+        tmp_path, recipe, "--beta=0.01", "--loss_type", "infonca", "--lora_target_modules", "c", "d", "e"
+    )
+    assert (args.beta, args.loss_type) == (0.01, "InfoNCA")
+    assert policy.lora_target_modules == ["c", "d", "e"]
+
+
+def test_yaml_values_arrive_with_their_types(tmp_path):
+    recipe = MINIMAL | {
+        "learning_rate": "5e-6", "use_peft": True, "save_total_limit": None, "lr_scheduler_type": "cosine",
+        "gradient_checkpointing_kwargs": {"use_reentrant": False}, "dataset_mixer": {"x": 0.5},
+        "dataset_splits": ["train", "test"],
+    }  # fmt: skip
+    data, policy, run, args = parse(tmp_path, recipe)
+    assert args.learning_rate == 5e-6
+    assert policy.use_peft is True
+    assert args.gradient_checkpointing_kwargs == {"use_reentrant": False}
+    assert data.dataset_mixer == {"x": 0.5}
+    assert data.dataset_splits == ["train", "test"]
+    assert args.save_total_limit is None
+    assert run.overwrite_output_dir is False
+
+
+def test_a_2024_recipe_is_translated_and_each_old_key_named_once(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        data, policy, _, args = parse(tmp_path, RECIPE_2024)
+    assert policy.dtype == "bfloat16"
+    assert policy.attn_implementation == "flash_attention_2"
+    assert data.dataset_mixer == {"some/rewards": 1.0}
+    assert args.dataset_num_proc == 12
+    assert args.alpha == 1e-4
+    assert args.eval_strategy == "steps"
+    assert args.warmup_steps == 0.1
+    assert args.get_warmup_steps(100) == 10
+    assert args.max_prompt_length == 512
+    for old in ("torch_dtype", "use_flash_attention_2", "preprocessing_num_workers", "temperature_alpha",
+                "evaluation_strategy", "warmup_ratio"):  # fmt: skip
+        assert sum(f" {old} is now called" in message for message in caplog.messages) == 1
+
+
+def test_old_keys_work_on_the_command_line_and_win_over_the_recipe(tmp_path):
+    _, _, _, args = parse(tmp_path, MINIMAL | {"alpha": 0.5}, "--temperature_alpha=0.25")
+    assert args.alpha == 0.25
+
+
+def test_handbook_losses_and_flash_attention_off(tmp_path):
+    recipe = MINIMAL | {"loss_type": "sigmoid", "use_flash_attention_2": False}
+    _, policy, _, args = parse(tmp_path, recipe)
+    assert args.loss_type == "DPO"
+    assert policy.attn_implementation is None
+
+
+def test_handbook_2025_mixture(tmp_path):
+    mixture = {"datasets": [{"id": "x", "config": "default", "split": "train", "weight": 0.5}], "test_split_size": 10}
+    recipe = {k: v for k, v in MINIMAL.items() if k != "train_file"} | {"dataset_mixture": mixture}
+    data, *_ = parse(tmp_path, recipe)
+    assert data.dataset_mixture == mixture
+
+
+def test_every_old_key_leads_to_a_known_key():
+    known = {name for config in TYPES for name in config.__dataclass_fields__}
+    assert {new for new in OLD_KEYS.values() if new} <= known
+    assert not set(OLD_KEYS) & known, "a key cannot be old and known"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "message"),
+    [
+        (MINIMAL | {"betta": 0.1}, [], r"recipe.yaml: unknown key 'betta'; did you mean 'beta'\?"),
+        (MINIMAL, ["--los_type=NCA"], r"command line: unknown key 'los_type'; did you mean 'loss_type'\?"),
+        (MINIMAL, ["--bet=1"], "unknown key 'bet'"),
+        (MINIMAL, ["beta=1"], "write --key=value"),
+        (MINIMAL | {"loss_type": "foo"}, [], "unknown loss 'foo'"),
+        (MINIMAL | {"alpha": -1}, [], "alpha: must be >= 0"),
+        (MINIMAL, ["--beta=0"], "beta: must be > 0"),
+        (MINIMAL | {"lora_r": "many"}, [], r"recipe.yaml: argument --lora_r\S*: invalid int value: 'many'"),
+        (MINIMAL, ["--beta=much"], "command line: argument --beta: invalid float value: 'much'"),
+        (MINIMAL | {"eval_strategy": "sometimes"}, [], "eval_strategy"),
+        (MINIMAL | {"load_in_4bit": True}, [], "set use_peft: true"),
+        ({"model_name_or_path": "m", "output_dir": "o"}, [], "no training data"),
+        ({"train_file": "t", "output_dir": "o"}, [], "no model given"),
+        ("a: [1", [], "not valid YAML"),
+        ("- a\n- b", [], "a recipe is a mapping"),
+        ("", [], "a recipe is a mapping"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, recipe, overrides, message):
+    with pytest.raises(UserError, match=message):
+        parse(tmp_path, recipe, *overrides)
+
+
+def test_no_recipe_and_missing_recipe():
+    with pytest.raises(UserError, match="no recipe given"):
+        parse_recipe(["--beta=1"], TYPES)
+    with pytest.raises(UserError, match="nowhere.yaml: cannot be read"):
+        parse_recipe(["nowhere.yaml"], TYPES)
+
+
+def test_resolved_recipe_parses_again(tmp_path):
+    from alignment.output import start_output
+
+    configs = parse(tmp_path, MINIMAL | {"output_dir": str(tmp_path / "out"), "alpha": 0.3})
+    start_output(str(tmp_path / "out"), configs, overwrite=False)
+    again = parse_recipe([str(Path(tmp_path) / "out" / "recipe.yaml")], TYPES)
+    assert again[3].alpha == 0.3
+    assert json.dumps(again[0].__dict__) == json.dumps(configs[0].__dict__)

@@ -1,0 +1,231 @@
+"""The entry scripts on a tiny model: whole runs, what they leave behind, and what a user's mistake gets."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from alignment.errors import UserError
+from nca_trainer import NCATrainer, PairwiseNCATrainer
+from run_reward import align
+from tests.conftest import ROOT, SHARED, needs_shared
+
+WORDS = "Paris Rome is was the capital of France Italy and a city not far from here".split()
+
+
+def text(rng, most):
+    return " ".join(rng.choices(WORDS, k=rng.randint(1, most)))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Folder with reward rows of K = 2 to 5 (train, eval), pairs, and a reward function."""
+    folder, rng = tmp_path_factory.mktemp("data"), random.Random(0)
+    for name, n in [("train", 24), ("eval", 5)]:
+        with open(folder / f"{name}.jsonl", "w") as rewards, open(folder / f"{name}_pairs.jsonl", "w") as pairs:
+            for i in range(n):
+                texts = [text(rng, 12) for _ in range(2 + i % 4)]
+                row = {"prompt": text(rng, 9), "responses": texts, "scores": [rng.random() for _ in texts]}
+                rewards.write(json.dumps(row) + "\n")
+                pairs.write(json.dumps({"prompt": row["prompt"], "chosen": texts[0], "rejected": texts[1]}) + "\n")
+    (folder / "score.py").write_text(
+        "def words(prompts, completions, **columns):\n    return [len(c[0]['content'].split()) for c in completions]\n"
+    )
+    return folder
+
+
+@pytest.fixture
+def recipe(tmp_path, data, tiny_model):
+    """Path of a recipe of six short steps; `out` beside it is its output folder."""
+    settings = {
+        "model_name_or_path": tiny_model, "train_file": str(data / "train.jsonl"), "eval_file": str(data / "eval.jsonl"),
+        "output_dir": str(tmp_path / "out"), "use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj", "v_proj"],
+        "loss_type": "NCA", "beta": 0.1, "alpha": 0.2, "learning_rate": 1e-2, "max_steps": 6, "logging_steps": 1,
+        "per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 3, "gradient_checkpointing": False,
+        "report_to": "none", "disable_tqdm": True, "seed": 3,
+    }  # fmt: skip
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def reward(recipe, *flags):
+    align([str(recipe), *flags], NCATrainer, pairs=False)
+
+
+def preference(recipe, *flags):
+    align([str(recipe), *flags], PairwiseNCATrainer, pairs=True)
+
+
+def losses(folder):
+    history = json.loads((Path(folder) / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def shell(command, **env):
+    return subprocess.run(command, cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=300)
+
+
+def test_a_whole_run_and_what_it_leaves(recipe, data, capsys):
+    out = recipe.parent / "out"
+    reward(recipe, f"--reward_function={data}/score.py:words", "--max_new_tokens=5", "--num_eval_samples=2")
+    printed = capsys.readouterr().out
+    assert "Global batch: 4 per device x 1 accumulation x 1 processes = 4 prompts a step" in printed
+    assert "train: 24 of 24 rows kept" in printed
+    for line in ("held-out score (95 %)", "difference (95 %)", "verdict", "mean length", "log p(best response)",
+                 "seconds", "peak memory", "files"):  # fmt: skip
+        assert line in printed
+    names = {path.name for path in out.iterdir()}
+    assert {
+        "recipe.yaml", "plan.json", "data_report.json", "trainer_state.json", "train_results.json", "eval_results.json",
+        "samples_before.json", "samples_after.json", "README.md", "adapter_model.safetensors", "tokenizer.json",
+        "chat_template.jinja", "checkpoint-3", "checkpoint-6",
+    } <= names  # fmt: skip
+    assert json.loads((out / "plan.json").read_text())["num_steps"] == 6
+    assert yaml.safe_load((out / "recipe.yaml").read_text())["beta"] == 0.1
+    assert losses(out)[0] == pytest.approx(1.3863, abs=1e-4)
+    samples = json.loads((out / "samples_after.json").read_text())
+    assert len(samples) == 5
+    assert all(len(row["samples"]) == len(row["scores"]) == 2 for row in samples)
+    results = json.loads((out / "train_results.json").read_text())
+    assert results["eval"]["eval_loss"] > 0
+    assert results["samples"]["num_prompts"] == 5
+
+
+def test_a_finished_run_is_not_overwritten_unasked(recipe):
+    reward(recipe, "--max_steps=1")
+    marker = recipe.parent / "out" / "plan.json"
+    before = marker.read_bytes()
+    with pytest.raises(UserError, match="holds a finished run"):
+        reward(recipe, "--max_steps=2")
+    assert marker.read_bytes() == before
+    reward(recipe, "--max_steps=2", "--overwrite_output_dir=true")
+    assert json.loads(marker.read_text())["num_steps"] == 2
+
+
+def test_resumed_equals_uninterrupted(recipe, tmp_path):
+    reward(recipe)
+    whole, out = losses(tmp_path / "out"), tmp_path / "killed"
+    reward(recipe, f"--output_dir={out}")
+    (out / "train_results.json").unlink()
+    for path in (out / "checkpoint-6").iterdir():  # as if the machine had died after step 3
+        path.unlink()
+    (out / "checkpoint-6").rmdir()
+    with pytest.raises(UserError, match="unfinished run; go on with --resume_from_checkpoint=true"):
+        reward(recipe, f"--output_dir={out}")
+    reward(recipe, f"--output_dir={out}", "--resume_from_checkpoint=true")
+    assert losses(out) == pytest.approx(whole, abs=1e-6)
+    assert (out / "train_results.json").exists()
+    reward(recipe, f"--output_dir={tmp_path / 'third'}", f"--resume_from_checkpoint={tmp_path}/out/checkpoint-3")
+    assert losses(tmp_path / "third") == pytest.approx(whole, abs=1e-6)
+
+
+@pytest.mark.parametrize("script", ["run_reward.py", "run_preference.py"])
+def test_two_processes_equal_one(recipe, tmp_path, data, script):
+    pairs = "_pairs" if script == "run_preference.py" else ""
+    files = [f"--train_file={data}/train{pairs}.jsonl", f"--eval_file={data}/eval{pairs}.jsonl", "--eval_strategy=steps",
+             "--eval_steps=3", "--per_device_eval_batch_size=2"]  # fmt: skip
+    (preference if pairs else reward)(recipe, *files)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file",
+              "alignment-handbook/recipes/accelerate_configs/multi_gpu.yaml", "--num_processes=2",
+              f"--main_process_port={random.randint(20000, 40000)}"]  # fmt: skip
+    run = shell([*launch, script, str(recipe), *files, f"--output_dir={tmp_path}/two",
+                 "--per_device_train_batch_size=1", "--gradient_accumulation_steps=2"])  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "1 per device x 2 accumulation x 2 processes = 4 prompts a step" in run.stdout
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "out"), abs=1e-4)
+    one, two = (json.loads((tmp_path / d / "train_results.json").read_text())["eval"] for d in ("out", "two"))
+    for key, value in one.items():
+        if key.startswith(("eval_loss", "eval_rewards", "eval_logps")):
+            assert two[key] == pytest.approx(value, abs=1e-3), key
+
+
+@pytest.mark.parametrize("loss", ["NCA", "dpo", "InfoNCA", "biasednca"])
+def test_preference_losses(recipe, data, loss):
+    preference(
+        recipe, f"--train_file={data}/train_pairs.jsonl", f"--eval_file={data}/eval_pairs.jsonl", f"--loss_type={loss}",
+        "--max_steps=2",
+    )  # fmt: skip
+    start = {"nca": 1.38629, "biasednca": 1.38629, "dpo": 0.69315, "infonca": 0.69315}[loss.lower()]
+    assert losses(recipe.parent / "out")[0] == pytest.approx(start, abs=1e-5)
+
+
+def test_full_finetuning_writes_a_model(recipe):
+    reward(recipe, "--use_peft=false", "--max_steps=2", "--learning_rate=1e-4")
+    assert (recipe.parent / "out" / "model.safetensors").exists()
+
+
+def test_qlora_on_a_cpu(recipe):
+    reward(recipe, "--load_in_4bit=true", "--max_steps=2", "--optim=paged_adamw_32bit")
+    assert losses(recipe.parent / "out")[0] == pytest.approx(1.3863, abs=1e-4)
+    assert (recipe.parent / "out" / "adapter_model.safetensors").exists()
+
+
+def test_without_held_out_rows(recipe, data, tmp_path):
+    settings = yaml.safe_load(recipe.read_text())
+    del settings["eval_file"]
+    recipe.write_text(yaml.safe_dump(settings | {"eval_strategy": "steps"}))
+    reward(recipe, "--max_steps=1")
+    assert json.loads((tmp_path / "out" / "train_results.json").read_text())["eval"] is None
+
+
+def test_show_batch_prints_a_group_and_stops(recipe, capsys):
+    reward(recipe, "--show_batch=true")
+    printed = capsys.readouterr().out
+    assert "<|im_start|>user" in printed
+    assert "response 2, score" in printed
+    assert not (recipe.parent / "out").exists()
+
+
+@needs_shared
+@pytest.mark.parametrize(
+    ("name", "start"),
+    [
+        ("alpacaeval_reward", reward),
+        ("alpacaeval_ragged", reward),
+        ("ultrafeedback_format", reward),
+        ("pairwise", reward),
+        ("pairwise", preference),
+    ],
+)
+def test_shared_formats_train(recipe, tmp_path, name, start):
+    files = [f"--{part}_file={SHARED}/data/{name}_{part}.jsonl.gz" for part in ("train", "eval")]
+    start(recipe, *files, "--max_steps=1", "--max_length=200", "--max_prompt_length=64", "--per_device_train_batch_size=2",
+          "--per_device_eval_batch_size=64")  # fmt: skip
+    assert losses(tmp_path / "out")[0] == pytest.approx(1.3863, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--betta=1"], "unknown key 'betta'; did you mean 'beta'"),
+        (["--loss_type=foo"], "unknown loss"),
+        (["--loss_type=DPO"], "DPO and biasedNCA compare two responses, and row 2 has 3"),
+        (["--model_name_or_path=models/nowhere"], "'models/nowhere' is neither a folder with a model nor a Hub id"),
+        (["--train_file=nowhere.jsonl"], "nowhere.jsonl: no such file"),
+        (["--max_length=5"], "no row is left"),
+        (["--reward_function=nowhere.py:f"], "names no file"),
+        (["--chat_template=nowhere.jinja"], "no such file"),
+        (["--resume_from_checkpoint=true"], "no checkpoint-N"),
+        (["--resume_from_checkpoint=/nowhere"], "holds no checkpoint"),
+    ],
+)
+def test_mistakes_end_the_run_before_anything_is_written(recipe, flags, message):
+    with pytest.raises(UserError, match=message):
+        reward(recipe, *flags)
+    assert not (recipe.parent / "out").exists()
+
+
+def test_exit_code_two_and_one_line(recipe):
+    run = shell([sys.executable, "run_reward.py", str(recipe), "--los_type=NCA"])
+    assert run.returncode == 2
+    assert (
+        run.stderr.strip().splitlines()[-1] == "error: command line: unknown key 'los_type'; did you mean 'loss_type'?"
+    )
+    assert "Traceback" not in run.stderr
+    assert run.stdout == ""
