@@ -150,7 +150,7 @@ def test_order_of_responses_does_not_matter(group, random):
         torch.testing.assert_close(straight, shuffled)
 
 
-@given(groups(), st.integers(1, 4), st.sampled_from([0.0, 1e30, -1e30]))
+@given(groups(), st.integers(1, 4), st.sampled_from([0.0, 1e30, -math.inf, math.nan]))
 @settings(deadline=None, max_examples=50)
 def test_padded_equals_absent_in_loss_and_gradient(group, extra, junk):
     rewards, scores = group

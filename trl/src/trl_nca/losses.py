@@ -94,10 +94,9 @@ def nca_loss(rewards: Tensor, targets: Tensor, response_mask: Tensor | None = No
     References:
         arXiv 2402.05369, section 4.
     """
-    real = torch.ones_like(rewards) if response_mask is None else response_mask.to(rewards.dtype)
+    rewards, real = _real_rewards(rewards, response_mask)
     noise = real / real.sum(dim=-1, keepdim=True)  # (B, K), 1/K over the real responses
-    terms = targets * logsigmoid(rewards) + noise * logsigmoid(-rewards)
-    return -(terms * real).sum(dim=-1)
+    return -(targets * logsigmoid(rewards) + noise * logsigmoid(-rewards)).sum(dim=-1)
 
 
 def dpo_loss(rewards: Tensor, targets: Tensor, response_mask: Tensor | None = None) -> Tensor:
@@ -149,9 +148,16 @@ def biased_nca_loss(rewards: Tensor, targets: Tensor, response_mask: Tensor | No
         The pairwise variant of the training scripts of arXiv 2402.05369.
     """
     _check_pairs("biasedNCA", rewards, response_mask)
-    real = torch.ones_like(rewards) if response_mask is None else response_mask.to(rewards.dtype)
+    rewards, real = _real_rewards(rewards, response_mask)
     terms = targets * logsigmoid(rewards) + (1 - targets) * logsigmoid(-rewards)
-    return -(terms * real).sum(dim=-1)
+    return -(real * terms).sum(dim=-1)
+
+
+def _real_rewards(rewards: Tensor, response_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rewards with 0 for padding, whatever stood there, and the mask as numbers. Both of shape (B, K)."""
+    if response_mask is None:
+        return rewards, torch.ones_like(rewards)
+    return rewards.masked_fill(~response_mask, 0.0), response_mask.to(rewards.dtype)
 
 
 def _check_pairs(name: str, rewards: Tensor, response_mask: Tensor | None) -> None:
