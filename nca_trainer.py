@@ -7,7 +7,7 @@ The trainers override named seams of trl 1.16's `DPOTrainer` only; tests/test_up
 """
 
 import contextlib
-import warnings
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,12 +22,12 @@ from trl.data_utils import extract_prompt
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
-from trl_nca import shared_prompt
 from trl_nca.collate import GroupCollator
 from trl_nca.logps import response_logps
 from trl_nca.losses import LOSSES, reward_targets
 from trl_nca.metrics import group_metrics
 from trl_nca.responses import TOKENIZED_FEATURES, tokenize_dataset
+from trl_nca.shared_prompt import share_prompts
 
 #: `DPOConfig` keys that act inside upstream's loss or forward, which these trainers replace: (key, neutral value).
 UNSUPPORTED = [
@@ -183,6 +183,7 @@ class NCATrainer(DPOTrainer):
 
     def _to_groups(self, dataset: Dataset) -> Dataset:
         """Rows of `prompt`, `responses`, `scores` from the columns that this trainer takes."""
+        _check_columns(dataset, {"prompt", "responses", "scores"})
         return dataset
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -194,35 +195,21 @@ class NCATrainer(DPOTrainer):
         scores[:, 0] += self.args.tie_break
         return reward_targets(scores, self.args.alpha, response_mask)
 
-    @property
+    @functools.cached_property
     def _shared_prompt(self) -> bool:
-        """Whether batches run packed. Decided at the first batch, when policy and reference are there."""
-        if not hasattr(self, "_packed"):
-            models = [self.accelerator.unwrap_model(m) for m in (self.model, self.ref_model) if m is not None]
-            models = [m.get_base_model() if is_peft_model(m) else m for m in models]
-            reason = next(filter(None, map(shared_prompt.why_not, models)), None)
-            if is_peft_model(self.model) and self.model.active_peft_config.is_prompt_learning:
-                reason = "its adapter puts virtual tokens before the prompt"
-            if self.args.shared_prompt == "true" and reason:
-                raise ValueError(f"shared_prompt: this model cannot share prompts: {reason}; set it to auto or false")
-            self._packed = self.args.shared_prompt != "false" and reason is None
-            if self._packed:
-                for model in models:
-                    shared_prompt.use_shared_prompt(model)
-            elif self.args.shared_prompt == "auto":
-                warnings.warn(f"Prompts are not shared and rows are padded: {reason}", stacklevel=2)
-        return self._packed
+        """Whether batches run packed. Decided at the first batch, when policy and reference are both there."""
+        models = [self.accelerator.unwrap_model(m) for m in (self.model, self.ref_model) if m is not None]
+        return share_prompts(models, self.args.shared_prompt)
 
     def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """Summed log-probs of the responses under the reference. Shape (B, K), no gradient."""
-        packed = self._shared_prompt
         adapter = contextlib.nullcontext()
         if self.ref_model is None and is_peft_model(self.model):
             policy = self.accelerator.unwrap_model(self.model)
             adapter = use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None)
         checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
         with torch.no_grad(), checkpointing, adapter, self.accelerator.autocast():
-            return response_logps(model, inputs, packed)
+            return response_logps(model, inputs, self._shared_prompt)
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         loader = DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator, shuffle=False)
@@ -294,6 +281,7 @@ class PairwiseNCATrainer(NCATrainer):
     """
 
     def _to_groups(self, dataset: Dataset) -> Dataset:
+        _check_columns(dataset, {"chosen", "rejected"})
         if "prompt" not in dataset.column_names:
             dataset = dataset.map(extract_prompt, desc="Extracting prompts")
         return dataset.map(
@@ -304,3 +292,8 @@ class PairwiseNCATrainer(NCATrainer):
 
     def _targets(self, scores: Tensor, response_mask: Tensor) -> Tensor:
         return reward_targets(scores, 0.0, response_mask)  # one-hot on chosen
+
+
+def _check_columns(dataset: Dataset, needed: set[str]) -> None:
+    if not needed <= set(dataset.column_names):
+        raise ValueError(f"needs columns {', '.join(sorted(needed))}; found {', '.join(dataset.column_names)}")

@@ -16,6 +16,7 @@ Any key of a recipe is a flag: `--help` lists them. Bad input ends with exit cod
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
@@ -78,10 +79,14 @@ def align(argv: Sequence[str], trainer_class: type[NCATrainer], pairs: bool) -> 
         output.write_json(args.output_dir, "plan.json", plan.as_dict())
         output.write_json(args.output_dir, "data_report.json", report)
 
+    # One process cannot sample from weights that are spread over several.
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    samples_wanted = reward_function is not None and "eval" in raw and not sharded
+
     def sample(when: str) -> list[dict[str, Any]] | None:
         """Scored samples on held-out prompts, drawn by the main process; kept in `samples_{when}.json`."""
         scored = None
-        if reward_function and "eval" in raw and is_main:
+        if samples_wanted and is_main:
             policy, prompts = trainer.accelerator.unwrap_model(trainer.model), raw["eval"]["prompt"]
             scored = sample_and_score(policy, tokenizer, prompts, reward_function, run_config, args.seed, when)
             output.write_json(args.output_dir, f"samples_{when}.json", scored)
@@ -92,6 +97,7 @@ def align(argv: Sequence[str], trainer_class: type[NCATrainer], pairs: bool) -> 
     train_metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     trainer.save_model()
     trainer.save_state()
+    trainer.create_model_card(model_name=Path(args.output_dir).name)
     eval_metrics = trainer.evaluate() if "eval" in rows else None
     after = sample("after")
     if is_main:

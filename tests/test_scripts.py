@@ -43,7 +43,8 @@ def data(tmp_path_factory):
 def recipe(tmp_path, data, tiny_model):
     """Path of a recipe of six short steps; `out` beside it is its output folder."""
     settings = {
-        "model_name_or_path": tiny_model, "train_file": str(data / "train.jsonl"), "eval_file": str(data / "eval.jsonl"),
+        "model_name_or_path": tiny_model,
+        "train_file": str(data / "train.jsonl"), "eval_file": str(data / "eval.jsonl"),
         "output_dir": str(tmp_path / "out"), "use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj", "v_proj"],
         "loss_type": "NCA", "beta": 0.1, "alpha": 0.2, "learning_rate": 1e-2, "max_steps": 6, "logging_steps": 1,
         "per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 3, "gradient_checkpointing": False,
@@ -128,8 +129,8 @@ def test_resumed_equals_uninterrupted(recipe, tmp_path):
 @pytest.mark.parametrize("script", ["run_reward.py", "run_preference.py"])
 def test_two_processes_equal_one(recipe, tmp_path, data, script):
     pairs = "_pairs" if script == "run_preference.py" else ""
-    files = [f"--train_file={data}/train{pairs}.jsonl", f"--eval_file={data}/eval{pairs}.jsonl", "--eval_strategy=steps",
-             "--eval_steps=3", "--per_device_eval_batch_size=2"]  # fmt: skip
+    files = [f"--train_file={data}/train{pairs}.jsonl", f"--eval_file={data}/eval{pairs}.jsonl"]
+    files += ["--eval_strategy=steps", "--eval_steps=3", "--per_device_eval_batch_size=2"]
     (preference if pairs else reward)(recipe, *files)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file",
               "alignment-handbook/recipes/accelerate_configs/multi_gpu.yaml", "--num_processes=2",
@@ -195,8 +196,8 @@ def test_show_batch_prints_a_group_and_stops(recipe, capsys):
 )
 def test_shared_formats_train(recipe, tmp_path, name, start):
     files = [f"--{part}_file={SHARED}/data/{name}_{part}.jsonl.gz" for part in ("train", "eval")]
-    start(recipe, *files, "--max_steps=1", "--max_length=200", "--max_prompt_length=64", "--per_device_train_batch_size=2",
-          "--per_device_eval_batch_size=64")  # fmt: skip
+    limits = ["--max_steps=1", "--max_length=200", "--max_prompt_length=64", "--per_device_train_batch_size=2"]
+    start(recipe, *files, *limits, "--per_device_eval_batch_size=64")
     assert losses(tmp_path / "out")[0] == pytest.approx(1.3863, abs=1e-4)
 
 

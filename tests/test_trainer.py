@@ -242,3 +242,10 @@ def test_a_model_that_cannot_share_prompts_says_so(tmp_path):
     trainer.model.set_attn_implementation("eager")
     with pytest.raises(ValueError, match="cannot share prompts"):
         trainer.train()
+
+
+def test_missing_columns_are_named(tmp_path):
+    with pytest.raises(ValueError, match="needs columns prompt, responses, scores; found chosen, prompt, rejected"):
+        make_trainer(tmp_path, pair_rows(2).select_columns(["chosen", "prompt", "rejected"]))
+    with pytest.raises(ValueError, match="needs columns chosen, rejected"):
+        make_trainer(tmp_path, reward_rows(2), PairwiseNCATrainer)

@@ -22,7 +22,7 @@ def response_logps(model: nn.Module, batch: Batch, shared_prompt: bool) -> Tenso
     Args:
         model: A causal language model, bare or wrapped (PEFT, DDP, FSDP, DeepSpeed).
         batch: Packed groups from `GroupCollator`.
-        shared_prompt: Run packed, each prompt once; the model must have been given to `use_shared_prompt`. Else every
+        shared_prompt: Run packed, each prompt once; `share_prompts` must have said that it can. Else every
             response is run in a padded row of its own, behind its own copy of the prompt.
 
     Returns:

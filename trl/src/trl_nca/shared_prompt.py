@@ -6,12 +6,15 @@ score products in place of sum_k (P + L_k)^2, and no masked response-response bl
 Legend: H heads, T packed tokens, D head dimension, P tokens of a prompt, L of a response.
 """
 
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -105,8 +108,37 @@ AttentionInterface.register(NAME, shared_prompt_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def why_not(model: PreTrainedModel) -> str | None:
+def share_prompts(models: Sequence[nn.Module], mode: str = "auto") -> bool:
+    """Switches models over to packed groups, if all of them can. Sampling, and batches without a layout, run as before.
+
+    Args:
+        models: Policy and, where it is a model of its own, reference; plain or wrapped by PEFT.
+        mode: "true", "false", or "auto": true where the models can, else a warning.
+
+    Returns:
+        Whether they run packed groups now.
+
+    Raises:
+        ValueError: The mode is "true" and a model cannot; says why.
+    """
+    reason = next(filter(None, map(why_not, models)), None)
+    if mode == "false":
+        return False
+    if reason is not None:
+        if mode == "true":
+            raise ValueError(f"shared_prompt: this model cannot share prompts: {reason}; set it to auto or false")
+        warnings.warn(f"Prompts are not shared and rows are padded: {reason}", stacklevel=2)
+        return False
+    for model in models:
+        _base(model).set_attn_implementation(NAME)
+    return True
+
+
+def why_not(model: nn.Module) -> str | None:
     """Why this model cannot run packed groups; None when it can."""
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        return "its adapter puts virtual tokens before the prompt"
+    model = _base(model)
     config = model.config.get_text_config()
     if config._attn_implementation not in ("sdpa", NAME):
         return f"its attention is {config._attn_implementation!r}, and packing is written for 'sdpa'"
@@ -118,6 +150,5 @@ def why_not(model: PreTrainedModel) -> str | None:
     return None
 
 
-def use_shared_prompt(model: PreTrainedModel) -> None:
-    """Switches a model's attention over. Batches without a layout and sampling run as before."""
-    model.set_attn_implementation(NAME)
+def _base(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
