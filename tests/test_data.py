@@ -7,8 +7,9 @@ import math
 import pytest
 from datasets import Dataset, DatasetDict
 
-from alignment.data import DataConfig, check_rows, load_groups, to_group
+from alignment.data import DataConfig, check_rows, load_groups
 from alignment.errors import UserError
+from alignment.formats import to_group, to_pair
 from tests.conftest import SHARED, needs_shared
 
 USER = [{"role": "user", "content": "Capital of France?"}]
@@ -74,7 +75,17 @@ def test_more_than_ten_numbered_responses_keep_their_order():
     ],
 )
 def test_pairs_have_the_better_one_first(row):
-    assert to_group(row, "here", pairs=True) == PAIR | {"scores": [1.0, 0.0]}
+    assert to_pair(to_group(row, "here", pairs=True), "here") == PAIR | {"scores": [1.0, 0.0]}
+
+
+def test_pairs_are_made_of_more_responses_when_asked():
+    with pytest.raises(UserError, match="set make_pairs to best_worst or best_random"):
+        to_pair(GROUP, "here")
+    assert to_pair(GROUP, "here", "best_worst")["responses"] == ["Paris", "Rome"]
+    drawn = [to_pair(GROUP | {"responses": ["Rome", "Paris", f"Oslo {i}"]}, "here", "best_random") for i in range(20)]
+    assert all(pair["responses"][0] == "Paris" for pair in drawn)
+    assert {pair["responses"][1][:4] for pair in drawn} == {"Rome", "Oslo"}
+    assert to_pair(GROUP, "here", "best_random") == to_pair(GROUP, "here", "best_random")
 
 
 def test_multi_turn_pairs_keep_every_turn_of_the_prompt():

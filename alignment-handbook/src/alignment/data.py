@@ -1,38 +1,22 @@
-"""Reward data from files, folders and the Hub, as rows of `prompt` (messages), `responses` (texts), `scores`.
+"""Reward data from files, folders and the Hub: which sources there are, and how they are mixed and split.
 
-Formats are recognised by their columns:
-
-- list form: `prompt` (text or messages), `responses` (texts or message lists), `scores` (or `rewards`);
-- the 2024 form: `A0`, `A1`, ... (texts or message lists) and `score_A0`, `score_A1`, ...;
-- pairs: `chosen`, `rejected` (texts or message lists), with `prompt` or with it inside them, and for reward data
-  `score_chosen`, `score_rejected`.
+What a row may look like is in `alignment.formats`.
 """
 
 import gzip
 import json
-import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_datasets, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
 from alignment.errors import UserError
-
-Row = dict[str, Any]
-Messages = list[dict[str, str]]
-
-GROUP_FEATURES = Features(
-    {
-        "prompt": List({"role": Value("string"), "content": Value("string")}),
-        "responses": List(Value("string")),
-        "scores": List(Value("float64")),
-    }
-)
+from alignment.formats import GROUP_FEATURES, Row, to_group, to_pair
 
 
 @dataclass
@@ -64,6 +48,15 @@ class DataConfig:
         },
     )
 
+    make_pairs: str | None = field(
+        default=None,
+        metadata={
+            "help": "How run_preference.py makes a pair of a row with more than two responses: best_worst, or "
+            "best_random (the best against another, drawn by a hash of the row).",
+            "choices": ["best_worst", "best_random"],
+        },
+    )
+
     def __post_init__(self) -> None:
         for key in ("dataset_mixer", "dataset_mixture"):
             value = getattr(self, key)
@@ -81,7 +74,8 @@ def load_groups(config: DataConfig, pairs: bool = False) -> dict[str, Dataset]:
 
     Args:
         config: Where they come from.
-        pairs: Take them as preference pairs: two responses, the better one first, scores 1 and 0.
+        pairs: Take them as preference pairs: two responses, the better one first, scores 1 and 0. Rows with more
+            responses need `config.make_pairs`.
 
     Returns:
         `train` and, where there are held-out rows, `eval`: data sets with the columns of `GROUP_FEATURES`.
@@ -89,11 +83,12 @@ def load_groups(config: DataConfig, pairs: bool = False) -> dict[str, Dataset]:
     Raises:
         UserError: A source is not there, has no train split, or a row cannot be used; names the file and row.
     """
+    load = partial(_load_source, form="pairs" if pairs else "rewards", make_pairs=config.make_pairs)
     if config.train_file is not None:
         files = {"train": config.train_file, "eval": config.eval_file}
-        return {name: _load_source(file, None, pairs) for name, file in files.items() if file is not None}
+        return {name: load(file) for name, file in files.items() if file is not None}
     if config.dataset_mixture:
-        return _load_mixture(config.dataset_mixture, pairs)
+        return _load_mixture(config.dataset_mixture, load)
     splits = config.dataset_splits or ["train", "test"]
     if not any("train" in split for split in splits):
         raise UserError(f"dataset_splits: no train split in {splits}; one name must contain 'train'")
@@ -104,20 +99,20 @@ def load_groups(config: DataConfig, pairs: bool = False) -> dict[str, Dataset]:
         name = config.dataset_configs[i] if config.dataset_configs else None
         for split in splits:
             if "train" in split:
-                part = _load_source(path, split, pairs, name)
+                part = load(path, split, name)
                 parts["train"].append(part.select(range(round(len(part) * fraction))))
             elif not Path(path).is_file():  # a file is one split
-                parts["eval"].append(_load_source(path, split, pairs, name))
+                parts["eval"].append(load(path, split, name))
     return {name: concatenate_datasets(found) for name, found in parts.items() if found}
 
 
-def _load_mixture(mixture: dict[str, Any], pairs: bool) -> dict[str, Dataset]:
+def _load_mixture(mixture: dict[str, Any], load: Callable[..., Dataset]) -> dict[str, Dataset]:
     sources = mixture.get("datasets")
     if not sources or not all(isinstance(source, dict) and "id" in source for source in sources):
         raise UserError("dataset_mixture: 'datasets' must be a list of sources, each with an 'id'")
     parts = []
     for source in sources:
-        part = _load_source(source["id"], source.get("split", "train"), pairs, source.get("config"))
+        part = load(source["id"], source.get("split", "train"), source.get("config"))
         parts.append(part.select(range(round(len(part) * source.get("weight", 1.0)))))
     rows = concatenate_datasets(parts)
     if mixture.get("test_split_size") is None:
@@ -150,10 +145,12 @@ def check_rows(rows: Dataset, only_pairs: bool, template: str | None) -> None:
             )
 
 
-def _load_source(path: str, split: str | None, pairs: bool, name: str | None = None) -> Dataset:
+def _load_source(
+    path: str, split: str | None = None, name: str | None = None, *, form: str, make_pairs: str | None
+) -> Dataset:
     files = _local_files(path, split)
     stamps = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]  # part of the cache's key
-    read = partial(_groups_of, path, split, name, pairs, stamps)
+    read = partial(_groups_of, path, split, name, form, make_pairs, stamps)
     try:
         rows = Dataset.from_generator(read, features=GROUP_FEATURES)
     except DatasetGenerationError as error:
@@ -181,9 +178,12 @@ def _local_files(path: str, split: str | None) -> list[Path]:
     return []
 
 
-def _groups_of(path: str, split: str | None, name: str | None, pairs: bool, stamps: list[Any]) -> Iterator[Row]:
+def _groups_of(
+    path: str, split: str | None, name: str | None, form: str, make_pairs: str | None, stamps: list[Any]
+) -> Iterator[Row]:
     for where, row in _read(path, split, name):
-        yield to_group(row, where, pairs)
+        group = to_group(row, where, form == "pairs")
+        yield to_pair(group, where, make_pairs) if form == "pairs" else group
 
 
 def _read(path: str, split: str | None, name: str | None) -> Iterator[tuple[str, Row]]:
@@ -239,82 +239,3 @@ def _open_table(path: str, split: str | None, name: str | None) -> Dataset:
     if split not in table:
         raise UserError(f"{path}: no split {split!r}; it has {', '.join(table)}: set dataset_splits")
     return table[split]
-
-
-def to_group(row: Row, where: str, pairs: bool = False) -> Row:
-    """One row of any known format as `prompt`, `responses`, `scores`.
-
-    Args:
-        row: The row as it was read.
-        where: Names file and row, for errors.
-        pairs: Return two responses, the better one first, with scores 1 and 0.
-
-    Raises:
-        UserError: Columns are missing, there are fewer than two responses, or a value cannot be used.
-    """
-    if "responses" in row and ("scores" in row or "rewards" in row):
-        responses, scores = row["responses"], row.get("scores", row.get("rewards"))
-    elif "A0" in row and "score_A0" in row:
-        names = sorted((k for k in row if re.fullmatch(r"A\d+", k)), key=lambda k: int(k[1:]))
-        names = [k for k in names if row[k] is not None]  # tables fill ragged rows up with nulls
-        responses, scores = [row[k] for k in names], [row.get(f"score_{k}") for k in names]
-    elif "chosen" in row and "rejected" in row and (pairs or "score_chosen" in row):
-        responses = [row["chosen"], row["rejected"]]
-        scores = [1.0, 0.0] if pairs else [row["score_chosen"], row.get("score_rejected")]
-    else:
-        wanted = "chosen and rejected" if pairs else "prompt, responses and scores (or A0, score_A0, ...)"
-        raise UserError(f"{where}: needs columns {wanted}; found {', '.join(row) or 'none'}")
-    if not isinstance(responses, list) or not isinstance(scores, list) or len(responses) != len(scores):
-        raise UserError(f"{where}: responses and scores must be lists of the same length")
-    if len(responses) < 2:
-        raise UserError(f"{where}: {len(responses)} response; at least two are needed to compare: remove the row")
-    scores = [_score(score, k, where) for k, score in enumerate(scores)]
-    prompt, texts = _split_prompt(row.get("prompt"), responses, where)
-    if pairs:
-        if len(texts) > 2:
-            raise UserError(f"{where}: {len(texts)} responses; a pair has two: use run_reward.py for more")
-        better = int(scores[1] > scores[0])
-        texts, scores = [texts[better], texts[1 - better]], [1.0, 0.0]
-    return {"prompt": prompt, "responses": texts, "scores": scores}
-
-
-def _score(score: Any, k: int, where: str) -> float:
-    if isinstance(score, bool) or not isinstance(score, int | float):
-        shown = "null" if score is None else repr(score)
-        raise UserError(f"{where}: the score of response {k + 1} is {shown}, not a number: mend or remove the row")
-    if not math.isfinite(score):
-        raise UserError(f"{where}: the score of response {k + 1} is {score}, not finite: mend or remove the row")
-    return float(score)
-
-
-def _split_prompt(prompt: Any, responses: list[Any], where: str) -> tuple[Messages, list[str]]:
-    """Prompt messages and response texts, wherever the prompt stands: in its column or in the conversations."""
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    elif prompt is not None:
-        prompt = _messages(prompt, "prompt", where)
-    texts = []
-    for k, response in enumerate(responses):
-        if isinstance(response, str):
-            texts.append(response)
-            continue
-        turns = _messages(response, f"response {k + 1}", where)
-        if not turns or turns[-1]["role"] != "assistant":
-            raise UserError(f"{where}: response {k + 1} does not end with an assistant message")
-        *before, answer = turns
-        texts.append(answer["content"])
-        if before:  # a whole conversation: its own turns are the prompt, and all responses must share them
-            if k > 0 and prompt != before:
-                raise UserError(f"{where}: the responses do not share one prompt: their earlier turns differ")
-            prompt = before
-    if not prompt:
-        raise UserError(f"{where}: no prompt; give a 'prompt' column, or message lists that begin with it")
-    return prompt, texts
-
-
-def _messages(value: Any, what: str, where: str) -> Messages:
-    if not isinstance(value, list) or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
-    ):
-        raise UserError(f"{where}: {what} must be text or a list of messages with 'role' and 'content'")
-    return [{"role": m["role"], "content": m["content"]} for m in value]
