@@ -8,6 +8,7 @@ The trainers override named seams of trl 1.16's `DPOTrainer` only; tests/test_up
 
 import contextlib
 import functools
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from accelerate.utils import is_peft_model, tqdm
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from transformers.integrations import get_available_reporting_integrations
 from trl import DPOConfig, DPOTrainer
 from trl.data_utils import extract_prompt
 from trl.models.utils import disable_gradient_checkpointing
@@ -28,6 +30,8 @@ from trl_nca.losses import LOSSES, reward_targets
 from trl_nca.metrics import group_metrics
 from trl_nca.responses import TOKENIZED_FEATURES, tokenize_dataset
 from trl_nca.shared_prompt import share_prompts
+
+logger = logging.getLogger(__name__)
 
 #: `DPOConfig` keys that act inside upstream's loss or forward, which these trainers replace: (key, neutral value).
 UNSUPPORTED = [
@@ -53,8 +57,7 @@ class NCAConfig(DPOConfig):
     loss_type: str = field(
         default="NCA",
         metadata={
-            "help": "Loss, in any case: NCA or InfoNCA for any number of responses; DPO (= InfoNCA) or biasedNCA "
-            "for pairs."
+            "help": "Loss, in any case: NCA or InfoNCA for any K; DPO (InfoNCA of a pair) or biasedNCA for pairs."
         },
     )
     beta: float = field(
@@ -100,18 +103,17 @@ class NCAConfig(DPOConfig):
         if not self.alpha >= 0:
             raise ValueError(f"alpha: must be >= 0, got {self.alpha}")
         if self.max_length is not None and (self.max_prompt_length or 0) >= self.max_length:
-            raise ValueError(
-                f"max_prompt_length: {self.max_prompt_length} leaves no room for a response in max_length "
-                f"{self.max_length}"
-            )
+            raise ValueError(f"max_prompt_length: {self.max_prompt_length} fills max_length {self.max_length}")
         for key, neutral in UNSUPPORTED:
             if getattr(self, key) != neutral:
                 raise ValueError(f"{key}: {getattr(self, key)!r} has no effect with these losses; remove the key")
         self.shared_prompt = str(self.shared_prompt).lower()
         if not torch.accelerator.is_available():  # recipes are written for GPUs; on a CPU they run there, in float32
-            self.use_cpu, self.bf16 = True, bool(self.bf16)
+            self.use_cpu, self.bf16, self.dataloader_pin_memory = True, bool(self.bf16), False
         super().__post_init__()
         self.loss_type = by_lower[str(self.loss_type[0]).lower()]  # upstream makes a list of it
+        for tracker in set(self.report_to) - set(get_available_reporting_integrations()):
+            raise ValueError(f"report_to: {tracker} is not installed; install it, or set report_to: none")
 
 
 class NCATrainer(DPOTrainer):
@@ -130,9 +132,6 @@ class NCATrainer(DPOTrainer):
         eval_dataset: The same, or a dict of them.
         **kwargs: Those of `trl.DPOTrainer`: `processing_class` (the tokenizer), `peft_config`, `quantization_config`,
             `callbacks`, `optimizers`.
-
-    Attributes:
-        token_reports: What tokenization counted, by data set name; empty for sets that came tokenized.
     """
 
     _tag_names = ["trl", "nca"]
@@ -161,9 +160,8 @@ class NCATrainer(DPOTrainer):
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         **kwargs: Any,
     ):
-        self.token_reports: dict[str, dict[str, Any]] = {}
-        self._num_prompts: Tensor | None = None
-        kwargs.setdefault("data_collator", GroupCollator())
+        self._num_prompts: Tensor | None = None  # in the global batch; None while evaluating
+        kwargs["data_collator"] = kwargs.get("data_collator") or GroupCollator()
         args = args or NCAConfig(output_dir="nca-run")
         super().__init__(model, ref_model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
 
@@ -178,11 +176,14 @@ class NCATrainer(DPOTrainer):
             args.dataset_num_proc,
             desc=f"Tokenizing {dataset_name}",
         )
-        self.token_reports[dataset_name] = report
+        if report["rows_dropped"] or report["responses_cut"]:
+            logger.warning("%s: not all rows fit: %s", dataset_name, report)
         return dataset
 
     def _to_groups(self, dataset: Dataset) -> Dataset:
         """Rows of `prompt`, `responses`, `scores` from the columns that this trainer takes."""
+        if "rewards" in dataset.column_names and "scores" not in dataset.column_names:
+            dataset = dataset.rename_column("rewards", "scores")
         _check_columns(dataset, {"prompt", "responses", "scores"})
         return dataset
 

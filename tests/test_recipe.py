@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -182,3 +183,24 @@ def test_resolved_recipe_parses_again(tmp_path):
     again = parse_recipe([str(Path(tmp_path) / "out" / "recipe.yaml")], TYPES)
     assert again[3].alpha == 0.3
     assert json.dumps(again[0].__dict__) == json.dumps(configs[0].__dict__)
+
+
+def readme_commands():
+    """Every `run_*.py RECIPE --flags` of the README, the scripts' docstrings and the recipes' own headers."""
+    texts = [
+        path.read_text() for path in [ROOT / "README.md", *ROOT.glob("run_*.py"), *(ROOT / "yamls").glob("*.yaml")]
+    ]
+    joined = re.sub(r"\\\n[# ]*", " ", "\n".join(texts))
+    return sorted(
+        {m.group(1) for m in re.finditer(r"run_(?:reward|preference)\.py (yamls/\S+\.yaml(?: --\S+)*)", joined)}
+    )
+
+
+def test_the_readme_has_commands():
+    assert len(readme_commands()) >= 5
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_every_documented_command_parses(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    parse_recipe(command.split(), TYPES)

@@ -215,10 +215,11 @@ def test_tie_break_goes_to_the_first_response(tmp_path):
         ({"beta": 0.0}, "beta: must be > 0"),
         ({"alpha": -1.0}, "alpha: must be >= 0"),
         ({"alpha": float("nan")}, "alpha: must be >= 0"),
-        ({"max_prompt_length": 1024}, "leaves no room"),
+        ({"max_prompt_length": 1024}, "max_prompt_length: 1024 fills max_length"),
         ({"padding_free": True}, "padding_free: True has no effect"),
         ({"use_liger_kernel": True}, "use_liger_kernel: True has no effect"),
         ({"label_smoothing": 0.1}, "label_smoothing: 0.1 has no effect"),
+        ({"report_to": ["comet_ml"]}, "report_to: comet_ml is not installed"),
     ],
 )
 def test_config_refuses(tmp_path, settings, message):

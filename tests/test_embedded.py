@@ -1,0 +1,122 @@
+"""The embedded model and data: what `make setup` unpacked, what data/ ships, and sampling."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from alignment.evaluate import bootstrap_interval, load_reward_function
+from alignment.report import compare_samples, verdict
+from alignment.sample import sample_responses
+from tests.conftest import ROOT
+from tests.tiny import tiny_config, tiny_tokenizer
+
+MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
+needs_model = pytest.mark.skipif(not MODEL.is_dir(), reason="models/SmolLM2-135M-Instruct is not here: make setup")
+
+
+def rows(name):
+    return [json.loads(line) for line in (ROOT / "data" / f"checkable_{name}.jsonl").read_text().splitlines()]
+
+
+def test_prompts_are_held_out_and_the_files_small():
+    train, held_out = ({row["prompt"][0]["content"] for row in rows(name)} for name in ("train", "eval"))
+    assert len(train) >= 150
+    assert len(held_out) >= 48
+    assert not train & held_out
+    topics = [{text.split(".")[0] for text in texts} for texts in (train, held_out)]
+    assert not topics[0] & topics[1]
+    assert sum(path.stat().st_size for path in (ROOT / "data").iterdir() if path.is_file()) < 2_000_000
+
+
+@pytest.mark.parametrize("name", ["train", "eval"])
+def test_rows_carry_the_score_of_the_function(name):
+    score = load_reward_function(f"{ROOT}/data/checkable.py:checkable_score")
+    for row in rows(name):
+        responses, scores = row["responses"], row["scores"]
+        assert len(responses) == len(scores) >= 4
+        assert len(set(scores)) > 1
+        assert score([row["prompt"]] * len(responses), responses) == pytest.approx(scores, abs=1e-4)
+
+
+def test_the_score_is_not_length_alone():
+    pairs = [(len(text), s) for row in rows("train") for text, s in zip(row["responses"], row["scores"], strict=True)]
+    lengths, scores = torch.tensor(pairs, dtype=torch.float64).T
+    assert abs(torch.corrcoef(torch.stack([lengths, scores]))[0, 1]) < 0.5
+
+
+@needs_model
+def test_the_unpacked_tokenizer_splits_digits_and_ends_turns():
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    assert tokenizer.tokenize("12345") == ["1", "2", "3", "4", "5"]
+    assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|im_end|>", 2)
+    assert tokenizer("Hello").input_ids[0] != tokenizer.bos_token_id
+
+
+@needs_model
+def test_the_unpacked_model_answers():
+    torch.set_num_threads(2)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(MODEL), AutoTokenizer.from_pretrained(MODEL)
+    assert model.num_parameters() == 134_515_008
+    prompt = [{"role": "user", "content": "What is the capital of France?"}]
+    answer = sample_responses(model, tokenizer, [prompt], num_samples=1, max_new_tokens=12, temperature=0)
+    assert "Paris" in answer[0][0]
+
+
+def tiny_model():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(tiny_config())
+
+
+PROMPTS = [[{"role": "user", "content": "the capital " * n}] for n in (3, 1, 2)]
+
+
+def test_samples_keep_order_seed_and_state():
+    model, tokenizer = tiny_model().train(), tiny_tokenizer()
+    settings = {"num_samples": 2, "max_new_tokens": 6, "batch_size": 2}
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    first = sample_responses(model, tokenizer, PROMPTS, **settings)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+    assert [len(texts) for texts in first] == [2, 2, 2]
+    assert sample_responses(model, tokenizer, PROMPTS, **settings) == first
+    assert sample_responses(model, tokenizer, PROMPTS, **settings, seed=1) != first
+
+
+def test_greedy_samples_equal_plain_generation_with_and_without_adapter():
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    greedy = {"num_samples": 1, "max_new_tokens": 8, "temperature": 0}
+    together = sample_responses(model, tokenizer, PROMPTS, **greedy)
+    for prompt, texts in zip(PROMPTS, together, strict=True):
+        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        alone = model.generate(**ids, max_new_tokens=8, do_sample=False)[0, ids["input_ids"].shape[1] :]
+        assert texts == [tokenizer.decode(alone, skip_special_tokens=True)]
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    assert sample_responses(adapted, tokenizer, PROMPTS, **greedy) == together  # an untrained adapter changes nothing
+
+
+def scored(means):
+    return [{"prompt": [], "samples": ["a b"] * 2, "scores": [m - 0.1, m + 0.1]} for m in means]
+
+
+def test_the_table_claims_no_more_than_the_interval():
+    flat = [0.5, 0.6, 0.4, 0.5] * 10
+    up = compare_samples(scored(flat), scored([m + 0.2 for m in flat]))
+    assert up["score_difference"] == pytest.approx(0.2)
+    assert "improved" in verdict(up)
+    noise = compare_samples(scored(flat), scored([0.5, 0.4, 0.6, 0.5] * 10))
+    assert "NOT SHOWN" in verdict(noise)
+    assert "WORSE" in verdict(compare_samples(scored([m + 0.2 for m in flat]), scored(flat)))
+
+
+def test_interval_is_paired_and_covers():
+    rng = torch.Generator().manual_seed(0)
+    covered = 0
+    for _ in range(100):
+        values = torch.randn(40, generator=rng).double().numpy() + 0.3
+        low, high = bootstrap_interval(values, num_resamples=500)
+        covered += low < 0.3 < high
+    assert 87 <= covered <= 100
