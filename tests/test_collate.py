@@ -15,8 +15,10 @@ def test_rows_are_prompt_major_and_positions_restart():
         {"prompt_ids": [12], "response_ids": [[5, 6], [7]], "scores": [4, 5]},
     ]
     batch = GroupCollator()(rows)
-    assert batch["input_ids"].tolist() == [[10, 11, 1, 2, 3, 4, 12, 5, 6, 7]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 2, 3, 2, 0, 1, 2, 1]]
+    assert batch["input_ids"].tolist() == [[10, 11, 11, 2, 11, 12, 5, 12]]
+    assert batch["position_ids"].tolist() == [[0, 1, 1, 2, 1, 0, 1, 0]]
+    assert batch["targets"].tolist() == [1, 2, 3, 4, 5, 6, 7]
+    assert batch["context_lengths"].tolist() == [1, 0]
     assert batch["response_lengths"].tolist() == [[1, 2, 1], [2, 1, 0]]
     assert batch["response_mask"].tolist() == [[True, True, True], [True, True, False]]
     assert batch["scores"].tolist() == [[1, 2, 3], [4, 5, 0]]

@@ -1,6 +1,6 @@
-"""Batches of groups, packed: every token once, no padding, one copy of each prompt.
+"""Batches of groups, packed: no padding, one copy of each prompt.
 
-Legend: B prompts, K responses (the largest of the batch), T packed tokens.
+Legend: B prompts, K responses (the largest of the batch), T packed tokens, R response tokens.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,9 @@ from torch import Tensor
 class GroupCollator:
     """Packs groups into one row of tokens, prompt-major: prompt 0, its responses, prompt 1, its responses, ...
 
-    Positions restart after the prompt: every response continues the prompt as if it were the only one.
+    A response is run from the prompt's last token, which predicts its first, to its own last but one. So each prompt is
+    there once but for that token, every position of a response predicts one target, and no position is run in vain.
+    Positions restart after the prompt: each response continues it as if it were the only one.
 
     Example:
         >>> rows = [
@@ -23,11 +25,13 @@ class GroupCollator:
         ... ]
         >>> batch = GroupCollator()(rows)
         >>> batch["input_ids"]
-        tensor([[1, 2, 3, 4, 5, 6, 7, 8, 9]])
+        tensor([[1, 2, 3, 2, 6, 6, 6]])
         >>> batch["position_ids"]
-        tensor([[0, 1, 2, 3, 2, 0, 1, 1, 1]])
-        >>> batch["prompt_lengths"], batch["response_lengths"]
-        (tensor([2, 1]), tensor([[2, 1, 0],
+        tensor([[0, 1, 2, 1, 0, 0, 0]])
+        >>> batch["targets"]
+        tensor([3, 4, 5, 7, 8, 9])
+        >>> batch["context_lengths"], batch["response_lengths"]
+        (tensor([1, 0]), tensor([[2, 1, 0],
                 [1, 1, 1]]))
         >>> batch["scores"]
         tensor([[0.9000, 0.1000, 0.0000],
@@ -38,32 +42,37 @@ class GroupCollator:
         """Collates rows of the tokenized data set.
 
         Args:
-            rows: Each with `prompt_ids` (ints), `response_ids` (K lists of ints), `scores` (K numbers) and, where the
-                reference was computed before, `ref_logps` (K numbers).
+            rows: Each with `prompt_ids` (ints, at least one), `response_ids` (K lists of ints), `scores` (K numbers)
+                and, where the reference was computed before, `ref_logps` (K numbers).
 
         Returns:
             `scores` (float64) and `response_mask` (bool), shape (B, K), padded with 0 and False;
-            `prompt_lengths`, shape (B,), and `response_lengths`, shape (B, K), in tokens, 0 where padded;
-            `input_ids` and `position_ids`, shape (1, T); `ref_logps`, shape (B, K), where the rows have it.
+            `context_lengths`, shape (B,): tokens of each prompt but its last;
+            `response_lengths`, shape (B, K): tokens of each response, 0 where padded;
+            `input_ids` and `position_ids`, shape (1, T); `targets`, the tokens of all responses, shape (R,);
+            `ref_logps`, shape (B, K), where the rows have it.
         """
         input_ids: list[int] = []
         position_ids: list[int] = []
+        targets: list[int] = []
         for row in rows:
-            start = len(row["prompt_ids"])
-            input_ids += row["prompt_ids"]
-            position_ids += range(start)
+            *context, last = row["prompt_ids"]
+            input_ids += context
+            position_ids += range(len(context))
             for response in row["response_ids"]:
-                input_ids += response
-                position_ids += range(start, start + len(response))
+                input_ids += [last, *response[:-1]]
+                position_ids += range(len(context), len(context) + len(response))
+                targets += response
         response_lengths = _padded([[len(r) for r in row["response_ids"]] for row in rows], torch.long)
         batch = {
             # First in the batch: the Trainer takes the number of examples from the first tensor it meets.
             "scores": _padded([row["scores"] for row in rows], torch.float64),
             "response_mask": response_lengths > 0,
-            "prompt_lengths": torch.tensor([len(row["prompt_ids"]) for row in rows]),
+            "context_lengths": torch.tensor([len(row["prompt_ids"]) - 1 for row in rows]),
             "response_lengths": response_lengths,
             "input_ids": torch.tensor([input_ids]),
             "position_ids": torch.tensor([position_ids]),
+            "targets": torch.tensor(targets),
         }
         if "ref_logps" in rows[0]:
             batch["ref_logps"] = _padded([row["ref_logps"] for row in rows], torch.float32)

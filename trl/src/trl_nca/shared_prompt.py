@@ -1,9 +1,10 @@
-"""Attention over packed groups: each response sees its prompt and itself, and the prompt is there only once.
+"""Attention over packed groups: each response sees its prompt's context and itself, and the context is there only once.
 
 Works through transformers' attention interface, so it needs no patched model. A group costs P^2 + sum_k L_k (P + L_k)
 score products in place of sum_k (P + L_k)^2, and no masked response-response block is ever computed.
 
-Legend: H heads, T packed tokens, D head dimension, P tokens of a prompt, L of a response.
+Legend: B prompts, K responses, H heads, T packed tokens, D head dimension, P tokens of a context, L of a response.
+`GroupCollator` says what belongs to a context and to a response.
 """
 
 import warnings
@@ -23,16 +24,16 @@ NAME = "shared_prompt"
 
 @dataclass(frozen=True)
 class GroupLayout:
-    """Where each prompt and its responses lie in the packed row of a batch.
+    """Where each prompt's context and its responses lie in the packed row of a batch.
 
     Args:
-        groups: For each prompt its slice of the T tokens, and the slices of its responses.
+        groups: For each prompt the slice of the T tokens that holds its context, and the slices of its responses.
     """
 
     groups: list[tuple[slice, list[slice]]]
 
     @classmethod
-    def of(cls, prompt_lengths: Tensor, response_lengths: Tensor) -> "GroupLayout":
+    def of(cls, context_lengths: Tensor, response_lengths: Tensor) -> "GroupLayout":
         """From lengths in tokens, shapes (B,) and (B, K); a length of 0 is a padded response.
 
         Example:
@@ -40,9 +41,9 @@ class GroupLayout:
             [(slice(0, 2, None), [slice(2, 5, None), slice(5, 6, None)])]
         """
         groups, at = [], 0
-        for prompt_length, lengths in zip(prompt_lengths.tolist(), response_lengths.tolist(), strict=True):
-            prompt = slice(at, at := at + prompt_length)
-            groups.append((prompt, [slice(at, at := at + length) for length in lengths if length]))
+        for context_length, lengths in zip(context_lengths.tolist(), response_lengths.tolist(), strict=True):
+            context = slice(at, at := at + context_length)
+            groups.append((context, [slice(at, at := at + length) for length in lengths if length]))
         return cls(groups)
 
 
@@ -83,12 +84,13 @@ def shared_prompt_attention(
         return scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=causal, scale=scaling)
 
     outputs = []
-    for prompt, responses in group_layout.groups:
-        prompt_key, prompt_value = key[:, :, prompt], value[:, :, prompt]
-        outputs.append(attend(query[:, :, prompt], prompt_key, prompt_value))
+    for context, responses in group_layout.groups:
+        context_key, context_value = key[:, :, context], value[:, :, context]
+        if context.stop > context.start:
+            outputs.append(attend(query[:, :, context], context_key, context_value))
         for response in responses:
-            keys = torch.cat([prompt_key, key[:, :, response]], dim=2)
-            values = torch.cat([prompt_value, value[:, :, response]], dim=2)
+            keys = torch.cat([context_key, key[:, :, response]], dim=2)
+            values = torch.cat([context_value, value[:, :, response]], dim=2)
             outputs.append(attend(query[:, :, response], keys, values))
     return torch.cat(outputs, dim=2).transpose(1, 2), None  # (1, T, H, D)
 
