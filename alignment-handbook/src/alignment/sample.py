@@ -24,8 +24,7 @@ def sample_responses(
 ) -> list[list[str]]:
     """Samples `num_samples` responses to each prompt; leaves the model's mode and the random state as they were.
 
-    The prompt is read once and its keys are shared by its samples: on a CPU, where reading costs as much a token as
-    writing, that is most of the saving.
+    Each prompt is read once for all its samples: on a CPU a token read costs about as much as a token written.
 
     Args:
         model: Causal language model, plain or wrapped by PEFT.
