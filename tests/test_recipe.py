@@ -84,6 +84,13 @@ def test_overrides_win_over_the_recipe(tmp_path):
     assert policy.lora_target_modules == ["c", "d", "e"]
 
 
+def test_an_empty_override_takes_the_key_back(tmp_path):
+    recipe = MINIMAL | {"eval_file": "held_out.jsonl", "max_prompt_length": 9}
+    data, _, _, args = parse(tmp_path, recipe, "--eval_file=", "--max_prompt_length=null")
+    assert data.eval_file is None
+    assert args.max_prompt_length is None
+
+
 def test_yaml_values_arrive_with_their_types(tmp_path):
     recipe = MINIMAL | {
         "learning_rate": "5e-6", "use_peft": True, "save_total_limit": None, "lr_scheduler_type": "cosine",
@@ -192,7 +199,7 @@ def readme_commands():
     ]
     joined = re.sub(r"\\\n[# ]*", " ", "\n".join(texts))
     return sorted(
-        {m.group(1) for m in re.finditer(r"run_(?:reward|preference)\.py (yamls/\S+\.yaml(?: --\S+)*)", joined)}
+        {m.group(1) for m in re.finditer(r"run_(?:reward|preference)\.py (yamls/\S+\.yaml(?: --[^\s`]+)*)", joined)}
     )
 
 

@@ -1,7 +1,8 @@
 """Recipes: a YAML file and `--key=value` overrides, parsed strictly into dataclasses.
 
-A recipe is read as a list of flags in front of those of the command line, so that both are converted and checked alike
-and the later one wins. Keys of older scripts are translated by one table, `OLD_KEYS`.
+A recipe is read as flags, so that its values and those of the command line are converted and checked alike. A key on
+the command line replaces the recipe's, and `--key=` (empty) takes it back. Keys of older scripts are translated by one
+table, `OLD_KEYS`.
 """
 
 import argparse
@@ -117,19 +118,24 @@ def parse_recipe(argv: Sequence[str], config_types: Sequence[type]) -> tuple[Any
     known = sorted({action.dest for action in parser._actions})
     for key in recipe:
         _check_known(key, known, path)
+    recipe_flags = {key: _as_flags(key, value) for key, value in recipe.items() if value is not None}
     parser.set_defaults(**{key: None for key, value in recipe.items() if value is None})
-    recipe_flags = [flag for key, value in recipe.items() if value is not None for flag in _as_flags(key, value)]
     parser.source = path
-    parser.parse_args(recipe_flags)  # by itself first, so that an error is laid at the right door
+    parser.parse_args(_flatten(recipe_flags))  # by itself first, so that an error is laid at the right door
 
-    given = {}
-    for key, values in _flags_to_dict(overrides).items():
-        _check_known(key, [*known, *OLD_KEYS, *(o[2:] for o in parser._option_string_actions)], "command line")
-        given[key] = values
-    flags = [flag for key, values in _translate(given, "command line").items() for flag in _with_values(key, values)]
+    overrides = _flags_to_dict(overrides)
+    for key in overrides:
+        _check_known(
+            key, [*known, *OLD_KEYS, *(option[2:] for option in parser._option_string_actions)], "command line"
+        )
+    flags = {key: _with_values(key, values) for key, values in _translate(overrides, "command line").items()}
+    for key in [key for key, flag in flags.items() if flag in ([f"--{key}="], [f"--{key}=null"])]:
+        del flags[key]  # `--key=` takes back what the recipe says
+        recipe_flags.pop(key, None)
+        parser.set_defaults(**{key: None})
     parser.source = "command line"
     try:
-        return parser.parse_args_into_dataclasses(args=recipe_flags + flags, look_for_args_file=False)
+        return parser.parse_args_into_dataclasses(args=_flatten(recipe_flags | flags), look_for_args_file=False)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"{path}: {error}") from error
 
@@ -221,6 +227,10 @@ def _flags_to_dict(flags: Sequence[str]) -> dict[str, list[str]]:
         else:
             given[key].append(flag)
     return given
+
+
+def _flatten(flags: dict[str, list[str]]) -> list[str]:
+    return [word for words in flags.values() for word in words]
 
 
 def _with_values(key: str, values: list[str]) -> list[str]:
