@@ -102,6 +102,9 @@ class NCAConfig(DPOConfig):
             raise ValueError(f"beta: must be > 0, got {self.beta}")
         if not self.alpha >= 0:
             raise ValueError(f"alpha: must be >= 0, got {self.alpha}")
+        for key in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "max_prompt_length"):
+            if getattr(self, key) is not None and getattr(self, key) < 1:
+                raise ValueError(f"{key}: must be at least 1, got {getattr(self, key)}")
         if self.max_length is not None and (self.max_prompt_length or 0) >= self.max_length:
             raise ValueError(f"max_prompt_length: {self.max_prompt_length} fills max_length {self.max_length}")
         for key, neutral in UNSUPPORTED:
@@ -140,12 +143,9 @@ class NCATrainer(DPOTrainer):
         "title": "Noise Contrastive Alignment of Language Models with Explicit Rewards",
         "id": "2402.05369",
         "citation": "@inproceedings{chen2024noise,\n"
-        "    title     = {{Noise Contrastive Alignment of Language Models with Explicit Rewards}},\n"
-        "    author    = {Huayu Chen and Guande He and Lifan Yuan and Ganqu Cui and Hang Su and Jun Zhu},\n"
-        "    year      = 2024,\n"
-        "    booktitle = {Advances in Neural Information Processing Systems 37},\n"
-        "    url       = {https://arxiv.org/abs/2402.05369},\n"
-        "}",
+        "    title  = {{Noise Contrastive Alignment of Language Models with Explicit Rewards}},\n"
+        "    author = {Huayu Chen and Guande He and Lifan Yuan and Ganqu Cui and Hang Su and Jun Zhu},\n"
+        "    year   = 2024,\n    url    = {https://arxiv.org/abs/2402.05369},\n}",
     }
 
     #: `_compute_loss` divides by the prompts of the global batch itself, so the Trainer must not divide again.

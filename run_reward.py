@@ -64,29 +64,28 @@ def align(argv: Sequence[str], trainer_class: type[NCATrainer], pairs: bool) -> 
         print(data_lines(report), plan, sep="\n", flush=True)
 
     args.model_init_kwargs = {**model_init_kwargs(policy_config), **(args.model_init_kwargs or {})}
-    trainer = trainer_class(
-        model=policy_config.model_name_or_path,
-        args=args,
-        train_dataset=rows["train"],
-        eval_dataset=rows.get("eval"),
-        processing_class=tokenizer,
-        peft_config=get_peft_config(policy_config),
-        quantization_config=get_quantization_config(policy_config),
-    )
+    try:
+        trainer = trainer_class(
+            model=policy_config.model_name_or_path,
+            args=args,
+            train_dataset=rows["train"],
+            eval_dataset=rows.get("eval"),
+            processing_class=tokenizer,
+            peft_config=get_peft_config(policy_config),
+            quantization_config=get_quantization_config(policy_config),
+        )
+    except (OSError, ImportError, ValueError) as error:  # what upstream says of weights, packages and modules
+        raise UserError(f"{policy_config.model_name_or_path}: cannot be trained as the recipe says: {error}") from error
     is_main = trainer.is_world_process_zero()
-    if is_main and checkpoint is None:
-        output.start_output(args.output_dir, configs, run_config.overwrite_output_dir)
-        output.write_json(args.output_dir, "plan.json", plan.as_dict())
-        output.write_json(args.output_dir, "data_report.json", report)
+    if is_main and (checkpoint is None or not output.has_started(args.output_dir)):
+        output.start(args.output_dir, configs, plan.as_dict(), report, run_config.overwrite_output_dir)
 
-    # One process cannot sample from weights that are spread over several.
-    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    samples_wanted = reward_function is not None and "eval" in raw and not sharded
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # one process then cannot sample by itself
 
     def sample(when: str) -> list[dict[str, Any]] | None:
         """Scored samples on held-out prompts, drawn by the main process; kept in `samples_{when}.json`."""
         scored = None
-        if samples_wanted and is_main:
+        if reward_function and "eval" in raw and is_main and not sharded:
             policy, prompts = trainer.accelerator.unwrap_model(trainer.model), raw["eval"]["prompt"]
             scored = sample_and_score(policy, tokenizer, prompts, reward_function, run_config, args.seed, when)
             output.write_json(args.output_dir, f"samples_{when}.json", scored)
@@ -110,8 +109,7 @@ def align(argv: Sequence[str], trainer_class: type[NCATrainer], pairs: bool) -> 
             "peak_memory_gb": peak_memory_gb(),
             "output_dir": args.output_dir,
         }
-        output.write_json(args.output_dir, "eval_results.json", {k: results[k] for k in ("eval", "samples")})
-        output.write_json(args.output_dir, output.FINISHED, results)
+        output.finish(args.output_dir, results)
         print("\n" + final_table(results))
     if args.push_to_hub:
         trainer.push_to_hub()
@@ -132,7 +130,7 @@ def tokenize(
         )
         if not len(rows[name]):
             raise UserError(
-                f"max_length: no row is left. {data_lines({name: report[name]})}; raise it or mend the rows"
+                f"no row is left: {data_lines({name: report[name]})}; mend the rows, max_length or template"
             )
     return rows, report
 

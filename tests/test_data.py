@@ -167,6 +167,7 @@ def test_handbook_2025_mixture(tmp_path):
         (ROW | {"responses": ["a", USER, "b"]}, "line 2: response 2 does not end with an assistant message"),
         ("{'prompt': 'x'}", "line 2: not JSON"),
         ("[1, 2]", "line 2: expected an object"),
+        (ROW | {"responses": ["a", "\ud800", "b"]}, "line 2: holds half of a surrogate pair"),
     ],
 )
 def test_bad_rows_are_named(tmp_path, row, message):

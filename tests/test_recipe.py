@@ -11,6 +11,7 @@ import yaml
 from alignment.data import DataConfig
 from alignment.errors import UserError
 from alignment.models import PolicyConfig
+from alignment.output import start
 from alignment.recipe import OLD_KEYS, RunConfig, parse_recipe
 from nca_trainer import NCAConfig
 from tests.conftest import ROOT
@@ -168,6 +169,7 @@ def test_every_old_key_leads_to_a_known_key():
         ("a: [1", [], "not valid YAML"),
         ("- a\n- b", [], "a recipe is a mapping"),
         ("", [], "a recipe is a mapping"),
+        ("1: 2", [], "a recipe is a mapping"),
     ],
 )
 def test_mistakes_are_named(tmp_path, recipe, overrides, message):
@@ -183,10 +185,8 @@ def test_no_recipe_and_missing_recipe():
 
 
 def test_resolved_recipe_parses_again(tmp_path):
-    from alignment.output import start_output
-
     configs = parse(tmp_path, MINIMAL | {"output_dir": str(tmp_path / "out"), "alpha": 0.3})
-    start_output(str(tmp_path / "out"), configs, overwrite=False)
+    start(str(tmp_path / "out"), configs, plan={}, data_report={}, overwrite=False)
     again = parse_recipe([str(Path(tmp_path) / "out" / "recipe.yaml")], TYPES)
     assert again[3].alpha == 0.3
     assert json.dumps(again[0].__dict__) == json.dumps(configs[0].__dict__)

@@ -124,6 +124,7 @@ def test_resumed_equals_uninterrupted(recipe, tmp_path):
     assert (out / "train_results.json").exists()
     reward(recipe, f"--output_dir={tmp_path / 'third'}", f"--resume_from_checkpoint={tmp_path}/out/checkpoint-3")
     assert losses(tmp_path / "third") == pytest.approx(whole, abs=1e-6)
+    assert (tmp_path / "third" / "recipe.yaml").exists()
 
 
 @pytest.mark.parametrize("script", ["run_reward.py", "run_preference.py"])
@@ -209,7 +210,10 @@ def test_shared_formats_train(recipe, tmp_path, name, start):
         (["--loss_type=DPO"], "DPO and biasedNCA compare two responses, and row 2 has 3"),
         (["--model_name_or_path=models/nowhere"], "'models/nowhere' is neither a folder with a model nor a Hub id"),
         (["--train_file=nowhere.jsonl"], "nowhere.jsonl: no such file"),
-        (["--max_length=5"], "no row is left"),
+        (["--max_length=5"], "no row is left: train: 0 of 24 rows kept .dropped: prompt_too_long 24"),
+        (["--per_device_train_batch_size=0"], "per_device_train_batch_size: must be at least 1"),
+        (["--attn_implementation=nope"], "cannot be trained as the recipe says: .*nope"),
+        (["--lora_target_modules=nope"], "cannot be trained as the recipe says: .*nope"),
         (["--reward_function=nowhere.py:f"], "names no file"),
         (["--chat_template=nowhere.jinja"], "no such file"),
         (["--resume_from_checkpoint=true"], "no checkpoint-N"),

@@ -57,6 +57,10 @@ def to_group(row: Row, where: str, pairs: bool = False) -> Row:
         raise UserError(f"{where}: {len(responses)} response; at least two are needed to compare: remove the row")
     scores = [_score(score, k, where) for k, score in enumerate(scores)]
     prompt, texts = _split_prompt(row.get("prompt"), responses, where)
+    try:
+        "".join([*texts, *(m["content"] for m in prompt)]).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: holds half of a surrogate pair, which is no character: mend the row") from error
     return {"prompt": prompt, "responses": texts, "scores": scores}
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,15 @@ def resume_point(output_dir: str, resume: str | None, overwrite: bool) -> str | 
     return None
 
 
-def start_output(output_dir: str, configs: list[Any], overwrite: bool) -> None:
-    """Makes the folder, clears an earlier run's files if asked, and writes the resolved recipe."""
+def has_started(output_dir: str) -> bool:
+    """Whether a run has written its recipe there."""
+    return (Path(output_dir) / STARTED).is_file()
+
+
+def start(
+    output_dir: str, configs: Sequence[Any], plan: dict[str, Any], data_report: dict[str, Any], overwrite: bool
+) -> None:
+    """Makes the folder, clears an earlier run's files if asked, and writes resolved recipe, plan and data report."""
     folder = Path(output_dir)
     if overwrite and folder.is_dir():
         for checkpoint in _checkpoints(folder):
@@ -75,6 +83,14 @@ def start_output(output_dir: str, configs: list[Any], overwrite: bool) -> None:
     resolved.pop("overwrite_output_dir", None)  # of that launch, not of the run
     resolved.pop("resume_from_checkpoint", None)
     (folder / STARTED).write_text(yaml.safe_dump(json.loads(json.dumps(resolved, default=str)), sort_keys=False))
+    write_json(output_dir, "plan.json", plan)
+    write_json(output_dir, "data_report.json", data_report)
+
+
+def finish(output_dir: str, results: dict[str, Any]) -> None:
+    """Writes the results; from then on the folder holds a finished run."""
+    write_json(output_dir, "eval_results.json", {key: results[key] for key in ("eval", "samples")})
+    write_json(output_dir, FINISHED, results)
 
 
 def write_json(output_dir: str, name: str, value: Any) -> None:

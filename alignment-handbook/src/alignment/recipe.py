@@ -152,8 +152,8 @@ def read_yaml(path: str) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a recipe") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(recipe, dict):
-        raise UserError(f"{path}: a recipe is a mapping of 'key: value' lines, this is {type(recipe).__name__}")
+    if not isinstance(recipe, dict) or not all(isinstance(key, str) for key in recipe):
+        raise UserError(f"{path}: a recipe is a mapping of 'key: value' lines, and this is none")
     return recipe
 
 
