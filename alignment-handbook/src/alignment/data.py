@@ -4,6 +4,7 @@ What a row may look like is in `alignment.formats`.
 """
 
 import gzip
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
+from alignment import formats
 from alignment.errors import UserError
 from alignment.formats import GROUP_FEATURES, Row, to_group, to_pair
 
@@ -149,7 +151,9 @@ def _load_source(
     path: str, split: str | None = None, name: str | None = None, *, form: str, make_pairs: str | None
 ) -> Dataset:
     files = _local_files(path, split)
-    stamps = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]  # part of the cache's key
+    # Part of the cache's key: the files, and the code that reads them.
+    stamps = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    stamps += [hashlib.sha256(Path(code).read_bytes()).hexdigest() for code in (__file__, formats.__file__)]
     read = partial(_groups_of, path, split, name, form, make_pairs, stamps)
     try:
         rows = Dataset.from_generator(read, features=GROUP_FEATURES)

@@ -4,11 +4,13 @@ The template renders the whole conversation, prompt and response together, and t
 begins. (Rendering a response alone, as the 2024 scripts did, goes wrong with templates that add a default system turn.)
 """
 
+import hashlib
 import os.path
 import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, List, Value
@@ -50,6 +52,8 @@ class ResponseTokenizer:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.max_prompt_length = max_prompt_length
+        # datasets keys its cache by this object's state: rows that an older version of this file made are not ours.
+        self._code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
         added = tokenizer.added_tokens_decoder.values()
         specials = {str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)
         self._stand_ins = {text: chr(_FIRST_STAND_IN + i) for i, text in enumerate(sorted(specials))}
