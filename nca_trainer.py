@@ -42,6 +42,7 @@ UNSUPPORTED = [
     ("f_divergence_type", "reverse_kl"),
     ("label_smoothing", 0.0),
     ("use_weighting", False),
+    ("router_aux_loss_coef", None),
     ("truncation_mode", "keep_start"),
 ]
 
@@ -262,11 +263,10 @@ class NCATrainer(DPOTrainer):
     def _record(self, metrics: dict[str, Tensor]) -> None:
         """Notes one value a prompt, from all processes: upstream's `log` averages them, so every prompt counts once."""
         mode = "train" if self.model.training else "eval"
-        names = list(metrics)
-        table = torch.stack(list(metrics.values()), dim=1)  # (B, metrics)
-        # Ranks come last, and another process may have more of them.
-        table = self.accelerator.pad_across_processes(table, dim=1, pad_index=float("nan"))
-        names += [f"rewards/rank_{k}" for k in range(len(names) - 7, table.shape[1] - 7)]
+        names = [name for name in metrics if "rank" not in name]
+        table = torch.stack(list(metrics.values()), dim=1)  # (B, metrics), the ranks last
+        table = self.accelerator.pad_across_processes(table, dim=1, pad_index=float("nan"))  # to the largest K of all
+        names += [f"rewards/rank_{k}" for k in range(table.shape[1] - len(names))]
         # Evaluation fills the last batch up with prompts it has seen: gather_for_metrics drops those.
         gather = self.accelerator.gather if mode == "train" else self.accelerator.gather_for_metrics
         for name, values in zip(names, gather(table).T.tolist(), strict=True):
