@@ -226,11 +226,21 @@ def test_mistakes_end_the_run_before_anything_is_written(recipe, flags, message)
     assert not (recipe.parent / "out").exists()
 
 
-def test_exit_code_two_and_one_line(recipe):
-    run = shell([sys.executable, "run_reward.py", str(recipe), "--los_type=NCA"])
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (None, "error: command line: unknown key 'los_type'; did you mean 'loss_type'?"),
+        (
+            '{"prompt": "p", "responses": ["a", "b"], "scores": [1, null]}',
+            "bad.jsonl, line 1: the score of response 2 is",
+        ),
+    ],
+)
+def test_exit_code_two_and_one_line(recipe, tmp_path, row, message):
+    (tmp_path / "bad.jsonl").write_text(row or "")
+    flag = "--los_type=NCA" if row is None else f"--train_file={tmp_path}/bad.jsonl"
+    run = shell([sys.executable, "run_reward.py", str(recipe), flag])
     assert run.returncode == 2
-    assert (
-        run.stderr.strip().splitlines()[-1] == "error: command line: unknown key 'los_type'; did you mean 'loss_type'?"
-    )
-    assert "Traceback" not in run.stderr
+    assert len(run.stderr.strip().splitlines()) == 1
+    assert message in run.stderr
     assert run.stdout == ""

@@ -3,6 +3,7 @@
 What a row may look like is in `alignment.formats`.
 """
 
+import contextlib
 import gzip
 import hashlib
 import json
@@ -15,6 +16,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
+from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from alignment import formats
 from alignment.errors import UserError
@@ -156,7 +158,9 @@ def _load_source(
     stamps += [hashlib.sha256(Path(code).read_bytes()).hexdigest() for code in (__file__, formats.__file__)]
     read = partial(_groups_of, path, split, name, form, make_pairs, stamps)
     try:
-        rows = Dataset.from_generator(read, features=GROUP_FEATURES)
+        # Reading a file is quick, and a bar would stand before the one line that a mistake gets; downloads keep theirs.
+        with _without_bars() if files else contextlib.nullcontext():
+            rows = Dataset.from_generator(read, features=GROUP_FEATURES)
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
@@ -168,6 +172,18 @@ def _load_source(
     if not len(rows):
         raise UserError(f"{path}: no rows{f' in split {split}' if split else ''}; give a file that has some")
     return rows
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    if are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
 
 
 def _local_files(path: str, split: str | None) -> list[Path]:
