@@ -153,6 +153,13 @@ def test_a_row_that_the_template_refuses_is_dropped_by_reason():
     assert row["dropped"] == "template_refused"
 
 
+@pytest.mark.parametrize("max_length", [None, 100])
+def test_a_prompt_without_tokens_is_dropped_by_reason(max_length):
+    _, row = tokenize("", ["Paris", "Rome"], max_length=max_length)  # this tokenizer adds no BOS of its own
+    assert row["prompt_ids"] == []
+    assert row["dropped"] == "empty_prompt"
+
+
 def test_describe_group_shows_text_mask_and_eos():
     tokenizer, row = tokenize(USER, ["Paris", "Rome"])
     text = describe_group(row, tokenizer)

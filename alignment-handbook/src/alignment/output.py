@@ -13,7 +13,7 @@ from alignment.errors import UserError
 
 #: Written last, so it tells a finished run from an unfinished one.
 FINISHED = "train_results.json"
-#: Written first, before the model is loaded.
+#: Written first, once the trainer stands: a mistake before leaves nothing behind.
 STARTED = "recipe.yaml"
 _WRITTEN = (
     f"{STARTED} plan.json data_report.json samples_before.json samples_after.json trainer_state.json eval_results.json "

@@ -54,7 +54,7 @@ OLD_KEYS: dict[str, str | None] = {
     "warmup_ratio": "warmup_steps",  # below 1 it is a share of all steps
     "preprocessing_num_workers": "dataset_num_proc",
     "no_cuda": "use_cpu",
-    "group_by_length": "train_sampling_strategy",
+    "group_by_length": None,
     "tokenizer_name": "tokenizer_name_or_path",
     "push_to_hub_model_id": "hub_model_id",
     "push_to_hub_token": "hub_token",
@@ -67,7 +67,6 @@ OLD_KEYS: dict[str, str | None] = {
     "auto_insert_empty_system_msg": None,
     "generate_during_eval": None,
     "is_encoder_decoder": None,
-    "reference_free": None,
     "force_use_ref_model": None,
     "max_target_length": None,
     "label_pad_token_id": None,
@@ -78,14 +77,12 @@ OLD_KEYS: dict[str, str | None] = {
     "half_precision_backend": None,
     "fp16_opt_level": None,
     "include_tokens_per_second": None,
-    "ddp_timeout_seconds": None,
 }
 
 #: Values of older recipes -> today's, by today's key.
 OLD_VALUES: dict[str, dict[str, str]] = {
     "loss_type": {"sigmoid": "DPO", "nca_pair": "NCA"},
     "attn_implementation": {"true": "flash_attention_2", "false": ""},
-    "train_sampling_strategy": {"true": "group_by_length", "false": "random"},
 }
 
 

@@ -83,7 +83,9 @@ class ResponseTokenizer:
             prompt_ids, response_ids, dropped = [], [], "template_refused"
         fitted_prompt = self._fit_prompt(prompt_ids)
         room = sys.maxsize if self.max_length is None else self.max_length - len(fitted_prompt)
-        if room < 1:
+        if not (fitted_prompt or dropped):
+            dropped = "empty_prompt"  # nothing would predict a response's first token
+        elif room < 1:
             dropped = "prompt_too_long"
         elif not all(response_ids):
             dropped = "empty_response"
