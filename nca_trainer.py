@@ -9,115 +9,31 @@ The trainers override named seams of trl 1.16's `DPOTrainer` only; tests/test_up
 import contextlib
 import functools
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model, tqdm
+from accelerate.utils import DistributedType, is_peft_model
 from datasets import Dataset
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from transformers.integrations import get_available_reporting_integrations
-from trl import DPOConfig, DPOTrainer
+from torch.utils.data import Sampler
+from trl import DPOTrainer
 from trl.data_utils import extract_prompt
+from trl.models import prepare_deepspeed
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
+from trl_nca.chunks import logps_for_training, logps_without_gradient, split_batch
 from trl_nca.collate import GroupCollator
-from trl_nca.logps import response_logps
-from trl_nca.losses import LOSSES, reward_targets
+from trl_nca.config import NCAConfig
+from trl_nca.logps import Batch, prepare, response_logps
+from trl_nca.losses import LOSSES, SEPARABLE, reward_targets
 from trl_nca.metrics import group_metrics
-from trl_nca.responses import TOKENIZED_FEATURES, tokenize_dataset
-from trl_nca.shared_prompt import share_prompts
+from trl_nca.reference import cache_file, describe_reference, reference_logps
+from trl_nca.responses import TOKENIZED_FEATURES, group_length, tokenize_dataset
+from trl_nca.sampler import SeededLengthSampler
 
 logger = logging.getLogger(__name__)
-
-#: `DPOConfig` keys that act inside upstream's loss or forward, which these trainers replace: (key, neutral value).
-UNSUPPORTED = [
-    ("use_liger_kernel", False),
-    ("padding_free", False),
-    ("loss_weights", None),
-    ("ld_alpha", None),
-    ("f_divergence_type", "reverse_kl"),
-    ("label_smoothing", 0.0),
-    ("use_weighting", False),
-    ("router_aux_loss_coef", None),
-    ("truncation_mode", "keep_start"),
-]
-
-
-@dataclass
-class NCAConfig(DPOConfig):
-    r"""Settings of a run: those of `trl.DPOConfig` (and so of `transformers.TrainingArguments`), and these.
-
-    Raises:
-        ValueError: A value is out of range, or a key of `DPOConfig` is set that has no meaning here.
-    """
-
-    loss_type: str = field(
-        default="NCA",
-        metadata={
-            "help": "Loss, in any case: NCA or InfoNCA for any K; DPO (InfoNCA of a pair) or biasedNCA for pairs."
-        },
-    )
-    beta: float = field(
-        default=0.01,
-        metadata={
-            "help": "Multiplies the log-ratio policy / reference, summed over the response's tokens. Larger keeps the "
-            "policy closer to the reference. Must be > 0."
-        },
-    )
-    alpha: float = field(
-        default=1e-4,
-        metadata={
-            "help": "Temperature of the targets softmax(score / alpha), in the unit of the scores. Small is one-hot on "
-            "the best response, large is uniform; 0 is exactly one-hot, ties sharing the weight. Not used with pairs."
-        },
-    )
-    tie_break: float = field(
-        default=0.0,
-        metadata={
-            "help": "Added to the first response's score before the targets, in the unit of the scores. 0.01 is what "
-            "the 2024 scripts did."
-        },
-    )
-    max_prompt_length: int | None = field(
-        default=None,
-        metadata={"help": "Most tokens of a prompt; a longer one loses its beginning. None: no bound of its own."},
-    )
-    shared_prompt: str = field(
-        default="auto",
-        metadata={
-            "help": "Run each prompt once for all its responses, without padding: true, false (padded rows), or auto "
-            "(true where the model can).",
-            "choices": ["auto", "true", "false"],
-        },
-    )
-
-    def __post_init__(self) -> None:
-        by_lower = {name.lower(): name for name in LOSSES}
-        if str(self.loss_type).lower() not in by_lower:
-            raise ValueError(f"loss_type: unknown loss {self.loss_type!r}; choose one of {', '.join(LOSSES)}")
-        if not self.beta > 0:
-            raise ValueError(f"beta: must be > 0, got {self.beta}")
-        if not self.alpha >= 0:
-            raise ValueError(f"alpha: must be >= 0, got {self.alpha}")
-        for key in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "max_prompt_length"):
-            if getattr(self, key) is not None and getattr(self, key) < 1:
-                raise ValueError(f"{key}: must be at least 1, got {getattr(self, key)}")
-        if self.max_length is not None and (self.max_prompt_length or 0) >= self.max_length:
-            raise ValueError(f"max_prompt_length: {self.max_prompt_length} fills max_length {self.max_length}")
-        for key, neutral in UNSUPPORTED:
-            if getattr(self, key) != neutral:
-                raise ValueError(f"{key}: {getattr(self, key)!r} has no effect with these losses; remove the key")
-        self.shared_prompt = str(self.shared_prompt).lower()
-        if not torch.accelerator.is_available():  # recipes are written for GPUs; on a CPU they run there, in float32
-            self.use_cpu, self.bf16, self.dataloader_pin_memory = True, bool(self.bf16), False
-        super().__post_init__()
-        self.loss_type = by_lower[str(self.loss_type[0]).lower()]  # upstream makes a list of it
-        for tracker in set(self.report_to) - set(get_available_reporting_integrations()):
-            raise ValueError(f"report_to: {tracker} is not installed; install it, or set report_to: none")
 
 
 class NCATrainer(DPOTrainer):
@@ -167,7 +83,9 @@ class NCATrainer(DPOTrainer):
         super().__init__(model, ref_model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
 
     def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: NCAConfig, dataset_name: str) -> Dataset:
-        if set(TOKENIZED_FEATURES) <= set(dataset.column_names):
+        if set(TOKENIZED_FEATURES) <= {*dataset.column_names, "length"}:
+            if "length" not in dataset.column_names:
+                dataset = dataset.map(lambda row: {"length": group_length(row)}, desc=f"Measuring {dataset_name}")
             return dataset
         dataset, report = tokenize_dataset(
             self._to_groups(dataset),
@@ -201,28 +119,80 @@ class NCATrainer(DPOTrainer):
     def _shared_prompt(self) -> bool:
         """Whether batches run packed. Decided at the first batch, when policy and reference are both there."""
         models = [self.accelerator.unwrap_model(m) for m in (self.model, self.ref_model) if m is not None]
-        return share_prompts(models, self.args.shared_prompt)
+        return prepare(models, self.args.shared_prompt)
 
-    def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    def compute_ref_log_probs(self, model: nn.Module, inputs: Batch) -> Tensor:
         """Summed log-probs of the responses under the reference. Shape (B, K), no gradient."""
         adapter = contextlib.nullcontext()
-        if self.ref_model is None and is_peft_model(self.model):
+        if self._trained_adapter(model):
             policy = self.accelerator.unwrap_model(self.model)
             adapter = use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None)
         checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
-        with torch.no_grad(), checkpointing, adapter, self.accelerator.autocast():
-            return response_logps(model, inputs, self._shared_prompt)
+        with checkpointing, adapter, self.accelerator.autocast():
+            return logps_without_gradient(self._run(model), self._chunks(inputs), self._agree)
+
+    def _trained_adapter(self, model: nn.Module) -> str | None:
+        """Name of the adapter that is switched off to get the reference; None where the reference has none."""
+        if self.ref_model is not None or not is_peft_model(self.model):
+            return None
+        return self.accelerator.unwrap_model(self.model).active_adapter
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        loader = DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator, shuffle=False)
         model = self.ref_model or self.model
-        ref_logps: list[list[float]] = []
-        for batch in tqdm(self.accelerator.prepare(loader), desc=f"Reference log-probs of {name}"):
-            table = torch.stack([self.compute_ref_log_probs(model, batch), batch["response_mask"].float()])  # (2, B, K)
-            table = self.accelerator.pad_across_processes(table.transpose(0, 1), dim=2)  # (B, 2, K of all processes)
-            for logps, mask in self.accelerator.gather_for_metrics(table):
-                ref_logps.append(logps[mask.bool()].tolist())
-        return dataset.add_column("ref_logps", ref_logps)
+        if self.ref_model is None and self.is_deepspeed_enabled:  # the Trainer has not made its engine yet
+            self._precompute_engine = self._precompute_engine or prepare_deepspeed(self.model, self.accelerator)
+            model = self._precompute_engine
+
+        def score(rows: list[dict[str, Any]]) -> list[list[float]]:
+            batch = self._prepare_inputs(self.data_collator(rows))
+            logps = self.compute_ref_log_probs(model, batch)
+            return [values[mask].tolist() for values, mask in zip(logps, batch["response_mask"], strict=True)]
+
+        about = describe_reference(
+            self.accelerator.unwrap_model(model),
+            dataset,
+            self._trained_adapter(model),
+            precision=self.accelerator.mixed_precision,
+            shared_prompt=self._shared_prompt,
+        )
+        file = cache_file(about, self.args.ref_logps_dir)
+        logps = reference_logps(dataset, file, about, score, batch_size, desc=f"Reference log-probs of {name}")
+        return dataset.add_column("ref_logps", logps)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        rows = train_dataset if train_dataset is not None else self.train_dataset
+        global_batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return SeededLengthSampler(rows["length"][:], global_batch, self.args.data_seed or self.args.seed)
+
+    def _run(self, model: nn.Module) -> Callable[[Batch], Tensor]:
+        return functools.partial(response_logps, model, shared_prompt=self._shared_prompt)
+
+    def _chunks(self, inputs: Batch) -> list[Batch]:
+        return split_batch(inputs, self.args.max_tokens_per_forward, self._shared_prompt)
+
+    def _agree(self, number: int) -> int:
+        """The largest over all processes, where weights are sharded and each forward takes all of them."""
+        if self.args.max_tokens_per_forward is None or not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            return number
+        return int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())
+
+    @contextlib.contextmanager
+    def _unsynchronised(self, model: nn.Module) -> Iterator[None]:
+        """Gradients are summed up, and neither exchanged between processes nor, by DeepSpeed, stepped on."""
+        state = self.accelerator.gradient_state
+        was_last = state.sync_gradients  # False: the Trainer has seen to it
+        state._set_sync_gradients(False)
+        with self.accelerator.no_sync(model) if was_last else contextlib.nullcontext():
+            yield
+        state._set_sync_gradients(was_last)
+
+    def _backward(self, loss: Tensor) -> None:
+        """As in `Trainer.training_step`, for the chunks whose gradient it does not see."""
+        is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        with torch.autocast(loss.device.type, enabled=False):
+            self.accelerator.backward(loss, **{"scale_wrt_gas": False} if is_deepspeed else {})
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -242,22 +212,39 @@ class NCATrainer(DPOTrainer):
         self._num_prompts = num_items_in_batch
         return super().compute_loss(model, inputs, return_outputs)
 
-    def _compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool) -> Any:
+    def _compute_loss(self, model: nn.Module, inputs: Batch, return_outputs: bool) -> Any:
         scores, mask = inputs["scores"], inputs["response_mask"]
-        logps = response_logps(model, inputs, self._shared_prompt)  # (B, K)
         ref_logps = inputs.get("ref_logps")
         if ref_logps is None:
             ref_logps = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
-        rewards = self.beta * (logps - ref_logps)
-        targets = self._targets(scores, mask).to(rewards.dtype)
-        losses = LOSSES[self.args.loss_type](rewards, targets, mask)  # (B,)
+        targets = self._targets(scores, mask)
 
-        self._record(group_metrics(losses, rewards, logps, scores, mask))
-        if self._num_prompts is None:
-            loss = losses.mean()
-        else:
+        def losses_of(logps: Tensor) -> tuple[Tensor, Tensor]:
+            """Losses, shape (B,), and implicit rewards, shape (B, K), of log-probs of shape (B, K)."""
+            rewards = self.beta * (logps - ref_logps)
+            return LOSSES[self.args.loss_type](rewards, targets.to(rewards.dtype), mask), rewards
+
+        def average(losses: Tensor) -> Tensor:
+            if self._num_prompts is None:
+                return losses.mean()
             # Gradients are averaged over processes; times their number, that is the sum over all prompts.
-            loss = losses.sum() * self.accelerator.num_processes / self._num_prompts
+            return losses.sum() * self.accelerator.num_processes / self._num_prompts
+
+        run, chunks = self._run(model), self._chunks(inputs)
+        if torch.is_grad_enabled():
+            logps = logps_for_training(
+                run,
+                chunks,
+                separable=self.args.loss_type in SEPARABLE,
+                backward=lambda logps: self._backward(average(losses_of(logps)[0])),
+                deferred=lambda: self._unsynchronised(model),
+                agree=self._agree,
+            )
+        else:
+            logps = logps_without_gradient(run, chunks, self._agree)
+        losses, rewards = losses_of(logps)
+        self._record(group_metrics(losses, rewards, logps, scores, mask))
+        loss = average(losses)
         return (loss, {"rewards": rewards}) if return_outputs else loss
 
     def _record(self, metrics: dict[str, Tensor]) -> None:

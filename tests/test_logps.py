@@ -21,8 +21,8 @@ from transformers import (
 
 from tests.tiny import tiny_config
 from trl_nca.collate import GroupCollator
-from trl_nca.logps import response_logps
-from trl_nca.shared_prompt import share_prompts, why_not
+from trl_nca.logps import prepare, response_logps
+from trl_nca.shared_prompt import why_not
 
 SETTINGS = {key: value for key, value in tiny_config().to_dict().items() if key in (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -76,7 +76,7 @@ def test_packed_equals_padded_equals_by_hand(family):
     expected = by_hand(model, rows)
     expected_gradient = torch.autograd.grad(expected.square().mean(), model.parameters())
 
-    assert share_prompts([model])
+    assert prepare([model])
     for packed in (True, False):
         logps = response_logps(model, batch, packed)
         assert (logps[~mask] == 0).all()
@@ -88,7 +88,7 @@ def test_packed_equals_padded_equals_by_hand(family):
 
 def test_gradient_checkpointing_changes_nothing():
     model, batch = make("mistral-window"), GroupCollator()(ragged_rows())
-    assert share_prompts([model])
+    assert prepare([model])
     model.train()
     plain = torch.autograd.grad(response_logps(model, batch, True).sum(), model.parameters())
     model.gradient_checkpointing_enable()
@@ -99,17 +99,17 @@ def test_gradient_checkpointing_changes_nothing():
 def test_the_sliding_window_is_seen():
     batch = GroupCollator()(ragged_rows())
     windowed = make("mistral-window")
-    assert share_prompts([windowed])
+    assert prepare([windowed])
     wide = MistralForCausalLM(MistralConfig(**SETTINGS, sliding_window=None)).double()
     wide.load_state_dict(windowed.state_dict())
-    assert share_prompts([wide])
+    assert prepare([wide])
     difference = response_logps(windowed, batch, True) - response_logps(wide, batch, True)
     assert difference.abs().max() > 1e-3
 
 
 def test_responses_do_not_see_each_other():
     model, rows = make("llama"), ragged_rows()
-    assert share_prompts([model])
+    assert prepare([model])
     before = response_logps(model, GroupCollator()(rows), True)
     rows[0]["response_ids"][1] = [5, 6, 7, 8]
     after = response_logps(model, GroupCollator()(rows), True)
@@ -120,7 +120,7 @@ def test_responses_do_not_see_each_other():
 def test_sampling_is_as_before_after_the_switch():
     model, prompt = make("gemma3"), torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
     expected = model.generate(prompt, max_new_tokens=12, do_sample=False)
-    assert share_prompts([model])
+    assert prepare([model])
     assert torch.equal(model.generate(prompt, max_new_tokens=12, do_sample=False), expected)
 
 

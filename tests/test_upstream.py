@@ -7,12 +7,14 @@ import pytest
 import trl
 from trl import DPOTrainer
 
-from nca_trainer import UNSUPPORTED, NCAConfig, NCATrainer, PairwiseNCATrainer
+from nca_trainer import NCAConfig, NCATrainer, PairwiseNCATrainer
+from trl_nca.config import UNSUPPORTED
 
 SEAMS = {
     "_prepare_dataset": ["dataset", "processing_class", "args", "dataset_name"],
     "_set_signature_columns_if_needed": [],
     "_precompute_ref_logps": ["dataset", "name", "batch_size"],
+    "_get_train_sampler": ["train_dataset"],
     "compute_ref_log_probs": ["model", "inputs"],
     "_compute_loss": ["model", "inputs", "return_outputs"],
     "compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"],

@@ -171,3 +171,6 @@ def _check_pairs(name: str, rewards: Tensor, response_mask: Tensor | None) -> No
 
 #: The losses by the name a recipe gives them (`loss_type`), spelt as in the paper.
 LOSSES = {"NCA": nca_loss, "InfoNCA": info_nca_loss, "DPO": dpo_loss, "biasedNCA": biased_nca_loss}
+
+#: Those that are, for each prompt, a sum over its responses: a response's gradient needs no other's log-prob.
+SEPARABLE = {"NCA", "biasedNCA"}

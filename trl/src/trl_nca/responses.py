@@ -9,7 +9,7 @@ import os.path
 import re
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,14 @@ TOKENIZED_FEATURES = Features(
         "prompt_ids": List(Value("int32")),
         "response_ids": List(List(Value("int32"))),
         "scores": List(Value("float64")),
+        "length": Value("int32"),
     }
 )
+
+
+def group_length(row: Mapping[str, Any]) -> int:
+    """Tokens that a packed forward runs for a tokenized row: the prompt but its last token, and the responses."""
+    return len(row["prompt_ids"]) - 1 + sum(map(len, row["response_ids"]))
 
 
 class ResponseTokenizer:
@@ -68,7 +74,8 @@ class ResponseTokenizer:
             row: `prompt` (messages or text), `responses` (K texts, or K lists of messages) and `scores` (K numbers).
 
         Returns:
-            `prompt_ids` (ints), `response_ids` (K lists of ints), `scores`; and what was done to fit them:
+            `prompt_ids` (ints), `response_ids` (K lists of ints), `scores`, `length` (tokens of the packed group); and
+            what was done to fit them:
             `prompt_trimmed` (bool), `responses_cut` (count), `dropped` (a reason, or "" for a row to train on).
         """
         prompt, responses, dropped = row["prompt"], row["responses"], ""
@@ -89,10 +96,10 @@ class ResponseTokenizer:
             dropped = "prompt_too_long"
         elif not all(response_ids):
             dropped = "empty_response"
-        return {
-            "prompt_ids": fitted_prompt,
-            "response_ids": [ids[: max(room, 0)] for ids in response_ids],
+        fitted = {"prompt_ids": fitted_prompt, "response_ids": [ids[: max(room, 0)] for ids in response_ids]}
+        return fitted | {
             "scores": row["scores"],
+            "length": group_length(fitted),
             "prompt_trimmed": len(fitted_prompt) < len(prompt_ids),
             "responses_cut": sum(len(ids) > room for ids in response_ids),
             "dropped": dropped,
@@ -185,7 +192,7 @@ def tokenize_dataset(
         desc: Text of the progress bar.
 
     Returns:
-        The data set with columns `prompt_ids`, `response_ids`, `scores`, and the counts `rows_in`, `rows_kept`,
+        The data set with columns `prompt_ids`, `response_ids`, `scores`, `length`, and the counts `rows_in`, `rows_kept`,
         `rows_dropped`, `dropped_by_reason`, `responses`, `responses_cut`, `prompts_trimmed`.
     """
     tokenize = ResponseTokenizer(tokenizer, max_length, max_prompt_length)

@@ -132,7 +132,7 @@ def share_prompts(models: Sequence[nn.Module], mode: str = "auto") -> bool:
         warnings.warn(f"Prompts are not shared and rows are padded: {reason}", stacklevel=2)
         return False
     for model in models:
-        _base(model).set_attn_implementation(NAME)
+        base_model(model).set_attn_implementation(NAME)
     return True
 
 
@@ -140,7 +140,7 @@ def why_not(model: nn.Module) -> str | None:
     """Why this model cannot run packed groups; None when it can."""
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         return "its adapter puts virtual tokens before the prompt"
-    model = _base(model)
+    model = base_model(model)
     config = model.config.get_text_config()
     if config._attn_implementation not in ("sdpa", NAME):
         return f"its attention is {config._attn_implementation!r}, and packing is written for 'sdpa'"
@@ -152,5 +152,6 @@ def why_not(model: nn.Module) -> str | None:
     return None
 
 
-def _base(model: nn.Module) -> nn.Module:
+def base_model(model: nn.Module) -> nn.Module:
+    """The model without its adapter's wrapper."""
     return model.get_base_model() if isinstance(model, PeftModel) else model

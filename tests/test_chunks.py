@@ -1,0 +1,174 @@
+"""Chunked batches: what is in a chunk, and that the gradient is that of the whole batch."""
+
+import contextlib
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaForCausalLM
+
+from tests.tiny import tiny_config
+from trl_nca.chunks import logps_for_training, logps_without_gradient, split_batch
+from trl_nca.collate import GroupCollator
+from trl_nca.logps import prepare, response_logps
+from trl_nca.losses import LOSSES, SEPARABLE, reward_targets
+
+
+def rows_of(shapes, seed=0):
+    """Rows of random ids: for each shape, a prompt's length and its responses' lengths."""
+    rng = random.Random(seed)
+    ids = lambda n: [rng.randrange(3, 320) for _ in range(n)]  # noqa: E731
+    return [
+        {"prompt_ids": ids(p), "response_ids": [ids(n) for n in ns], "scores": [rng.random() for _ in ns]}
+        for p, ns in shapes
+    ]
+
+
+SHAPES = [(7, (3, 5, 1)), (1, (4, 9)), (12, (6, 2, 2, 8))]
+lengths = st.integers(1, 9)
+shapes = st.lists(st.tuples(lengths, st.lists(lengths, min_size=2, max_size=6)), min_size=1, max_size=5)
+
+
+@given(shapes, st.integers(1, 60), st.booleans())
+@settings(deadline=None)
+def test_chunks_hold_every_response_once_and_no_more_tokens_than_allowed(shapes, most, shared_prompt):
+    batch = GroupCollator()(rows_of(shapes))
+    chunks = split_batch(batch, most, shared_prompt)
+    assert torch.equal(sum(chunk["response_mask"].int() for chunk in chunks), batch["response_mask"].int())
+    for chunk in chunks:
+        copies = chunk["response_mask"].sum(1) if not shared_prompt else chunk["response_mask"].any(1).int()
+        tokens = int(chunk["response_lengths"].sum() + (batch["context_lengths"] * copies).sum())
+        assert tokens <= most or chunk["response_mask"].sum() == 1
+        assert chunk["input_ids"].shape == chunk["position_ids"].shape
+        assert chunk["input_ids"].shape[1] == chunk["context_lengths"].sum() + chunk["response_lengths"].sum()
+        assert len(chunk["targets"]) == chunk["response_lengths"].sum()
+    if shared_prompt:
+        for b, (prompt, responses) in enumerate(shapes):
+            parts = sum(bool(chunk["response_mask"][b].any()) for chunk in chunks)
+            assert parts == 1 or prompt - 1 + sum(responses) > most, "a group that fits is not split"
+
+
+def make_model(dropout=0.0, dtype=torch.float64, std=0.1):
+    torch.manual_seed(0)
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], lora_dropout=dropout)
+    model = get_peft_model(LlamaForCausalLM(tiny_config()), lora).to(dtype)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=std)
+    prepare([model])
+    return model.train()
+
+
+def losses_of(loss_type, batch, beta=0.05):
+    ref_logps = torch.linspace(-40, -20, batch["scores"].numel()).view(batch["scores"].shape)
+    targets = reward_targets(batch["scores"], 0.3, batch["response_mask"])
+    return lambda logps: LOSSES[loss_type](beta * (logps - ref_logps), targets, batch["response_mask"])
+
+
+def gradients(model, batch, loss_type, most, agree=int, deferred=contextlib.nullcontext, runs=None, beta=0.05):
+    """Log-probs and trained weights' gradients of a batch in chunks of `most` tokens."""
+    model.zero_grad()
+    loss = losses_of(loss_type, batch, beta)
+
+    def run(chunk):
+        if runs is not None:
+            runs.append((torch.is_grad_enabled(), chunk["input_ids"].shape[1]))
+        return response_logps(model, chunk, True)
+
+    logps = logps_for_training(
+        run,
+        split_batch(batch, most),
+        separable=loss_type in SEPARABLE,
+        backward=lambda logps: loss(logps).sum().backward(),
+        deferred=deferred,
+        agree=agree,
+    )
+    loss(logps).sum().backward()
+    return logps.detach(), [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("loss_type", ["NCA", "InfoNCA"])
+@pytest.mark.parametrize("most", [1, 12, 20, 40])
+def test_chunked_equals_whole(loss_type, most):
+    model, batch = make_model(), GroupCollator()(rows_of(SHAPES))
+    logps, gradient = gradients(model, batch, loss_type, None)
+    chunked_logps, chunked_gradient = gradients(model, batch, loss_type, most)
+    torch.testing.assert_close(chunked_logps, logps, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(chunked_gradient, gradient, rtol=1e-6, atol=1e-8)
+    with_zeros = logps_without_gradient(lambda chunk: response_logps(model, chunk, True), split_batch(batch, most))
+    torch.testing.assert_close(with_zeros, logps, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize(("loss_type", "again"), [("NCA", 0), ("InfoNCA", 3)])
+def test_only_coupled_groups_that_are_split_run_twice(loss_type, again):
+    runs, batch = [], GroupCollator()(rows_of([(4, (2, 2)), (12, (9, 9, 9)), (4, (3, 3))]))
+    gradients(make_model(), batch, loss_type, 20, runs=runs)
+    assert [tokens for with_gradient, tokens in runs if with_gradient] == [7, 20, 20, 20, 9]
+    assert [tokens for with_gradient, tokens in runs if not with_gradient] == [20] * again
+
+
+@pytest.mark.parametrize("loss_type", ["NCA", "InfoNCA"])
+def test_dropout_is_that_of_the_values(loss_type):
+    """The gradient belongs to the log-probs that are returned: the loss changes along it by its norm."""
+    model, batch = make_model(dropout=0.5, std=0.5), GroupCollator()(rows_of(SHAPES))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    loss = losses_of(loss_type, batch, beta=0.3)
+
+    def value_and_gradient():
+        torch.manual_seed(3)
+        logps, gradient = gradients(model, batch, loss_type, 12, beta=0.3)
+        return loss(logps).sum(), gradient
+
+    _, gradient = value_and_gradient()
+    norm = torch.cat([g.flatten() for g in gradient]).norm()
+    values = []
+    for step in (1e-3, -2e-3):  # to one side of the weights, then to the other
+        with torch.no_grad():
+            for p, g in zip(trained, gradient, strict=True):
+                p += step * g / norm
+        values.append(value_and_gradient()[0])
+    assert ((values[0] - values[1]) / (2e-3 * norm)).item() == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("loss_type", ["NCA", "InfoNCA"])
+def test_idle_chunks_change_nothing(loss_type):
+    """Another process has more chunks: this one runs along, for nothing."""
+    model, batch = make_model(), GroupCollator()(rows_of(SHAPES))
+    expected = gradients(model, batch, loss_type, 12)
+    runs = []
+    found = gradients(model, batch, loss_type, 12, agree=lambda n: n + 3, runs=runs)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    assert sum(with_gradient for with_gradient, _ in runs) == len(split_batch(batch, 12)) + 3
+
+
+def test_all_chunks_but_the_last_are_deferred():
+    depth, seen = [0], []
+
+    @contextlib.contextmanager
+    def deferred():
+        depth[0] += 1
+        yield
+        depth[0] -= 1
+
+    class Runs(list):
+        def append(self, run):
+            seen.append(depth[0])
+
+    batch = GroupCollator()(rows_of(SHAPES))
+    gradients(make_model(), batch, "NCA", 12, deferred=deferred, runs=Runs())
+    assert seen == [1] * (len(split_batch(batch, 12)) - 1) + [0]
+
+
+@pytest.mark.parametrize("loss_type", ["NCA", "InfoNCA"])
+def test_bf16_autocast(loss_type):
+    """Autocast keeps copies of weights: those made without gradient must not be the ones that are trained."""
+    model, batch = make_model(dtype=torch.float32), GroupCollator()(rows_of(SHAPES))
+    _, exact = gradients(model, batch, loss_type, None)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, chunked = gradients(model, batch, loss_type, 12)
+    one, other = torch.cat([g.flatten() for g in exact]), torch.cat([g.flatten() for g in chunked])
+    assert torch.cosine_similarity(one, other, dim=0) > 0.99
+    assert (one.norm() / other.norm()).item() == pytest.approx(1, abs=0.05)

@@ -1,0 +1,104 @@
+"""The fused head against log-softmax over the whole logits."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, GraniteConfig
+from transformers import GraniteForCausalLM, LlamaForCausalLM
+
+from tests.tiny import tiny_config
+from trl_nca.head import fuse_head, target_logps
+
+SETTINGS = {key: value for key, value in tiny_config().to_dict().items() if key in (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "max_position_embeddings", "initializer_range", "pad_token_id",
+)}  # fmt: skip
+MODELS = {
+    "llama": lambda: LlamaForCausalLM(tiny_config()),
+    "capped": lambda: Gemma2ForCausalLM(Gemma2Config(**SETTINGS, final_logit_softcapping=0.5)),
+    "multiplied": lambda: CohereForCausalLM(CohereConfig(**SETTINGS, logit_scale=0.3)),
+    "divided": lambda: GraniteForCausalLM(GraniteConfig(**SETTINGS, logits_scaling=4.0)),
+}
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the most elements that any operation's result has."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        for tensor in torch.utils._pytree.tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+def case(trained, vocabulary=50):
+    torch.manual_seed(0)
+    head = nn.Linear(8, vocabulary).double().requires_grad_(trained)
+    hidden = torch.randn(23, 8, dtype=torch.float64, requires_grad=True)
+    return head, hidden, torch.randint(0, vocabulary, (23,)), torch.randn(23, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("rows", [1, 5, 23, 100])
+def test_values_and_gradients(trained, rows):
+    head, hidden, targets, weights = case(trained)
+    wanted = [hidden, *(head.parameters() if trained else ())]
+    expected = head(hidden).log_softmax(-1)[torch.arange(23), targets]
+    logps = target_logps(head, head, hidden, targets, rows)
+    torch.testing.assert_close(logps, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        torch.autograd.grad(weights @ logps, wanted),
+        torch.autograd.grad(weights @ expected, wanted),
+        rtol=1e-12,
+        atol=1e-12,
+    )
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_gradcheck(trained):
+    head, hidden, targets, _ = case(trained, vocabulary=7)
+    assert torch.autograd.gradcheck(lambda h: target_logps(head, head, h, targets, 4), hidden)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_logits_of_all_tokens_are_never_there(trained):
+    head, hidden, targets, weights = case(trained, vocabulary=500)
+    with LargestTensor() as largest:
+        (weights @ target_logps(head, head, hidden, targets, 4)).backward()
+    assert largest.numel <= max(4 * 500, head.weight.numel())
+    with LargestTensor() as largest:
+        head(hidden).log_softmax(-1)
+    assert largest.numel == 23 * 500, "the probe sees what it should"
+
+
+def test_no_gradient_no_memory():
+    head, hidden, targets, _ = case(trained=False)
+    with torch.no_grad():
+        assert target_logps(head, head, hidden, targets, 5).grad_fn is None
+    assert target_logps(head, head, hidden[:0], targets[:0], 5).shape == (0,)
+
+
+def test_half_precision_sums_up_in_float32():
+    head, hidden, targets, _ = case(trained=False)
+    logps = target_logps(head.bfloat16(), head, hidden.detach().bfloat16(), targets, 5)
+    assert logps.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_logits_are_those_of_the_model(name):
+    torch.manual_seed(0)
+    model = MODELS[name]().double()
+    ids = torch.randint(3, 320, (2, 9))
+    expected = model(ids).logits.log_softmax(-1)  # (2, 9, V)
+    fuse_head(model)
+    fuse_head(model)  # a second time does nothing
+    positions, targets = torch.tensor([0, 5, 9, 17]), torch.tensor([4, 9, 14, 19])
+    logps = model(ids, positions=positions, targets=targets)
+    torch.testing.assert_close(logps, expected.flatten(0, 1)[positions, targets])
+    torch.testing.assert_close(model(ids).logits.log_softmax(-1), expected, rtol=0, atol=0)

@@ -1,0 +1,117 @@
+"""The settings of a run."""
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers.integrations import get_available_reporting_integrations
+from trl import DPOConfig
+
+from trl_nca.losses import LOSSES
+
+#: `DPOConfig` keys that act inside upstream's loss or forward, which these trainers replace: (key, neutral value).
+UNSUPPORTED = [
+    ("use_liger_kernel", False),
+    ("padding_free", False),
+    ("loss_weights", None),
+    ("ld_alpha", None),
+    ("f_divergence_type", "reverse_kl"),
+    ("label_smoothing", 0.0),
+    ("use_weighting", False),
+    ("router_aux_loss_coef", None),
+    ("truncation_mode", "keep_start"),
+]
+
+
+@dataclass
+class NCAConfig(DPOConfig):
+    r"""Settings of a run: those of `trl.DPOConfig` (and so of `transformers.TrainingArguments`), and these.
+
+    Raises:
+        ValueError: A value is out of range, or a key of `DPOConfig` is set that has no meaning here.
+    """
+
+    loss_type: str = field(
+        default="NCA",
+        metadata={
+            "help": "Loss, in any case: NCA or InfoNCA for any K; DPO (InfoNCA of a pair) or biasedNCA for pairs."
+        },
+    )
+    beta: float = field(
+        default=0.01,
+        metadata={
+            "help": "Multiplies the log-ratio policy / reference, summed over the response's tokens. Larger keeps the "
+            "policy closer to the reference. Must be > 0."
+        },
+    )
+    alpha: float = field(
+        default=1e-4,
+        metadata={
+            "help": "Temperature of the targets softmax(score / alpha), in the unit of the scores. Small is one-hot on "
+            "the best response, large is uniform; 0 is exactly one-hot, ties sharing the weight. Not used with pairs."
+        },
+    )
+    tie_break: float = field(
+        default=0.0,
+        metadata={
+            "help": "Added to the first response's score before the targets, in the unit of the scores. 0.01 is what "
+            "the 2024 scripts did."
+        },
+    )
+    max_prompt_length: int | None = field(
+        default=None,
+        metadata={"help": "Most tokens of a prompt; a longer one loses its beginning. None: no bound of its own."},
+    )
+    shared_prompt: str = field(
+        default="auto",
+        metadata={
+            "help": "Run each prompt once for all its responses, without padding: true, false (padded rows), or auto "
+            "(true where the model can).",
+            "choices": ["auto", "true", "false"],
+        },
+    )
+
+    max_tokens_per_forward: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most tokens that a forward runs, prompts and responses: a micro-batch of more is run and "
+            "back-propagated in chunks, with the same gradient. Bounds memory whatever K and "
+            "per_device_train_batch_size are. None: no bound."
+        },
+    )
+    ref_logps_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "With precompute_ref_log_probs, the folder that keeps the reference's log-probs for later runs. "
+            "None: ref_logps in the data sets' cache ($HF_DATASETS_CACHE)."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        by_lower = {name.lower(): name for name in LOSSES}
+        if str(self.loss_type).lower() not in by_lower:
+            raise ValueError(f"loss_type: unknown loss {self.loss_type!r}; choose one of {', '.join(LOSSES)}")
+        if not self.beta > 0:
+            raise ValueError(f"beta: must be > 0, got {self.beta}")
+        if not self.alpha >= 0:
+            raise ValueError(f"alpha: must be >= 0, got {self.alpha}")
+        for key in (
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+            "max_length",
+            "max_prompt_length",
+            "max_tokens_per_forward",
+        ):
+            if getattr(self, key) is not None and getattr(self, key) < 1:
+                raise ValueError(f"{key}: must be at least 1, got {getattr(self, key)}")
+        if self.max_length is not None and (self.max_prompt_length or 0) >= self.max_length:
+            raise ValueError(f"max_prompt_length: {self.max_prompt_length} fills max_length {self.max_length}")
+        for key, neutral in UNSUPPORTED:
+            if getattr(self, key) != neutral:
+                raise ValueError(f"{key}: {getattr(self, key)!r} has no effect with these losses; remove the key")
+        self.shared_prompt = str(self.shared_prompt).lower()
+        if not torch.accelerator.is_available():  # recipes are written for GPUs; on a CPU they run there, in float32
+            self.use_cpu, self.bf16, self.dataloader_pin_memory = True, bool(self.bf16), False
+        super().__post_init__()
+        self.loss_type = by_lower[str(self.loss_type[0]).lower()]  # upstream makes a list of it
+        for tracker in set(self.report_to) - set(get_available_reporting_integrations()):
+            raise ValueError(f"report_to: {tracker} is not installed; install it, or set report_to: none")

@@ -1,0 +1,32 @@
+"""The order of the training rows: groups of like cost meet."""
+
+from collections.abc import Iterator
+
+import torch
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+
+class SeededLengthSampler(LengthGroupedSampler):
+    """Shuffled rows in which neighbours have like length, the longest of all first.
+
+    Upstream's order drawn from a generator of its own: it depends on seed and epoch alone, so a resumed run sees the
+    rows that an uninterrupted one does.
+
+    Args:
+        lengths: Tokens of each row.
+        batch_size: Rows that should have like length: those of an optimizer step on one process.
+        seed: Of the order.
+    """
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int):
+        super().__init__(batch_size, lengths=lengths)
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = list(super().__iter__())
+        self.generator = None
+        return iter(order)
