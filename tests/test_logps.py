@@ -1,5 +1,6 @@
 """Log-probs of packed groups against padded rows, and both against a plain loop over the model's full logits."""
 
+import itertools
 import random
 
 import pytest
@@ -20,6 +21,7 @@ from transformers import (
 )
 
 from tests.tiny import tiny_config
+from trl_nca import shared_prompt
 from trl_nca.collate import GroupCollator
 from trl_nca.logps import prepare, response_logps
 from trl_nca.shared_prompt import why_not
@@ -105,6 +107,34 @@ def test_the_sliding_window_is_seen():
     assert prepare([wide])
     difference = response_logps(windowed, batch, True) - response_logps(wide, batch, True)
     assert difference.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral-window", "gemma3"])
+def test_packed_for_flash_attention(family, monkeypatch):
+    """What a GPU's kernel is given: a stand-in that follows its contract sequence by sequence gets the same values."""
+    seen = []
+
+    def varlen_attn(q, k, v, q_starts, k_starts, most_q, most_k, *, scale, window_size, enable_gqa):
+        outs = []
+        for (a, b), (c, d) in zip(itertools.pairwise(q_starts.tolist()), itertools.pairwise(k_starts.tolist())):
+            assert b - a <= most_q and d - c <= most_k
+            offset = (
+                torch.arange(d - c) - torch.arange(d - c - (b - a), d - c)[:, None]
+            )  # key - query, aligned at the end
+            mask = (offset <= window_size[1]) & ((offset >= -window_size[0]) | (window_size[0] < 0))
+            parts = (t[None].transpose(1, 2) for t in (q[a:b], k[c:d], v[c:d]))
+            out = torch.nn.functional.scaled_dot_product_attention(*parts, mask, scale=scale, enable_gqa=enable_gqa)
+            outs.append(out[0].transpose(0, 1))
+        seen.append(len(outs))
+        return torch.cat(outs)
+
+    model, batch = make(family), GroupCollator()(ragged_rows())
+    assert prepare([model])
+    expected = response_logps(model, batch, True)
+    monkeypatch.setattr(shared_prompt, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(shared_prompt, "_has_flash", lambda query: True)
+    torch.testing.assert_close(response_logps(model, batch, True), expected)
+    assert seen == [11, 11]  # in each of two layers 2 contexts, the one-token prompt has none, and 9 responses
 
 
 def test_responses_do_not_see_each_other():

@@ -31,7 +31,9 @@ def split_batch(batch: Batch, max_tokens: int | None, shared_prompt: bool = True
         the chunks, shape (B, K) each, add up to those of the batch.
 
     Example:
-        >>> batch = GroupCollator()([{"prompt_ids": [1, 2, 3], "response_ids": [[4, 5], [6], [7, 8]], "scores": [2, 1, 0]}])
+        >>> from trl_nca.collate import GroupCollator
+        >>> row = {"prompt_ids": [1, 2, 3], "response_ids": [[4, 5], [6], [7, 8]], "scores": [2, 1, 0]}
+        >>> batch = GroupCollator()([row])
         >>> [chunk["response_lengths"].tolist() for chunk in split_batch(batch, max_tokens=5)]
         [[[2, 1, 0]], [[0, 0, 2]]]
         >>> [chunk["input_ids"].tolist() for chunk in split_batch(batch, max_tokens=5)]
@@ -144,7 +146,7 @@ def _fill(logps: Tensor, run: Run, chunk: Batch) -> Tensor:
 
 
 def _level(chunks: list[Batch], agree: Agree) -> list[Batch]:
-    """As many chunks on every process, by chunks that are run for nothing: sharded weights are gathered by all or none."""
+    """As many chunks on every process, some run for nothing: sharded weights are gathered by all processes or none."""
     idle = chunks[-1] | {"response_mask": torch.zeros_like(chunks[-1]["response_mask"])}
     return chunks + [idle] * (agree(len(chunks)) - len(chunks))
 

@@ -93,8 +93,8 @@ class _FrozenHead(torch.autograd.Function):
     """Log-probs whose gradient is made on the way forward, so that the logits are made once.
 
     Where the head is not trained, all that a loss sends back to a token is one number g, the derivative by its
-    log-prob, and the gradient of its hidden state is g times a vector that is known in advance. That vector, shape (R, H),
-    is kept, and neither logits nor a second projection is needed.
+    log-prob, and the gradient of its hidden state is g times a vector that is known in advance. Those vectors, shape
+    (R, H), are kept; neither logits nor a second projection is needed.
     """
 
     @staticmethod
@@ -106,10 +106,13 @@ class _FrozenHead(torch.autograd.Function):
             part = slice(at, at + rows)
             with torch.set_grad_enabled(needs_gradient):
                 h = hidden[part].detach().requires_grad_(needs_gradient)
-                piece = _logps(project, h, targets[part])
-                if needs_gradient:
-                    (directions[part],) = torch.autograd.grad(piece.sum(), h)
-            logps.append(piece.detach())
+                logits = project(h)  # (n, V)
+            log_probs = torch.log_softmax(logits.detach(), dim=-1, dtype=_wide(logits))
+            target = targets[part, None]
+            logps.append(log_probs.gather(1, target).squeeze(1))
+            if needs_gradient:  # of the target's log-prob by the logits: one-hot minus the probabilities
+                slope = log_probs.exp_().neg_().scatter_add_(1, target, torch.ones_like(log_probs[:, :1]))
+                (directions[part],) = torch.autograd.grad(logits, h, slope.to(logits.dtype))
         if needs_gradient:
             ctx.save_for_backward(directions)
         return torch.cat(logps) if logps else hidden.new_zeros(0, dtype=torch.float32)
@@ -122,5 +125,8 @@ class _FrozenHead(torch.autograd.Function):
 
 def _logps(project: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
     logits = project(hidden)  # (n, V)
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return -cross_entropy(wide, targets, reduction="none")  # (n,)
+    return -cross_entropy(logits.to(_wide(logits)), targets, reduction="none")  # (n,)
+
+
+def _wide(logits: Tensor) -> torch.dtype:
+    return torch.promote_types(logits.dtype, torch.float32)

@@ -192,8 +192,8 @@ def tokenize_dataset(
         desc: Text of the progress bar.
 
     Returns:
-        The data set with columns `prompt_ids`, `response_ids`, `scores`, `length`, and the counts `rows_in`, `rows_kept`,
-        `rows_dropped`, `dropped_by_reason`, `responses`, `responses_cut`, `prompts_trimmed`.
+        The data set with columns `prompt_ids`, `response_ids`, `scores`, `length`, and the counts `rows_in`,
+        `rows_kept`, `rows_dropped`, `dropped_by_reason`, `responses`, `responses_cut`, `prompts_trimmed`.
     """
     tokenize = ResponseTokenizer(tokenizer, max_length, max_prompt_length)
     outcome = {"prompt_trimmed": Value("bool"), "responses_cut": Value("int32"), "dropped": Value("string")}

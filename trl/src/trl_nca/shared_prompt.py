@@ -7,6 +7,8 @@ Legend: B prompts, K responses, H heads, T packed tokens, D head dimension, P to
 `GroupCollator` says what belongs to a context and to a response.
 """
 
+import functools
+import itertools
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
@@ -46,6 +49,31 @@ class GroupLayout:
             groups.append((context, [slice(at, at := at + length) for length in lengths if length]))
         return cls(groups)
 
+    @functools.cached_property
+    def sequences(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
+        """The row as sequences of queries, contexts and responses in turn, each with keys of its own.
+
+        Returns:
+            The keys of all sequences, as positions in the row; where each sequence's queries and its keys begin and the
+            last one's end, int32; the most queries and keys of a sequence.
+
+        Example:
+            >>> layout = GroupLayout.of(torch.tensor([2]), torch.tensor([[3, 1]]))
+            >>> keys, query_starts, key_starts, *most = layout.sequences
+            >>> keys
+            tensor([0, 1, 0, 1, 2, 3, 4, 0, 1, 5])
+            >>> query_starts.tolist(), key_starts.tolist(), most
+            ([0, 2, 5, 6], [0, 2, 7, 10], [3, 5])
+        """
+        pieces = []  # (queries, keys)
+        for context, responses in self.groups:
+            seen = range(context.start, context.stop)
+            pieces += [(len(seen), [*seen])] if len(seen) else []
+            pieces += [(r.stop - r.start, [*seen, *range(r.start, r.stop)]) for r in responses]
+        num_queries, num_keys = [n for n, _ in pieces], [len(keys) for _, keys in pieces]
+        starts = [torch.tensor([0, *itertools.accumulate(n)], dtype=torch.int32) for n in (num_queries, num_keys)]
+        return torch.tensor([i for _, keys in pieces for i in keys]), *starts, max(num_queries), max(num_keys)
+
 
 def shared_prompt_attention(
     module: nn.Module,
@@ -74,6 +102,41 @@ def shared_prompt_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    if _has_flash(query) and not dropout:
+        return _attend_by_flash(query, key, value, scaling, sliding_window, group_layout), None
+    return _attend_by_parts(query, key, value, dropout, scaling, sliding_window, group_layout), None
+
+
+def _has_flash(query: Tensor) -> bool:
+    """Whether torch's own FlashAttention for sequences of any lengths takes these queries."""
+    is_half = query.dtype in (torch.float16, torch.bfloat16)
+    return query.is_cuda and is_half and torch.cuda.get_device_capability(query.device) >= (8, 0)
+
+
+def _attend_by_flash(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None, layout: GroupLayout
+) -> Tensor:
+    """All contexts and responses in one kernel. Shape (1, T, H, D)."""
+    keys, query_starts, key_starts, most_queries, most_keys = (
+        part.to(query.device) if isinstance(part, Tensor) else part for part in layout.sequences
+    )
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # (T, H, D)
+    return varlen_attn(
+        q, k[keys], v[keys], query_starts, key_starts, most_queries, most_keys,
+        scale=scaling, window_size=(window - 1 if window else -1, 0), enable_gqa=q.shape[1] != k.shape[1],
+    )[None]  # fmt: skip
+
+
+def _attend_by_parts(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout: float,
+    scaling: float | None,
+    sliding_window: int | None,
+    group_layout: GroupLayout,
+) -> Tensor:
+    """One context or response after the other, on any device and in any precision. Shape (1, T, H, D)."""
     heads_per_key = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, heads_per_key), repeat_kv(value, heads_per_key)
 
@@ -83,16 +146,18 @@ def shared_prompt_attention(
         causal = mask is None and q.shape[2] > 1
         return scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=causal, scale=scaling)
 
+    # One split, whose gradient is one concatenation: a slice's would be a tensor of the whole row's size each.
+    lengths = [part.stop - part.start for context, responses in group_layout.groups for part in (context, *responses)]
+    parts = zip(*(t.split(lengths, dim=2) for t in (query, key, value)), strict=True)
     outputs = []
     for context, responses in group_layout.groups:
-        context_key, context_value = key[:, :, context], value[:, :, context]
+        context_query, context_key, context_value = next(parts)
         if context.stop > context.start:
-            outputs.append(attend(query[:, :, context], context_key, context_value))
-        for response in responses:
-            keys = torch.cat([context_key, key[:, :, response]], dim=2)
-            values = torch.cat([context_value, value[:, :, response]], dim=2)
-            outputs.append(attend(query[:, :, response], keys, values))
-    return torch.cat(outputs, dim=2).transpose(1, 2), None  # (1, T, H, D)
+            outputs.append(attend(context_query, context_key, context_value))
+        for _ in responses:
+            q, k, v = next(parts)
+            outputs.append(attend(q, torch.cat([context_key, k], dim=2), torch.cat([context_value, v], dim=2)))
+    return torch.cat(outputs, dim=2).transpose(1, 2)  # (1, T, H, D)
 
 
 def _causal_mask(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor | None:
@@ -142,8 +207,8 @@ def why_not(model: nn.Module) -> str | None:
         return "its adapter puts virtual tokens before the prompt"
     model = base_model(model)
     config = model.config.get_text_config()
-    if config._attn_implementation not in ("sdpa", NAME):
-        return f"its attention is {config._attn_implementation!r}, and packing is written for 'sdpa'"
+    if not any(word in config._attn_implementation for word in ("sdpa", "flash", "flex", NAME)):
+        return f"its attention is {config._attn_implementation!r}, which scores by rules of its own"
     if not getattr(model, "_supports_attention_backend", False):
         return f"{type(model).__name__} does not use transformers' attention interface"
     other = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}

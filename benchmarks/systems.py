@@ -1,0 +1,213 @@
+"""What is compared: each system does the same optimizer step on the same rows, its own way."""
+
+import os
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
+from trl import DPOConfig, DPOTrainer
+
+from benchmarks.padded import padded_loss
+from nca_trainer import NCAConfig, NCATrainer
+
+LORA = LoraConfig(
+    r=16,
+    lora_alpha=16,
+    lora_dropout=0.0,
+    target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    task_type="CAUSAL_LM",
+)
+BETA, ALPHA = 0.01, 0.1
+
+
+@dataclass
+class Case:
+    """A kind of rows, and how they are run."""
+
+    name: str
+    num_responses: int
+    prompt_tokens: int  # mean
+    response_tokens: int  # mean
+    ragged: bool = True
+    prompts: int = 1  # of an optimizer step, in micro-batches of one
+    precision: str = "fp32"
+    checkpointing: bool = False
+    max_tokens: int | None = None  # of a forward, where a system can bound it
+    systems: tuple[str, ...] = ("padded", "ours, reference cached", "ours")
+
+
+class Padded:
+    """(a) The 2024 way: micro-batches of one prompt, the reference run at every step."""
+
+    def __init__(self, model: PeftModel, case: Case, device: str):
+        self.model, self.case, self.device = model.train(), case, device
+
+    def ready(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """What is done before the clock starts."""
+        return rows
+
+    def backward(self, rows: list[dict[str, Any]]) -> None:
+        for row in rows:
+            with torch.autocast(self.device, torch.bfloat16, enabled=self.case.precision == "bf16"):
+                loss = padded_loss(self.model, row, BETA, ALPHA, self.device)
+            (loss / len(rows)).backward()
+
+
+class Ours(Padded):
+    """(c) This project's trainer."""
+
+    def __init__(self, model: PeftModel, case: Case, device: str):
+        self.trainer = self._trainer(model, case, device)
+
+    def _trainer(self, model: PeftModel, case: Case, device: str) -> DPOTrainer:
+        args = NCAConfig(
+            **_settings(case, device),
+            max_tokens_per_forward=case.max_tokens,
+            shared_prompt="true",
+            loss_type="NCA",
+            beta=BETA,
+            alpha=ALPHA,
+        )
+        rows = Dataset.from_list([tiny_row(case)])
+        return NCATrainer(model=model, args=args, train_dataset=rows, processing_class=_tokenizer())
+
+    def batches(self, rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+        return [[row] for row in rows]
+
+    def backward(self, rows: list[dict[str, Any]]) -> None:
+        trainer = self.trainer
+        for batch in self.batches(rows):
+            inputs = trainer._prepare_inputs(trainer.data_collator(batch))
+            trainer.training_step(trainer.model, inputs, torch.tensor(len(rows)))
+
+
+class OursCached(Ours):
+    """(c) with `precompute_ref_log_probs`, from the second run on: the reference's log-probs come with the rows."""
+
+    def ready(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        trainer = self.trainer
+        inputs = trainer._prepare_inputs(trainer.data_collator(rows))
+        logps = trainer.compute_ref_log_probs(trainer.model, inputs).tolist()
+        return [row | {"ref_logps": logps[i][: len(row["scores"])]} for i, row in enumerate(rows)]
+
+
+class OursOnPairs(Ours):
+    """(c) on pairs: the pairs of a step are one micro-batch, as upstream's are."""
+
+    def batches(self, rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+        return [rows]
+
+
+class Upstream(OursOnPairs):
+    """(b) `trl.DPOTrainer`, with the loss that upstream calls nca_pair."""
+
+    def _trainer(self, model: PeftModel, case: Case, device: str) -> DPOTrainer:
+        args = DPOConfig(**_settings(case, device), loss_type=["nca_pair"], beta=BETA)
+        rows = Dataset.from_list([_as_pair(tiny_row(case))])
+        return DPOTrainer(model=model, args=args, train_dataset=rows, processing_class=_tokenizer())
+
+    def batches(self, rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+        return [[_as_pair(row) for row in rows]]
+
+
+SYSTEMS = {
+    "padded": Padded,
+    "upstream": Upstream,
+    "ours": Ours,
+    "ours, reference cached": OursCached,
+    "ours on pairs": OursOnPairs,
+}
+MODEL = "models/SmolLM2-135M-Instruct"
+MISTRAL_4BIT = "mistral-7b-4bit"
+
+
+def tiny_row(case: Case) -> dict[str, Any]:
+    """A row to warm up with."""
+    responses = [[5, 6, 7, 8]] * case.num_responses
+    return {"prompt_ids": [3, 4, 5], "response_ids": responses, "scores": [k / 10 for k in range(case.num_responses)]}
+
+
+def load_model(name: str, case: Case, device: str) -> PeftModel:
+    """The policy: a folder's weights, or Mistral-7B with random ones in 4 bit, behind fresh LoRA."""
+    torch.manual_seed(0)
+    if name == MISTRAL_4BIT:
+        base = random_mistral_4bit(MistralConfig(vocab_size=32000), device)
+    else:
+        base = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device)
+    model = get_peft_model(base, LORA)
+    if case.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    return model
+
+
+def random_mistral_4bit(config: MistralConfig, device: str) -> nn.Module:
+    """A Mistral with random weights, its linear layers but the head in NF4, as QLoRA has it."""
+    import bitsandbytes as bnb
+
+    with torch.device(device):
+        model = MistralForCausalLM(config).to(torch.bfloat16)
+    for module in list(model.model.layers.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear):
+                quantized = bnb.nn.Linear4bit(
+                    child.in_features, child.out_features, bias=False, quant_type="nf4", compute_dtype=torch.bfloat16
+                )
+                quantized.weight = bnb.nn.Params4bit(child.weight.data.cpu(), requires_grad=False, quant_type="nf4")
+                setattr(module, name, quantized.to(device))
+    model.is_loaded_in_4bit = True  # what peft asks for
+    return model.requires_grad_(False)
+
+
+class Memory:
+    """Most memory held since the start of the measurement, above what was held then, in bytes."""
+
+    def __init__(self, device: str):
+        self.device = device
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            self.base = torch.cuda.memory_allocated()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is held now
+            self.base = _status("VmRSS")
+
+    def peak(self) -> int:
+        return (torch.cuda.max_memory_allocated() if self.device == "cuda" else _status("VmHWM")) - self.base
+
+
+def _status(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _settings(case: Case, device: str) -> dict[str, Any]:
+    return {
+        "output_dir": f"/tmp/nca-bench-{os.getpid()}",
+        "per_device_train_batch_size": 1,
+        "bf16": case.precision == "bf16",
+        "fp16": False,
+        "use_cpu": device == "cpu",
+        "gradient_checkpointing": case.checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "max_length": None,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+
+
+def _as_pair(row: dict[str, Any]) -> dict[str, Any]:
+    chosen, rejected = row["response_ids"]
+    return {"prompt_ids": row["prompt_ids"], "chosen_ids": chosen, "rejected_ids": rejected}
+
+
+def _tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(MODEL)
