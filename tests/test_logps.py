@@ -116,11 +116,10 @@ def test_packed_for_flash_attention(family, monkeypatch):
 
     def varlen_attn(q, k, v, q_starts, k_starts, most_q, most_k, *, scale, window_size, enable_gqa):
         outs = []
-        for (a, b), (c, d) in zip(itertools.pairwise(q_starts.tolist()), itertools.pairwise(k_starts.tolist())):
+        queries, keys = (itertools.pairwise(starts.tolist()) for starts in (q_starts, k_starts))
+        for (a, b), (c, d) in zip(queries, keys, strict=True):
             assert b - a <= most_q and d - c <= most_k
-            offset = (
-                torch.arange(d - c) - torch.arange(d - c - (b - a), d - c)[:, None]
-            )  # key - query, aligned at the end
+            offset = torch.arange(d - c) - torch.arange(d - c - (b - a), d - c)[:, None]  # key - query: ends meet
             mask = (offset <= window_size[1]) & ((offset >= -window_size[0]) | (window_size[0] < 0))
             parts = (t[None].transpose(1, 2) for t in (q[a:b], k[c:d], v[c:d]))
             out = torch.nn.functional.scaled_dot_product_attention(*parts, mask, scale=scale, enable_gqa=enable_gqa)
