@@ -17,6 +17,9 @@ os.environ["HF_DATASETS_CACHE"] = _CACHE.name
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 
+MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
+
+needs_model = pytest.mark.skipif(not MODEL.is_dir(), reason="models/SmolLM2-135M-Instruct is not here: make setup")
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared folder with golden values is not here")
 
 

@@ -10,11 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from alignment.evaluate import bootstrap_interval, load_reward_function
 from alignment.report import compare_samples, verdict
 from alignment.sample import sample_responses
-from tests.conftest import ROOT
+from tests.conftest import MODEL, ROOT, needs_model
 from tests.tiny import tiny_config, tiny_tokenizer
-
-MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
-needs_model = pytest.mark.skipif(not MODEL.is_dir(), reason="models/SmolLM2-135M-Instruct is not here: make setup")
 
 
 def rows(name):

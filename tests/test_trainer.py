@@ -150,6 +150,25 @@ def test_packed_equals_padded(tmp_path, lora):
     assert_same_curve(packed, run(tmp_path, rows, shared_prompt="false", lora=lora))
 
 
+@pytest.mark.parametrize("loss_type", ["NCA", "InfoNCA"])
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_chunked_equals_whole(tmp_path, loss_type, lora):
+    rows, settings = reward_rows(20), {"loss_type": loss_type, "lora": lora}
+    whole = run(tmp_path, rows, **settings)
+    in_twos = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    assert_same_curve(whole, run(tmp_path, rows, max_tokens_per_forward=40, **settings))
+    assert_same_curve(whole, run(tmp_path, rows, max_tokens_per_forward=25, **settings, **in_twos))
+    assert_same_curve(whole, run(tmp_path, rows, max_tokens_per_forward=40, shared_prompt="false", **settings))
+
+
+def test_evaluation_in_chunks_is_the_same(tmp_path):
+    settings = {"eval_rows": reward_rows(5), "max_steps": 1}
+    whole = make_trainer(tmp_path, reward_rows(4), **settings).evaluate()
+    chunked = make_trainer(tmp_path, reward_rows(4), max_tokens_per_forward=25, **settings).evaluate()
+    assert chunked["eval_loss"] == pytest.approx(whole["eval_loss"], abs=1e-6)
+    assert chunked["eval_logps/chosen"] == pytest.approx(whole["eval_logps/chosen"], abs=1e-3)
+
+
 def test_checkpointing_changes_nothing(tmp_path):
     rows = reward_rows(20)
     assert_same_curve(run(tmp_path, rows), run(tmp_path, rows, gradient_checkpointing=True))
@@ -215,6 +234,7 @@ def test_tie_break_goes_to_the_first_response(tmp_path):
         ({"beta": 0.0}, "beta: must be > 0"),
         ({"alpha": -1.0}, "alpha: must be >= 0"),
         ({"alpha": float("nan")}, "alpha: must be >= 0"),
+        ({"max_tokens_per_forward": 0}, "max_tokens_per_forward: must be at least 1"),
         ({"max_prompt_length": 1024}, "max_prompt_length: 1024 fills max_length"),
         ({"padding_free": True}, "padding_free: True has no effect"),
         ({"use_liger_kernel": True}, "use_liger_kernel: True has no effect"),

@@ -1,0 +1,109 @@
+"""The engine in two processes: gradients exchanged once, and sharded weights."""
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import multiprocessing as mp
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.test_chunks import losses_of, make_model, rows_of
+from trl_nca.chunks import logps_for_training, split_batch
+from trl_nca.collate import GroupCollator
+from trl_nca.logps import response_logps
+from trl_nca.losses import SEPARABLE
+
+# The second process has more to do: its groups are longer and need more chunks.
+SHAPES = [[(7, (3, 5, 1))], [(12, (6, 2, 9, 8)), (3, (4, 9))]]
+
+
+def step(model, batch, loss_type, most, deferred, agree):
+    loss = losses_of(loss_type, batch)
+    logps = logps_for_training(
+        lambda chunk: response_logps(model, chunk, True),
+        split_batch(batch, most),
+        separable=loss_type in SEPARABLE,
+        backward=lambda logps: loss(logps).sum().backward(),
+        deferred=deferred,
+        agree=agree,
+    )
+    loss(logps).sum().backward()
+
+
+def gradient_of_both(loss_type):
+    model = make_model()
+    for shapes in SHAPES:
+        step(model, GroupCollator()(rows_of(shapes)), loss_type, None, None, int)
+    return {name: p.grad / 2 for name, p in model.named_parameters() if p.requires_grad}
+
+
+def largest(number):
+    number = torch.tensor([number])
+    dist.all_reduce(number, op=dist.ReduceOp.MAX)
+    return int(number)
+
+
+def with_ddp(rank):
+    for loss_type in ("NCA", "InfoNCA"):
+        model = DistributedDataParallel(make_model())
+        exchanges = []
+
+        def count(state, bucket):
+            state.append(bucket.index())
+            return dist.all_reduce(bucket.buffer().div_(2), async_op=True).get_future().then(lambda f: f.value()[0])
+
+        model.register_comm_hook(exchanges, count)
+        batch = GroupCollator()(rows_of(SHAPES[rank]))
+        assert len(split_batch(batch, 20)) == 1 + 2 * rank
+        step(model, batch, loss_type, 20, model.no_sync, int)
+        assert exchanges == sorted(set(exchanges)), "each bucket once"
+        for name, expected in gradient_of_both(loss_type).items():
+            torch.testing.assert_close(model.module.get_parameter(name).grad, expected, rtol=1e-6, atol=1e-9)
+
+
+def with_sharded_weights(rank):
+    mesh = dist.init_device_mesh("cpu", (2,))
+    for loss_type in ("NCA", "InfoNCA"):
+        model = make_model()
+        for layer in model.get_base_model().model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        whole = make_model().get_base_model().lm_head.weight.numel()
+        assert model.get_base_model().lm_head.weight.to_local().numel() == whole / 2, "nothing was sharded"
+        batch = GroupCollator()(rows_of(SHAPES[rank]))
+        # Each forward and backward gathers the weights from both: without `agree` the shorter process would be waited for.
+        step(model, batch, loss_type, 20, lambda: no_exchange(model), largest)
+        for name, expected in gradient_of_both(loss_type).items():
+            torch.testing.assert_close(
+                model.get_parameter(name).grad.full_tensor(), expected, rtol=1e-6, atol=1e-9, msg=name
+            )
+
+
+class no_exchange:
+    def __init__(self, model):
+        self.model = model
+
+    def __enter__(self):
+        self.model.set_requires_gradient_sync(False)
+
+    def __exit__(self, *error):
+        self.model.set_requires_gradient_sync(True)
+
+
+def worker(rank, port, check):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    check(rank)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("check", [with_ddp, with_sharded_weights])
+def test_two_processes(check):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(worker, (port, check), nprocs=2)
