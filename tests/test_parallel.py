@@ -1,5 +1,7 @@
 """The engine in two processes: gradients exchanged once, and sharded weights."""
 
+import contextlib
+import functools
 import os
 import socket
 
@@ -74,23 +76,19 @@ def with_sharded_weights(rank):
         whole = make_model().get_base_model().lm_head.weight.numel()
         assert model.get_base_model().lm_head.weight.to_local().numel() == whole / 2, "nothing was sharded"
         batch = GroupCollator()(rows_of(SHAPES[rank]))
-        # Each forward and backward gathers the weights from both: without `agree` the shorter process would be waited for.
-        step(model, batch, loss_type, 20, lambda: no_exchange(model), largest)
+        # Each forward and backward takes weights from both processes: without `agree` one would wait for the other.
+        step(model, batch, loss_type, 20, functools.partial(no_exchange, model), largest)
         for name, expected in gradient_of_both(loss_type).items():
             torch.testing.assert_close(
                 model.get_parameter(name).grad.full_tensor(), expected, rtol=1e-6, atol=1e-9, msg=name
             )
 
 
-class no_exchange:
-    def __init__(self, model):
-        self.model = model
-
-    def __enter__(self):
-        self.model.set_requires_gradient_sync(False)
-
-    def __exit__(self, *error):
-        self.model.set_requires_gradient_sync(True)
+@contextlib.contextmanager
+def no_exchange(model):
+    model.set_requires_gradient_sync(False)
+    yield
+    model.set_requires_gradient_sync(True)
 
 
 def worker(rank, port, check):
