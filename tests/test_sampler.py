@@ -6,7 +6,7 @@ import statistics
 from tests.test_trainer import assert_same_curve, logged, make_trainer, reward_rows, run
 from trl_nca.sampler import SeededLengthSampler
 
-LENGTHS = [random.Random(0).randrange(10, 1000) for _ in range(500)]
+LENGTHS = random.Random(0).choices(range(10, 1000), k=500)
 
 
 def orders(seed, epochs=(0, 1)):
