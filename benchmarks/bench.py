@@ -38,7 +38,7 @@ CASES = [
     Case("UltraFeedback K=16, half the length", 16, 50, 120),
     Case("long prompts K=4", 4, 384, 96, prompts=2),
     Case("long prompts K=8", 8, 384, 96),
-    Case("512 + 8 x 128, equal lengths", 8, 512, 128, ragged=False),
+    Case("512 + 8 x 128, equal lengths", 8, 512, 128, ragged=False, systems=("padded", "ours")),
     Case("pairs K=2, batch 4", 2, 100, 240, prompts=4, systems=PAIRS),
     Case("UltraFeedback K=8, checkpointing", 8, 100, 240, checkpointing=True),
     Case("short rows K=4, bf16", 4, 16, 32, precision="bf16"),
@@ -205,7 +205,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", default="", help="Run the cases whose name contains this.")
+    parser.add_argument("--only", default="", help="Run the cases whose name contains this; results of others stay.")
     parser.add_argument("--rounds", type=int, default=2, help="Steps of each system, each on rows of its own.")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--model", default=MODEL, help=f"A folder, or {MISTRAL_4BIT}: random weights in NF4.")
@@ -215,7 +215,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         sys.exit("--device cuda: no GPU found on this machine; run without it, on the CPU")
-    results = []
+    output = Path(options.output)
+    results = json.loads(output.read_text()) if options.only and output.exists() else []
     for case in CASES:
         if options.only not in case.name:
             continue
@@ -225,9 +226,8 @@ def main() -> None:
             prompt_tokens=round(case.prompt_tokens * options.scale),
             response_tokens=round(case.response_tokens * options.scale),
         )
-        results.append(measure(case, options.rounds, options.model, options.device))
-        print(table(results[-1:]).split("\n", 2)[2], flush=True)
-        about = {
+        result = measure(case, options.rounds, options.model, options.device)
+        result["about"] = {
             "date": str(date.today()),
             "machine": platform.processor() or platform.machine(),
             "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
@@ -236,7 +236,9 @@ def main() -> None:
             "model": options.model,
             "rounds": options.rounds,
         }
-        Path(options.output).write_text(json.dumps({"about": about, "results": results}, indent=1) + "\n")
+        print(table([result]).split("\n", 2)[2], flush=True)
+        results = [other for other in results if other["case"]["name"] != case.name] + [result]
+        output.write_text(json.dumps(results, indent=1) + "\n")
     print("\n" + table(results))
 
 

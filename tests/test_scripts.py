@@ -136,10 +136,12 @@ def test_two_processes_equal_one(recipe, tmp_path, data, script):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file",
               "alignment-handbook/recipes/accelerate_configs/multi_gpu.yaml", "--num_processes=2",
               f"--main_process_port={random.randint(20000, 40000)}"]  # fmt: skip
+    engine = ["--max_tokens_per_forward=60", "--precompute_ref_log_probs=true", f"--ref_logps_dir={tmp_path}/ref"]
     run = shell([*launch, script, str(recipe), *files, f"--output_dir={tmp_path}/two",
-                 "--per_device_train_batch_size=1", "--gradient_accumulation_steps=2"])  # fmt: skip
+                 "--per_device_train_batch_size=1", "--gradient_accumulation_steps=2", *engine])  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
     assert "1 per device x 2 accumulation x 2 processes = 4 prompts a step" in run.stdout
+    assert len(list((tmp_path / "ref").iterdir())) == 2, "a file for the training rows, one for the held-out ones"
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "out"), abs=1e-4)
     one, two = (json.loads((tmp_path / d / "train_results.json").read_text())["eval"] for d in ("out", "two"))
     for key, value in one.items():
