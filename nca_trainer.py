@@ -124,20 +124,23 @@ class NCATrainer(DPOTrainer):
     def compute_ref_log_probs(self, model: nn.Module, inputs: Batch) -> Tensor:
         """Summed log-probs of the responses under the reference. Shape (B, K), no gradient."""
         adapter = contextlib.nullcontext()
-        if self._trained_adapter(model):
+        if self._trained_adapter:
             policy = self.accelerator.unwrap_model(self.model)
             adapter = use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None)
         checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
         with checkpointing, adapter, self.accelerator.autocast():
             return logps_without_gradient(self._run(model), self._chunks(inputs), self._agree)
 
-    def _trained_adapter(self, model: nn.Module) -> str | None:
+    @property
+    def _trained_adapter(self) -> str | None:
         """Name of the adapter that is switched off to get the reference; None where the reference has none."""
         if self.ref_model is not None or not is_peft_model(self.model):
             return None
         return self.accelerator.unwrap_model(self.model).active_adapter
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        if self.args.max_tokens_per_forward and not self.args.precompute_ref_batch_size:
+            batch_size = max(batch_size, 32)  # rows to fill forwards with: their tokens are bounded anyway
         model = self.ref_model or self.model
         if self.ref_model is None and self.is_deepspeed_enabled:  # the Trainer has not made its engine yet
             self._precompute_engine = self._precompute_engine or prepare_deepspeed(self.model, self.accelerator)
@@ -151,7 +154,7 @@ class NCATrainer(DPOTrainer):
         about = describe_reference(
             self.accelerator.unwrap_model(model),
             dataset,
-            self._trained_adapter(model),
+            self._trained_adapter,
             precision=self.accelerator.mixed_precision,
             shared_prompt=self._shared_prompt,
         )

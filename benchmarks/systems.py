@@ -45,8 +45,9 @@ class Case:
 class Padded:
     """(a) The 2024 way: micro-batches of one prompt, the reference run at every step."""
 
-    def __init__(self, model: PeftModel, case: Case, device: str):
-        self.model, self.case, self.device = model.train(), case, device
+    def __init__(self, base: nn.Module, case: Case, device: str):
+        self.model: PeftModel = get_peft_model(base, LORA).train()
+        self.case, self.device = case, device
 
     def ready(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """What is done before the clock starts."""
@@ -62,10 +63,12 @@ class Padded:
 class Ours(Padded):
     """(c) This project's trainer."""
 
-    def __init__(self, model: PeftModel, case: Case, device: str):
-        self.trainer = self._trainer(model, case, device)
+    def __init__(self, base: nn.Module, case: Case, device: str):
+        self.trainer = self._trainer(base, case, device)
+        self.trainer.current_gradient_accumulation_steps = 1  # what `train` sets, and upstream's step reads
+        self.model: PeftModel = self.trainer.model
 
-    def _trainer(self, model: PeftModel, case: Case, device: str) -> DPOTrainer:
+    def _trainer(self, base: nn.Module, case: Case, device: str) -> DPOTrainer:
         args = NCAConfig(
             **_settings(case, device),
             max_tokens_per_forward=case.max_tokens,
@@ -75,7 +78,7 @@ class Ours(Padded):
             alpha=ALPHA,
         )
         rows = Dataset.from_list([tiny_row(case)])
-        return NCATrainer(model=model, args=args, train_dataset=rows, processing_class=_tokenizer())
+        return NCATrainer(base, args=args, train_dataset=rows, processing_class=_tokenizer(), peft_config=LORA)
 
     def batches(self, rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
         return [[row] for row in rows]
@@ -107,10 +110,10 @@ class OursOnPairs(Ours):
 class Upstream(OursOnPairs):
     """(b) `trl.DPOTrainer`, with the loss that upstream calls nca_pair."""
 
-    def _trainer(self, model: PeftModel, case: Case, device: str) -> DPOTrainer:
+    def _trainer(self, base: nn.Module, case: Case, device: str) -> DPOTrainer:
         args = DPOConfig(**_settings(case, device), loss_type=["nca_pair"], beta=BETA)
-        rows = Dataset.from_list([_as_pair(tiny_row(case))])
-        return DPOTrainer(model=model, args=args, train_dataset=rows, processing_class=_tokenizer())
+        rows = Dataset.from_list([{"prompt": "to", "chosen": " begin", "rejected": " with"}])
+        return DPOTrainer(base, args=args, train_dataset=rows, processing_class=_tokenizer(), peft_config=LORA)
 
     def batches(self, rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
         return [[_as_pair(row) for row in rows]]
@@ -133,18 +136,17 @@ def tiny_row(case: Case) -> dict[str, Any]:
     return {"prompt_ids": [3, 4, 5], "response_ids": responses, "scores": [k / 10 for k in range(case.num_responses)]}
 
 
-def load_model(name: str, case: Case, device: str) -> PeftModel:
-    """The policy: a folder's weights, or Mistral-7B with random ones in 4 bit, behind fresh LoRA."""
+def load_model(name: str, case: Case, device: str) -> nn.Module:
+    """The model to adapt: a folder's weights, or Mistral-7B with random ones in 4 bit."""
     torch.manual_seed(0)
     if name == MISTRAL_4BIT:
         base = random_mistral_4bit(MistralConfig(vocab_size=32000), device)
     else:
         base = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device)
-    model = get_peft_model(base, LORA)
     if case.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
-    return model
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+        base.enable_input_require_grads()
+    return base
 
 
 def random_mistral_4bit(config: MistralConfig, device: str) -> nn.Module:

@@ -106,7 +106,7 @@ class _FrozenHead(torch.autograd.Function):
             part = slice(at, at + rows)
             with torch.set_grad_enabled(needs_gradient):
                 h = hidden[part].detach().requires_grad_(needs_gradient)
-                logits = project(h)  # (n, V)
+                logits = project(h.view_as(h))  # (n, V); a view, for hooks on the head that do not take a leaf
             log_probs = torch.log_softmax(logits.detach(), dim=-1, dtype=_wide(logits))
             target = targets[part, None]
             logps.append(log_probs.gather(1, target).squeeze(1))

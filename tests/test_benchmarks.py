@@ -1,0 +1,108 @@
+"""The benchmarks measure what they say: the same rows for all, each system's step, the count of operations."""
+
+import math
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaForCausalLM, MistralConfig
+
+from benchmarks import bench, systems
+from benchmarks.bench import CASES, count_flops, draw_rows, main, model_flops, table
+from benchmarks.systems import SYSTEMS, Case, random_mistral_4bit
+from tests.tiny import tiny_config, tiny_tokenizer
+
+CASE = Case("tiny", 3, 12, 20, prompts=2)
+PAIRS = Case("tiny pairs", 2, 12, 20, prompts=3)
+
+
+def tiny_base(**settings):
+    torch.manual_seed(0)
+    return LlamaForCausalLM(tiny_config(**settings))
+
+
+@pytest.fixture(autouse=True)
+def no_embedded_tokenizer(monkeypatch):
+    monkeypatch.setattr(systems, "_tokenizer", tiny_tokenizer)
+
+
+def gradient(system, case, rows):
+    runner = SYSTEMS[system](tiny_base(), case, "cpu")
+    torch.manual_seed(1)
+    trained = {name: p for name, p in runner.model.named_parameters() if p.requires_grad}
+    for p in trained.values():
+        torch.nn.init.normal_(p, std=0.1)
+    runner.backward(runner.ready(rows))
+    return torch.cat([p.grad.flatten() for p in trained.values()])
+
+
+@pytest.mark.parametrize(
+    ("case", "one", "other"),
+    [
+        (CASE, "padded", "ours"),
+        (CASE, "padded", "ours, reference cached"),
+        (PAIRS, "upstream", "ours on pairs"),
+    ],
+)
+def test_all_systems_do_the_same_step(case, one, other, monkeypatch):
+    rows = draw_rows(case, case.prompts, vocabulary=320)
+    if case is PAIRS:  # upstream takes the first for the better one
+        monkeypatch.setattr(systems, "ALPHA", 1e-9)
+        rows = [row | {"scores": [1.0, 0.0]} for row in rows]
+    expected, found = (gradient(system, case, rows) for system in (one, other))
+    assert (found - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_lengths_are_those_of_the_case():
+    for case in CASES:
+        rows = draw_rows(case, 200)
+        mean = sum(len(r) for row in rows for r in row["response_ids"]) / (200 * case.num_responses)
+        assert mean == pytest.approx(case.response_tokens, rel=0.2)
+        assert {len(row["response_ids"]) for row in rows} == {case.num_responses}
+        assert rows == draw_rows(case, 200), "another process draws the same rows"
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_operations_are_counted_as_torch_counts_them(cached):
+    # Many layers: the first one's gradient by its input is not needed, and the count by hand does not know.
+    runner = SYSTEMS["ours, reference cached" if cached else "ours"](tiny_base(num_hidden_layers=12), CASE, "cpu")
+    rows = runner.ready(draw_rows(CASE, 2, vocabulary=320))
+    with FlopCounterMode(display=False) as counted:
+        runner.backward(rows)
+    by_hand = model_flops(
+        rows, count_flops(runner.model) | {"pair": 0}, cached
+    )  # torch does not count attention on a CPU
+    products = sum(n for op, n in counted.get_flop_counts()["Global"].items() if "mm" in str(op))
+    assert by_hand == pytest.approx(products, rel=0.05)
+
+
+def test_a_random_mistral_in_4_bit_takes_a_step():
+    small = {k: v for k, v in tiny_config().to_dict().items() if k in MistralConfig().to_dict()}
+    base = random_mistral_4bit(MistralConfig(**small | {"hidden_size": 64, "model_type": "mistral"}), "cpu")
+    assert base.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
+    runner = SYSTEMS["ours"](base, CASE, "cpu")
+    runner.backward(draw_rows(CASE, 1, vocabulary=320))
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in runner.model.parameters() if p.requires_grad)
+
+
+def test_the_table_has_a_line_for_each_system():
+    figures = {"seconds_per_step": 2.0, "response_tokens_per_second": 10.0, "peak_memory_gb": 1.0, "utilisation": 0.5}
+    ratios = {"times_slower_than_ours": 2.5, "memory_of_ours": 0.4}
+    lines = table([{"case": {"name": "K=4"}, "systems": {"padded": figures | ratios, "ours": figures | ratios}}])
+    assert "| K=4 | padded | 2.00 | 10 | 1.00 | 0.50 | 2.50x | 0.40x |" in lines
+    assert "| K=4 | ours | 2.00 | 10 | 1.00 | 0.50 | | |" in lines
+
+
+def test_without_a_gpu_it_says_so(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["bench", "--device", "cuda"])
+    monkeypatch.setattr(bench.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as exit:
+        main()
+    assert exit.value.code == 2
+    assert "no GPU found" in capsys.readouterr().err
+
+
+def test_step_zero_of_the_padded_reference():
+    model = SYSTEMS["padded"](tiny_base(), CASE, "cpu").model
+    (row,) = draw_rows(CASE, 1, vocabulary=320)
+    assert systems.padded_loss(model, row, 0.1, 0.1, "cpu").item() == pytest.approx(2 * math.log(2))
