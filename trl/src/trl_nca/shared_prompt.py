@@ -12,6 +12,7 @@ import itertools
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -23,6 +24,9 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 NAME = "shared_prompt"
+# What scaled_dot_product_attention calls on a CPU; called here because they give and take the logsumexp.
+_cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_cpu_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,13 @@ class GroupLayout:
             context = slice(at, at := at + context_length)
             groups.append((context, [slice(at, at := at + length) for length in lengths if length]))
         return cls(groups)
+
+    @functools.cached_property
+    def longest(self) -> int:
+        """Tokens of the longest context with a response."""
+        return max(
+            c.stop - c.start + max((r.stop - r.start for r in responses), default=0) for c, responses in self.groups
+        )
 
     @functools.cached_property
     def sequences(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
@@ -104,6 +115,11 @@ def shared_prompt_attention(
         )
     if _has_flash(query) and not dropout:
         return _attend_by_flash(query, key, value, scaling, sliding_window, group_layout), None
+    within_window = sliding_window is None or group_layout.longest <= sliding_window
+    if query.device.type == "cpu" and not dropout and within_window:
+        heads_per_key = query.shape[1] // key.shape[1]
+        key, value = repeat_kv(key, heads_per_key), repeat_kv(value, heads_per_key)
+        return _TwoPartAttention.apply(query, key, value, scaling, group_layout).transpose(1, 2), None
     return _attend_by_parts(query, key, value, dropout, scaling, sliding_window, group_layout), None
 
 
@@ -125,6 +141,62 @@ def _attend_by_flash(
         q, k[keys], v[keys], query_starts, key_starts, most_queries, most_keys,
         scale=scaling, window_size=(window - 1 if window else -1, 0), enable_gqa=q.shape[1] != k.shape[1],
     )[None]  # fmt: skip
+
+
+class _TwoPartAttention(torch.autograd.Function):
+    """On a CPU: all responses of a prompt over its context at once, each over itself, and the two joined.
+
+    With logsumexps a and b of the two parts' scores, l = log(e^a + e^b), the output is their outputs weighted by
+    e^(a - l) and e^(b - l). Given l and the joined output, each part's gradient is that of attention by itself, so the
+    kernels below serve both ways. Nothing is masked but what is above the diagonal, and no key is copied.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layout: GroupLayout
+    ) -> Tensor:
+        def attend(queries: slice, keys: slice, causal: bool) -> tuple[Tensor, Tensor]:
+            q, k, v = query[:, :, queries], key[:, :, keys], value[:, :, keys]
+            return _cpu_attention(q, k, v, is_causal=causal, scale=scaling)
+
+        out = torch.empty_like(query)
+        lse = torch.empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))  # (1, H, T)
+        for context, responses in layout.groups:
+            for part in (context, *responses):
+                if part.stop > part.start:
+                    out[:, :, part], lse[:, :, part] = attend(part, part, causal=True)
+            if responses and context.stop > context.start:
+                span = slice(responses[0].start, responses[-1].stop)
+                seen, seen_lse = attend(span, context, causal=False)
+                joined = torch.logaddexp(lse[:, :, span], seen_lse)
+                own_share, seen_share = ((x - joined).exp_()[..., None] for x in (lse[:, :, span], seen_lse))
+                out[:, :, span] = out[:, :, span] * own_share + seen * seen_share
+                lse[:, :, span] = joined
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.scaling, ctx.layout = scaling, layout
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, lse = ctx.saved_tensors
+        d_query, d_key, d_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+
+        def gradients(queries: slice, keys: slice, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+            d_out, q, o, logsumexp = (t[:, :, queries] for t in (gradient, query, out, lse))
+            k, v = key[:, :, keys], value[:, :, keys]
+            return _cpu_attention_backward(d_out, q, k, v, o, logsumexp, 0.0, causal, scale=ctx.scaling)
+
+        for context, responses in ctx.layout.groups:
+            for part in (context, *responses):
+                if part.stop > part.start:
+                    d_query[:, :, part], d_key[:, :, part], d_value[:, :, part] = gradients(part, part, causal=True)
+            if responses and context.stop > context.start:
+                span = slice(responses[0].start, responses[-1].stop)
+                by_query, by_key, by_value = gradients(span, context, causal=False)
+                d_query[:, :, span] += by_query
+                d_key[:, :, context] += by_key
+                d_value[:, :, context] += by_value
+        return d_query, d_key, d_value, None, None
 
 
 def _attend_by_parts(
