@@ -35,9 +35,11 @@ class GroupLayout:
 
     Args:
         groups: For each prompt the slice of the T tokens that holds its context, and the slices of its responses.
+        device: Where the tokens are.
     """
 
     groups: list[tuple[slice, list[slice]]]
+    device: torch.device
 
     @classmethod
     def of(cls, context_lengths: Tensor, response_lengths: Tensor) -> "GroupLayout":
@@ -51,7 +53,7 @@ class GroupLayout:
         for context_length, lengths in zip(context_lengths.tolist(), response_lengths.tolist(), strict=True):
             context = slice(at, at := at + context_length)
             groups.append((context, [slice(at, at := at + length) for length in lengths if length]))
-        return cls(groups)
+        return cls(groups, context_lengths.device)
 
     @functools.cached_property
     def longest(self) -> int:
@@ -82,8 +84,12 @@ class GroupLayout:
             pieces += [(len(seen), [*seen])] if len(seen) else []
             pieces += [(r.stop - r.start, [*seen, *range(r.start, r.stop)]) for r in responses]
         num_queries, num_keys = [n for n, _ in pieces], [len(keys) for _, keys in pieces]
-        starts = [torch.tensor([0, *itertools.accumulate(n)], dtype=torch.int32) for n in (num_queries, num_keys)]
-        return torch.tensor([i for _, keys in pieces for i in keys]), *starts, max(num_queries), max(num_keys)
+        starts = [
+            torch.tensor([0, *itertools.accumulate(n)], dtype=torch.int32, device=self.device)
+            for n in (num_queries, num_keys)
+        ]
+        keys = torch.tensor([i for _, keys in pieces for i in keys], device=self.device)
+        return keys, *starts, max(num_queries), max(num_keys)
 
 
 def shared_prompt_attention(
@@ -125,17 +131,15 @@ def shared_prompt_attention(
 
 def _has_flash(query: Tensor) -> bool:
     """Whether torch's own FlashAttention for sequences of any lengths takes these queries."""
-    is_half = query.dtype in (torch.float16, torch.bfloat16)
-    return query.is_cuda and is_half and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    fits = query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
+    return query.is_cuda and fits and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 def _attend_by_flash(
     query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None, layout: GroupLayout
 ) -> Tensor:
     """All contexts and responses in one kernel. Shape (1, T, H, D)."""
-    keys, query_starts, key_starts, most_queries, most_keys = (
-        part.to(query.device) if isinstance(part, Tensor) else part for part in layout.sequences
-    )
+    keys, query_starts, key_starts, most_queries, most_keys = layout.sequences
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # (T, H, D)
     return varlen_attn(
         q, k[keys], v[keys], query_starts, key_starts, most_queries, most_keys,
