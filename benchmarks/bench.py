@@ -38,7 +38,7 @@ CASES = [
     Case("long prompts K=4", 4, 384, 96, prompts=2),
     Case("long prompts K=8", 8, 384, 96),
     Case("512 + 8 x 128, equal lengths", 8, 512, 128, ragged=False, systems=("padded", "ours")),
-    Case("pairs K=2, batch 4", 2, 84, 200, prompts=4, systems=PAIRS),
+    Case("pairs K=2, batch 4", 2, 40, 96, prompts=4, systems=PAIRS),
     Case("UltraFeedback K=8, checkpointing", 8, 84, 200, checkpointing=True),
     Case("short rows K=4, bf16", 4, 16, 32, precision="bf16"),
     Case("768 tokens a forward, K=4", 4, 84, 200, max_tokens=768, systems=("ours",)),
