@@ -41,8 +41,8 @@ CASES = [
     Case("pairs K=2, batch 4", 2, 40, 96, prompts=4, systems=PAIRS),
     Case("UltraFeedback K=8, checkpointing", 8, 84, 200, checkpointing=True),
     Case("short rows K=4, bf16", 4, 16, 32, precision="bf16"),
-    Case("768 tokens a forward, K=4", 4, 84, 200, max_tokens=768, systems=("ours",)),
-    Case("768 tokens a forward, K=64", 64, 84, 200, max_tokens=768, systems=("ours",)),
+    Case("900 tokens a forward, K=4, equal lengths", 4, 84, 200, ragged=False, max_tokens=900, systems=("ours",)),
+    Case("900 tokens a forward, K=64, equal lengths", 64, 84, 200, ragged=False, max_tokens=900, systems=("ours",)),
 ]
 
 

@@ -119,6 +119,7 @@ def shared_prompt_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves them wide after the rotation
     if _has_flash(query) and not dropout:
         return _attend_by_flash(query, key, value, scaling, sliding_window, group_layout), None
     within_window = sliding_window is None or group_layout.longest <= sliding_window
