@@ -167,7 +167,8 @@ class NCATrainer(DPOTrainer):
             return super()._get_train_sampler(train_dataset)
         rows = train_dataset if train_dataset is not None else self.train_dataset
         global_batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return SeededLengthSampler(rows["length"][:], global_batch, self.args.data_seed or self.args.seed)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return SeededLengthSampler(rows["length"][:], global_batch, seed)
 
     def _run(self, model: nn.Module) -> Callable[[Batch], Tensor]:
         return functools.partial(response_logps, model, shared_prompt=self._shared_prompt)

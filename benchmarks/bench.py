@@ -207,7 +207,6 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--model", default=MODEL, help=f"A folder, or {MISTRAL_4BIT}: random weights in NF4.")
     parser.add_argument("--precision", choices=["fp32", "bf16"], help="For all cases, in place of their own.")
-    parser.add_argument("--scale", type=float, default=1.0, help="Multiplies all lengths.")
     parser.add_argument("--output", default="benchmarks/results.json")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -217,12 +216,7 @@ def main() -> None:
     for case in CASES:
         if options.only not in case.name:
             continue
-        case = replace(
-            case,
-            precision=options.precision or case.precision,
-            prompt_tokens=round(case.prompt_tokens * options.scale),
-            response_tokens=round(case.response_tokens * options.scale),
-        )
+        case = replace(case, precision=options.precision or case.precision)
         result = measure(case, options.rounds, options.model, options.device)
         result["about"] = {
             "date": str(date.today()),

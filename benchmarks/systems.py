@@ -42,16 +42,26 @@ class Case:
     systems: tuple[str, ...] = ("padded", "ours, reference cached", "ours")
 
 
-class Padded:
-    """(a) The 2024 way: micro-batches of one prompt, the reference run at every step."""
+class System:
+    """A model behind fresh LoRA, `model`, and a way to get its gradient, `backward`."""
 
-    def __init__(self, base: nn.Module, case: Case, device: str):
-        self.model: PeftModel = get_peft_model(base, LORA).train()
-        self.case, self.device = case, device
+    model: PeftModel
 
     def ready(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """What is done before the clock starts."""
         return rows
+
+    def backward(self, rows: list[dict[str, Any]]) -> None:
+        """The gradient of the mean loss of these rows."""
+        raise NotImplementedError
+
+
+class Padded(System):
+    """(a) The 2024 way: micro-batches of one prompt, the reference run at every step."""
+
+    def __init__(self, base: nn.Module, case: Case, device: str):
+        self.model = get_peft_model(base, LORA).train()
+        self.case, self.device = case, device
 
     def backward(self, rows: list[dict[str, Any]]) -> None:
         for row in rows:
@@ -60,13 +70,13 @@ class Padded:
             (loss / len(rows)).backward()
 
 
-class Ours(Padded):
+class Ours(System):
     """(c) This project's trainer."""
 
     def __init__(self, base: nn.Module, case: Case, device: str):
         self.trainer = self._trainer(base, case, device)
         self.trainer.current_gradient_accumulation_steps = 1  # what `train` sets, and upstream's step reads
-        self.model: PeftModel = self.trainer.model
+        self.model = self.trainer.model
 
     def _trainer(self, base: nn.Module, case: Case, device: str) -> DPOTrainer:
         args = NCAConfig(

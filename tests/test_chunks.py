@@ -1,7 +1,6 @@
 """Chunked batches: what is in a chunk, and that the gradient is that of the whole batch."""
 
 import contextlib
-import random
 
 import pytest
 import torch
@@ -10,24 +9,12 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
-from tests.tiny import tiny_config
+from tests.tiny import SHAPES, rows_of, tiny_config
 from trl_nca.chunks import logps_for_training, logps_without_gradient, split_batch
 from trl_nca.collate import GroupCollator
 from trl_nca.logps import prepare, response_logps
 from trl_nca.losses import LOSSES, SEPARABLE, reward_targets
 
-
-def rows_of(shapes, seed=0):
-    """Rows of random ids: for each shape, a prompt's length and its responses' lengths."""
-    rng = random.Random(seed)
-    ids = lambda n: [rng.randrange(3, 320) for _ in range(n)]  # noqa: E731
-    return [
-        {"prompt_ids": ids(p), "response_ids": [ids(n) for n in ns], "scores": [rng.random() for _ in ns]}
-        for p, ns in shapes
-    ]
-
-
-SHAPES = [(7, (3, 5, 1)), (1, (4, 9)), (12, (6, 2, 2, 8))]
 lengths = st.integers(1, 9)
 shapes = st.lists(st.tuples(lengths, st.lists(lengths, min_size=2, max_size=6)), min_size=1, max_size=5)
 
@@ -68,9 +55,8 @@ def losses_of(loss_type, batch, beta=0.05):
     return lambda logps: LOSSES[loss_type](beta * (logps - ref_logps), targets, batch["response_mask"])
 
 
-def gradients(model, batch, loss_type, most, agree=int, deferred=contextlib.nullcontext, runs=None, beta=0.05):
-    """Log-probs and trained weights' gradients of a batch in chunks of `most` tokens."""
-    model.zero_grad()
+def step(model, batch, loss_type, most, agree=int, deferred=contextlib.nullcontext, runs=None, beta=0.05):
+    """Back-propagates a batch in chunks of `most` tokens; returns its log-probs."""
     loss = losses_of(loss_type, batch, beta)
 
     def run(chunk):
@@ -87,7 +73,13 @@ def gradients(model, batch, loss_type, most, agree=int, deferred=contextlib.null
         agree=agree,
     )
     loss(logps).sum().backward()
-    return logps.detach(), [p.grad.clone() for p in model.parameters() if p.requires_grad]
+    return logps.detach()
+
+
+def gradients(model, *args, **kwargs):
+    """Log-probs and trained weights' gradients of a `step`."""
+    model.zero_grad()
+    return step(model, *args, **kwargs), [p.grad.clone() for p in model.parameters() if p.requires_grad]
 
 
 @pytest.mark.parametrize("loss_type", ["NCA", "InfoNCA"])

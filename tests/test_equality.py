@@ -7,8 +7,8 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.padded import padded_logps
 from tests.conftest import MODEL, needs_model
-from tests.test_chunks import rows_of
-from tests.test_logps import FAMILIES, make, ragged_rows
+from tests.test_logps import FAMILIES, make
+from tests.tiny import SHAPES, rows_of
 from trl_nca.collate import GroupCollator
 from trl_nca.logps import prepare, response_logps
 from trl_nca.losses import nca_loss, reward_targets
@@ -45,7 +45,7 @@ def test_families_in_float64(all_in_float64, family, lora):
     model = make(family)
     if lora:
         model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"])).double()
-    expected, logps, expected_gradient, gradient = compare(model, ragged_rows())
+    expected, logps, expected_gradient, gradient = compare(model, rows_of(SHAPES))
     torch.testing.assert_close(logps, expected, rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-8, atol=1e-8)
 

@@ -14,18 +14,14 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from tests.tiny import tiny_config
+from tests.tiny import SIZES, tiny_config
 from trl_nca.head import fuse_head, target_logps
 
-SETTINGS = {key: value for key, value in tiny_config().to_dict().items() if key in (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "max_position_embeddings", "initializer_range", "pad_token_id",
-)}  # fmt: skip
 MODELS = {
     "llama": lambda: LlamaForCausalLM(tiny_config()),
-    "capped": lambda: Gemma2ForCausalLM(Gemma2Config(**SETTINGS, final_logit_softcapping=0.5)),
-    "multiplied": lambda: CohereForCausalLM(CohereConfig(**SETTINGS, logit_scale=0.3)),
-    "divided": lambda: GraniteForCausalLM(GraniteConfig(**SETTINGS, logits_scaling=4.0)),
+    "capped": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, final_logit_softcapping=0.5)),
+    "multiplied": lambda: CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.3)),
+    "divided": lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=4.0)),
 }
 
 

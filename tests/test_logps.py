@@ -1,7 +1,6 @@
 """Log-probs of packed groups against padded rows, and both against a plain loop over the model's full logits."""
 
 import itertools
-import random
 
 import pytest
 import torch
@@ -20,24 +19,20 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from tests.tiny import tiny_config
+from tests.tiny import SHAPES, SIZES, rows_of, tiny_config
 from trl_nca import shared_prompt
 from trl_nca.collate import GroupCollator
 from trl_nca.logps import prepare, response_logps
 from trl_nca.shared_prompt import why_not
 
-SETTINGS = {key: value for key, value in tiny_config().to_dict().items() if key in (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "max_position_embeddings", "initializer_range", "pad_token_id",
-)}  # fmt: skip
 FAMILIES = {
     "llama": (LlamaForCausalLM, tiny_config()),
-    "mistral-window": (MistralForCausalLM, MistralConfig(**SETTINGS, sliding_window=6)),
-    "qwen2": (Qwen2ForCausalLM, Qwen2Config(**{k: v for k, v in SETTINGS.items() if k != "head_dim"})),
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SETTINGS)),
+    "mistral-window": (MistralForCausalLM, MistralConfig(**SIZES, sliding_window=6)),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config(**{k: v for k, v in SIZES.items() if k != "head_dim"})),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES)),
     "gemma3": (
         Gemma3ForCausalLM,
-        Gemma3TextConfig(**SETTINGS, sliding_window=5, layer_types=["sliding_attention", "full_attention"]),
+        Gemma3TextConfig(**SIZES, sliding_window=5, layer_types=["sliding_attention", "full_attention"]),
     ),
 }
 
@@ -46,16 +41,6 @@ def make(family):
     torch.manual_seed(0)
     model_class, config = FAMILIES[family]
     return model_class(config).double()
-
-
-def ragged_rows():
-    rng = random.Random(0)
-    ids = lambda n: [rng.randrange(3, 320) for _ in range(n)]  # noqa: E731
-    shapes = [(7, (3, 5, 1)), (1, (4, 9)), (12, (6, 2, 2, 8))]
-    return [
-        {"prompt_ids": ids(p), "response_ids": [ids(n) for n in ns], "scores": [rng.random() for _ in ns]}
-        for p, ns in shapes
-    ]
 
 
 def by_hand(model, rows):
@@ -72,7 +57,7 @@ def by_hand(model, rows):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_equals_padded_equals_by_hand(family):
-    model, rows = make(family), ragged_rows()
+    model, rows = make(family), rows_of(SHAPES)
     batch = GroupCollator()(rows)
     mask = batch["response_mask"]
     expected = by_hand(model, rows)
@@ -89,7 +74,7 @@ def test_packed_equals_padded_equals_by_hand(family):
 
 
 def test_gradient_checkpointing_changes_nothing():
-    model, batch = make("mistral-window"), GroupCollator()(ragged_rows())
+    model, batch = make("mistral-window"), GroupCollator()(rows_of(SHAPES))
     assert prepare([model])
     model.train()
     plain = torch.autograd.grad(response_logps(model, batch, True).sum(), model.parameters())
@@ -99,10 +84,10 @@ def test_gradient_checkpointing_changes_nothing():
 
 
 def test_the_sliding_window_is_seen():
-    batch = GroupCollator()(ragged_rows())
+    batch = GroupCollator()(rows_of(SHAPES))
     windowed = make("mistral-window")
     assert prepare([windowed])
-    wide = MistralForCausalLM(MistralConfig(**SETTINGS, sliding_window=None)).double()
+    wide = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=None)).double()
     wide.load_state_dict(windowed.state_dict())
     assert prepare([wide])
     difference = response_logps(windowed, batch, True) - response_logps(wide, batch, True)
@@ -127,7 +112,7 @@ def test_packed_for_flash_attention(family, monkeypatch):
         seen.append(len(outs))
         return torch.cat(outs)
 
-    model, batch = make(family), GroupCollator()(ragged_rows())
+    model, batch = make(family), GroupCollator()(rows_of(SHAPES))
     assert prepare([model])
     expected = response_logps(model, batch, True)
     monkeypatch.setattr(shared_prompt, "varlen_attn", varlen_attn)
@@ -137,7 +122,7 @@ def test_packed_for_flash_attention(family, monkeypatch):
 
 
 def test_responses_do_not_see_each_other():
-    model, rows = make("llama"), ragged_rows()
+    model, rows = make("llama"), rows_of(SHAPES)
     assert prepare([model])
     before = response_logps(model, GroupCollator()(rows), True)
     rows[0]["response_ids"][1] = [5, 6, 7, 8]
@@ -154,7 +139,7 @@ def test_sampling_is_as_before_after_the_switch():
 
 
 def test_models_that_cannot_share_say_why():
-    softcapped = Gemma2ForCausalLM(Gemma2Config(**SETTINGS))  # caps attention scores, so it runs eager attention
+    softcapped = Gemma2ForCausalLM(Gemma2Config(**SIZES))  # caps attention scores, so it runs eager attention
     assert "'eager'" in why_not(softcapped)
     chunked = LlamaForCausalLM(tiny_config(layer_types=["full_attention", "chunked_attention"]))
     assert "chunked_attention" in why_not(chunked)

@@ -13,33 +13,19 @@ from torch import multiprocessing as mp
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.test_chunks import losses_of, make_model, rows_of
-from trl_nca.chunks import logps_for_training, split_batch
+from tests.test_chunks import make_model, step
+from tests.tiny import rows_of
+from trl_nca.chunks import split_batch
 from trl_nca.collate import GroupCollator
-from trl_nca.logps import response_logps
-from trl_nca.losses import SEPARABLE
 
 # The second process has more to do: its groups are longer and need more chunks.
 SHAPES = [[(7, (3, 5, 1))], [(12, (6, 2, 9, 8)), (3, (4, 9))]]
 
 
-def step(model, batch, loss_type, most, deferred, agree):
-    loss = losses_of(loss_type, batch)
-    logps = logps_for_training(
-        lambda chunk: response_logps(model, chunk, True),
-        split_batch(batch, most),
-        separable=loss_type in SEPARABLE,
-        backward=lambda logps: loss(logps).sum().backward(),
-        deferred=deferred,
-        agree=agree,
-    )
-    loss(logps).sum().backward()
-
-
 def gradient_of_both(loss_type):
     model = make_model()
     for shapes in SHAPES:
-        step(model, GroupCollator()(rows_of(shapes)), loss_type, None, None, int)
+        step(model, GroupCollator()(rows_of(shapes)), loss_type, None)
     return {name: p.grad / 2 for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -61,7 +47,7 @@ def with_ddp(rank):
         model.register_comm_hook(exchanges, count)
         batch = GroupCollator()(rows_of(SHAPES[rank]))
         assert len(split_batch(batch, 20)) == [1, 4][rank]
-        step(model, batch, loss_type, 20, model.no_sync, int)
+        step(model, batch, loss_type, 20, deferred=model.no_sync)
         assert exchanges == sorted(set(exchanges)), "each bucket once"
         for name, expected in gradient_of_both(loss_type).items():
             torch.testing.assert_close(model.module.get_parameter(name).grad, expected, rtol=1e-6, atol=1e-9)
@@ -78,7 +64,7 @@ def with_sharded_weights(rank):
         assert model.get_base_model().lm_head.weight.to_local().numel() == whole / 2, "nothing was sharded"
         batch = GroupCollator()(rows_of(SHAPES[rank]))
         # Each forward and backward takes weights from both processes: without `agree` one would wait for the other.
-        step(model, batch, loss_type, 20, functools.partial(no_exchange, model), largest)
+        step(model, batch, loss_type, 20, largest, functools.partial(no_exchange, model))
         for name, expected in gradient_of_both(loss_type).items():
             torch.testing.assert_close(
                 model.get_parameter(name).grad.full_tensor(), expected, rtol=1e-6, atol=1e-9, msg=name

@@ -1,6 +1,8 @@
 """Tiny random models and a small tokenizer, made in memory."""
 
+import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -34,14 +36,28 @@ def tiny_tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerFas
     )
 
 
+#: Of a model of any family. Weights are drawn wide, so that predictions are far from uniform.
+SIZES = {
+    "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 2048,
+    "initializer_range": 0.1, "pad_token_id": 0,
+}  # fmt: skip
+SHAPES = [(7, (3, 5, 1)), (1, (4, 9)), (12, (6, 2, 2, 8))]  # of ragged rows, for `rows_of`
+
+
 def tiny_config(**overrides) -> LlamaConfig:
-    """A two-layer Llama with grouped keys. Weights are drawn wide, so that predictions are far from uniform."""
-    settings = {
-        "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 2048,
-        "initializer_range": 0.1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-    }  # fmt: skip
-    return LlamaConfig(**settings | overrides)
+    """A two-layer Llama with grouped keys."""
+    return LlamaConfig(**SIZES | {"bos_token_id": 1, "eos_token_id": 2} | overrides)
+
+
+def rows_of(shapes: list[tuple[int, tuple[int, ...]]]) -> list[dict[str, Any]]:
+    """Tokenized rows of random ids: for each shape, a prompt's length and its responses' lengths."""
+    rng = random.Random(0)
+    ids = lambda n: [rng.randrange(3, 320) for _ in range(n)]  # noqa: E731
+    return [
+        {"prompt_ids": ids(p), "response_ids": [ids(n) for n in ns], "scores": [rng.random() for _ in ns]}
+        for p, ns in shapes
+    ]
 
 
 def save_tiny_model(folder: Path) -> str:

@@ -52,7 +52,7 @@ def split_batch(batch: Batch, max_tokens: int | None, shared_prompt: bool = True
             owners.append([])
             used = 0
         for k in real:
-            has_prompt = shared_prompt and any(owner[0] == b for owner in owners[-1])
+            has_prompt = shared_prompt and bool(owners[-1]) and owners[-1][-1][0] == b
             cost = lengths[k] + (0 if has_prompt else context)
             if used and used + cost > max_tokens:
                 owners.append([])

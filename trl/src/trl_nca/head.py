@@ -26,7 +26,7 @@ def fuse_head(model: nn.Module) -> None:
     `targets` the model runs as before. To be called on the bare model; wrapped by PEFT, DDP, FSDP or DeepSpeed it
     takes the two arguments all the same.
     """
-    if "positions" in getattr(model.forward, "fused", ()):
+    if hasattr(model.forward, "is_fused"):
         return
     original = model.forward
     to_logits = _logit_rule(model.config.get_text_config())
@@ -43,7 +43,7 @@ def fuse_head(model: nn.Module) -> None:
         rows = max(1, LOGITS_AT_ONCE // self.config.get_text_config().vocab_size)
         return target_logps(lambda h: to_logits(head(h)), head, hidden.flatten(0, 1)[positions], targets, rows)
 
-    forward.fused = ("positions", "targets")
+    forward.is_fused = True
     model.forward = types.MethodType(forward, model)
 
 
@@ -85,7 +85,7 @@ def target_logps(
             return checkpoint(_logps, project, h, t, use_reentrant=False, preserve_rng_state=False)
 
         pieces = zip(hidden.split(rows), targets.split(rows), strict=True)
-        return torch.cat([score(h, t) for h, t in pieces]) if len(targets) else hidden.sum(1).float()
+        return torch.cat([score(h, t) for h, t in pieces])
     return _FrozenHead.apply(hidden, targets, project, rows)
 
 
