@@ -53,7 +53,7 @@ def tiny_config(**overrides) -> LlamaConfig:
 def rows_of(shapes: list[tuple[int, tuple[int, ...]]]) -> list[dict[str, Any]]:
     """Tokenized rows of random ids: for each shape, a prompt's length and its responses' lengths."""
     rng = random.Random(0)
-    ids = lambda n: [rng.randrange(3, 320) for _ in range(n)]  # noqa: E731
+    ids = lambda n: [rng.randrange(320) for _ in range(n)]  # noqa: E731
     return [
         {"prompt_ids": ids(p), "response_ids": [ids(n) for n in ns], "scores": [rng.random() for _ in ns]}
         for p, ns in shapes
