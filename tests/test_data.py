@@ -1,15 +1,17 @@
-"""Rows of every known format, from files and folders, and the errors that bad ones get."""
+"""Rows of every known form, from files and folders, how they are mixed and split, and what became of each."""
 
 import gzip
 import json
-import math
+import random
 
 import pytest
 from datasets import Dataset, DatasetDict
 
+from alignment import reading, sources
 from alignment.data import DataConfig, check_rows, load_groups
 from alignment.errors import UserError
-from alignment.formats import to_group, to_pair
+from alignment.groups import GroupReader, RowConfig
+from alignment.reading import load_source
 from tests.conftest import SHARED, needs_shared
 
 USER = [{"role": "user", "content": "Capital of France?"}]
@@ -20,6 +22,11 @@ def said(text):
     return [{"role": "assistant", "content": text}]
 
 
+def numbered(i, **changes):
+    """A row of its own prompt."""
+    return ROW | {"prompt": f"Question {i}"} | changes
+
+
 def write_jsonl(path, rows):
     open_text = gzip.open if path.suffix == ".gz" else open
     with open_text(path, "wt") as file:
@@ -27,12 +34,31 @@ def write_jsonl(path, rows):
     return str(path)
 
 
-def load(path, pairs=False):
-    return load_groups(DataConfig(train_file=path), pairs)["train"]
+def load(path, pairs=False, **settings):
+    """Kept rows of a file, without what is noted beside them."""
+    kept = load_groups(DataConfig(train_file=path, **settings), pairs)[0]["train"]
+    return kept.select_columns(["prompt", "responses", "scores"])
+
+
+def counts(path, **settings):
+    return load_groups(DataConfig(train_file=path, max_dropped_fraction=1, **settings))[1]["train"]
+
+
+def read(row, pairs=False, **settings):
+    """The groups that a row becomes."""
+    groups = GroupReader(RowConfig(**settings), pairs)(row)
+    return [{"prompt": g.prompt, "responses": g.responses, "scores": g.scores} for g in groups]
 
 
 GROUP = {"prompt": USER, "responses": ["Rome", "Paris", "Oslo"], "scores": [0.1, 0.9, 0.2]}
 PAIR = {"prompt": USER, "responses": ["Paris", "Rome"], "scores": [0.9, 0.1]}
+ULTRAFEEDBACK = {
+    "instruction": "Capital of France?",
+    "completions": [
+        {"response": r, "overall_score": s, "fine-grained_score": 3, "annotations": {}}
+        for r, s in [("Rome", 0.1), ("Paris", 0.9), ("Oslo", 0.2)]
+    ],
+}
 
 
 @pytest.mark.parametrize(
@@ -53,17 +79,18 @@ PAIR = {"prompt": USER, "responses": ["Paris", "Rome"], "scores": [0.9, 0.1]}
          PAIR),
         ({"prompt": USER, "chosen": said("Paris"), "rejected": said("Rome"), "score_chosen": 0.9,
           "score_rejected": 0.1}, PAIR),
+        (ULTRAFEEDBACK, GROUP),
     ],
 )  # fmt: skip
-def test_formats(row, expected):
-    assert to_group(row, "here") == expected
+def test_forms(row, expected):
+    assert read(row) == [expected]
 
 
 def test_more_than_ten_numbered_responses_keep_their_order():
     row = {"prompt": "p"}
     for k in range(12):
         row |= {f"A{k}": str(k), f"score_A{k}": k}
-    assert to_group(row, "here")["responses"] == [str(k) for k in range(12)]
+    assert read(row)[0]["responses"] == [str(k) for k in range(12)]
 
 
 @pytest.mark.parametrize(
@@ -75,17 +102,26 @@ def test_more_than_ten_numbered_responses_keep_their_order():
     ],
 )
 def test_pairs_have_the_better_one_first(row):
-    assert to_pair(to_group(row, "here", pairs=True), "here") == PAIR | {"scores": [1.0, 0.0]}
+    assert read(row, pairs=True) == [PAIR | {"scores": [1.0, 0.0]}]
 
 
 def test_pairs_are_made_of_more_responses_when_asked():
-    with pytest.raises(UserError, match="set make_pairs to best_worst or best_random"):
-        to_pair(GROUP, "here")
-    assert to_pair(GROUP, "here", "best_worst")["responses"] == ["Paris", "Rome"]
-    drawn = [to_pair(GROUP | {"responses": ["Rome", "Paris", f"Oslo {i}"]}, "here", "best_random") for i in range(20)]
-    assert all(pair["responses"][0] == "Paris" for pair in drawn)
-    assert {pair["responses"][1][:4] for pair in drawn} == {"Rome", "Oslo"}
-    assert to_pair(GROUP, "here", "best_random") == to_pair(GROUP, "here", "best_random")
+    with pytest.raises(UserError, match="set make_pairs to best_worst, best_random or all"):
+        read(ROW, pairs=True)
+    assert read(ROW, pairs=True, make_pairs="best_worst") == [PAIR | {"scores": [1.0, 0.0]}]
+    assert read(ROW, make_pairs="best_worst") == [PAIR]
+    pairs = [pair["responses"] for pair in read(ROW, make_pairs="all")]
+    assert pairs == [["Paris", "Oslo"], ["Paris", "Rome"], ["Oslo", "Rome"]]
+    assert len(read(ROW, make_pairs="all", tie_margin=0.15)) == 2  # Oslo and Rome are 0.1 apart
+
+
+def test_random_pairs_are_drawn_by_row_and_seed():
+    rows = [ROW | {"responses": ["Rome", "Paris", f"Oslo {i}"]} for i in range(20)]
+    draw = lambda seed: [read(row, make_pairs="best_random", draw_seed=seed)[0]["responses"] for row in rows]  # noqa: E731
+    first = draw(0)
+    assert {pair[0] for pair in first} == {"Paris"}
+    assert {pair[1][:4] for pair in first} == {"Rome", "Oslo"}
+    assert draw(0) == first != draw(1)
 
 
 def test_multi_turn_pairs_keep_every_turn_of_the_prompt():
@@ -95,16 +131,44 @@ def test_multi_turn_pairs_keep_every_turn_of_the_prompt():
         *said("Paris"),
         {"role": "user", "content": "And Italy?"},
     ]
-    group = to_group({"chosen": turns + said("Rome"), "rejected": turns + said("Oslo")}, "here", pairs=True)
-    assert group["prompt"] == turns
-    assert group["responses"] == ["Rome", "Oslo"]
+    row = {"chosen": turns + said("Rome"), "rejected": turns + said("Oslo")}
+    assert read(row, pairs=True) == [{"prompt": turns, "responses": ["Rome", "Oslo"], "scores": [1.0, 0.0]}]
 
 
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.json", "rows.parquet"])
+@pytest.mark.parametrize(
+    ("how", "taken"), [("top", [7, 9, 8]), ("bottom", [1, 0, 2]), ("spread", [9, 5, 0]), ("random", None)]
+)
+def test_so_many_responses_of_a_row(how, taken):
+    scores = [4, 7, 1, 9, 5, 0, 3, 8, 2, 6]
+    row = {"prompt": "p", "responses": [f"response {s}" for s in scores], "scores": scores}
+    (group,) = read(row, num_responses=3, choose_responses=how)
+    assert group["responses"] == [f"response {s:g}" for s in group["scores"]]
+    if taken is None:
+        assert len(set(group["scores"])) == 3
+        assert [group] == read(row, num_responses=3, choose_responses=how)
+        assert [group] != read(row, num_responses=3, choose_responses=how, draw_seed=5)
+    else:
+        assert group["scores"] == taken
+    assert len(read(row, num_responses=20)[0]["responses"]) == 10
+
+
+def test_scaled_scores():
+    assert read(ROW | {"scores": [2, 6, 4]}, scale_scores="minmax")[0]["scores"] == [0.0, 1.0, 0.5]
+    assert read(ROW | {"scores": [2, 6, 4]}, scale_scores="zscore")[0]["scores"] == pytest.approx(
+        [-1.2247, 1.2247, 0], abs=1e-4
+    )
+    # Pairs are made by the scores as read, and have the scaled ones.
+    pair = read(ROW | {"scores": [2, 6, 4]}, scale_scores="minmax", make_pairs="best_worst", tie_margin=1)
+    assert pair[0]["scores"] == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.json", "rows.json.gz", "rows.parquet"])
 def test_files(tmp_path, name):
     path, rows = tmp_path / name, [ROW, ROW | {"responses": ["a", "b"], "scores": [1, 2]}]
     if name == "rows.json":
         path.write_text(json.dumps(rows))
+    elif name == "rows.json.gz":
+        path.write_bytes(gzip.compress(json.dumps(rows).encode()))
     elif name == "rows.parquet":
         Dataset.from_list(rows).to_parquet(path)
     else:
@@ -116,69 +180,193 @@ def test_files(tmp_path, name):
     }
 
 
-def test_csv_pairs(tmp_path):
+LONG = [
+    {"prompt_id": 1, "prompt": "Capital of France?", "response": "Rome", "score": 0.1},
+    {"prompt_id": 2, "prompt": "Capital of Italy?", "response": "Rome", "score": 5},
+    {"prompt_id": 1, "prompt": None, "response": "Paris", "score": 0.9},
+    {"prompt_id": 2, "prompt": "Capital of Italy?", "response": "Oslo", "score": 1},
+    {"prompt_id": 1, "prompt": "Capital of France?", "response": "Oslo", "score": 0.2},
+]
+
+
+def test_rows_of_one_response_are_gathered(tmp_path, monkeypatch):
+    path = write_jsonl(tmp_path / "long.jsonl", [*LONG, "{torn", {"prompt": "p", "responses": []}])
+    italy = {"prompt": [{"role": "user", "content": "Capital of Italy?"}], "responses": ["Rome", "Oslo"]}
+    expected = [GROUP, italy | {"scores": [5.0, 1.0]}]
+    assert list(load(path, max_dropped_fraction=0.5)) == expected
+    found = counts(path)
+    assert (found["lines_in"], found["rows_in"]) == (7, 4)
+    assert found["dropped_by_reason"] == {"not_json": 1, "unknown_format": 1}
+    without_id = [{k: v for k, v in row.items() if k != "prompt_id"} | {"prompt": "q"} for row in LONG]
+    (group,) = load(write_jsonl(tmp_path / "one.jsonl", without_id), row_rules={"duplicate_response": "keep"})
+    assert group["responses"] == ["Rome", "Rome", "Paris", "Oslo", "Oslo"]
+    two = [LONG[0], LONG[2] | {"prompt": "Another?"}, LONG[4]]
+    assert counts(write_jsonl(tmp_path / "two.jsonl", [*two, *LONG[1::2]]))["dropped_by_reason"] == {
+        "prompts_differ": 1
+    }
+    monkeypatch.setattr(sources, "PIECE_BYTES", 100)
+    monkeypatch.setattr(reading, "_PIECE_GROUPS", 1)
+    assert list(load(path, max_dropped_fraction=0.5)) == expected
+
+
+def test_unpaired_rows_are_gathered_where_both_labels_occur(tmp_path):
+    rows = [
+        {"prompt": USER, "completion": said("Rome"), "label": False},
+        {"prompt": USER, "completion": said("Paris"), "label": True},
+        {"prompt": "Only good ones", "completion": "a", "label": True},
+        {"prompt": "Only good ones", "completion": "b", "label": True},
+    ]
+    path = write_jsonl(tmp_path / "kto.jsonl", rows)
+    assert list(load(path, max_dropped_fraction=1)) == [PAIR | {"responses": ["Rome", "Paris"], "scores": [0.0, 1.0]}]
+    assert counts(path)["dropped_by_reason"] == {"identical_scores": 1}
+
+
+def test_csv(tmp_path):
     path = tmp_path / "pairs.csv"
     path.write_text("prompt,chosen,rejected\nCapital of France?,Paris,Rome\n")
     assert load(str(path), pairs=True)[0] == PAIR | {"scores": [1.0, 0.0]}
+    lists = tmp_path / "lists.csv"
+    lists.write_text('\ufeffprompt,responses,scores\nCapital of France?,"[""Paris"", ""Rome""]","[0.9, 0.1]"\n')
+    assert load(str(lists))[0] == PAIR
+    long = tmp_path / "long.csv"
+    long.write_text(
+        "prompt,response,score,note\nCapital of France?,Paris,0.9,\nCapital of France?,Rome,0.1,\n"
+        'Capital of France?,"Lyon,\nI think",N/A,said in two lines\nCapital of France?,Nice,,\n'
+    )
+    assert load(str(long))[0] == PAIR
+    assert counts(str(long))["mended_by_reason"] == {"unreadable_score": 1, "missing_score": 1}
+    labels = tmp_path / "labels.csv"
+    labels.write_text("prompt,completion,label\nq,Paris,True\nq,Rome,false\nq,torn,False,cell\nr,a,1\nr,b,0\n")
+    assert [row["scores"] for row in load(str(labels), max_dropped_fraction=0.5)] == [[1.0, 0.0], [1.0, 0.0]]
 
 
-def test_a_changed_file_is_read_again(tmp_path):
+def test_rows_wrapped_by_the_hubs_viewer(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"row_idx": 0, "row": ROW, "truncated_cells": []}])
+    assert load(path)[0] == GROUP
+
+
+def test_a_changed_file_is_read_again_and_an_unchanged_one_is_not(tmp_path, monkeypatch):
     path = tmp_path / "rows.jsonl"
     assert len(load(write_jsonl(path, [ROW]))) == 1
-    assert len(load(write_jsonl(path, [ROW, ROW]))) == 2
+    assert len(load(write_jsonl(path, [ROW, numbered(1)]))) == 2
+    assert len(load(str(path), row_rules={"duplicate_response": "keep"})) == 2
+    monkeypatch.setattr(reading, "_outcome", None)
+    assert len(load(str(path))) == 2
+
+
+def test_a_killed_read_goes_on_with_the_pieces_that_are_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "PIECE_BYTES", 500)
+    rows = [numbered(i, scores=[i, 1, 2]) for i in range(40)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    pieces = sources.open_source(path)
+    assert len(pieces) > 3
+    read, seen = reading.read_piece, []
+
+    def killed(piece):
+        if piece.start >= pieces[2].start:
+            raise KeyboardInterrupt
+        return read(piece)
+
+    def noted(piece):
+        seen.append(piece.start)
+        return read(piece)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(reading, "read_piece", killed)
+        load_source(path, config=RowConfig(), num_proc=1)
+    monkeypatch.setattr(reading, "read_piece", noted)
+    assert load_source(path, config=RowConfig(), num_proc=1)["where"][39] == f"{path}, line 40"
+    assert seen == [0, *(piece.start for piece in pieces[2:])]  # the first piece, to see of which form the rows are
+
+
+def test_several_processes_read_the_same_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "PIECE_BYTES", 2000)
+    path = write_jsonl(tmp_path / "rows.jsonl", ["{torn", *(numbered(i) for i in range(100))])
+    assert len(sources.open_source(path)) > 3
+    rows = load_source(path, config=RowConfig(), num_proc=2)
+    assert rows["where"][:] == [f"{path}, line {i + 1}" for i in range(101)]
+    assert [p[0]["content"] for p in rows["prompt"][1:]] == [f"Question {i}" for i in range(100)]
 
 
 def test_mixer_takes_fractions_of_train_and_whole_eval_splits(tmp_path):
     folder, file = tmp_path / "saved", tmp_path / "rows.jsonl"
-    ten = Dataset.from_list([ROW] * 10)
-    DatasetDict({"train_prefs": ten, "test_prefs": ten}).save_to_disk(folder)
-    write_jsonl(file, [ROW] * 4)
+    train, test = (Dataset.from_list([numbered(i) for i in ids]) for ids in (range(10), range(50, 60)))
+    DatasetDict({"train_prefs": train, "test_prefs": test}).save_to_disk(folder)
+    write_jsonl(file, [numbered(i) for i in range(20, 24)])
     config = DataConfig(dataset_mixer={str(folder): 0.3, str(file): 0.5}, dataset_splits=["train_prefs", "test_prefs"])
-    rows = load_groups(config)
+    rows, _ = load_groups(config)
     assert (len(rows["train"]), len(rows["eval"])) == (3 + 2, 10)
 
 
 def test_folder_of_files_named_by_split(tmp_path):
-    write_jsonl(tmp_path / "train.jsonl", [ROW] * 3)
-    write_jsonl(tmp_path / "test.jsonl", [ROW] * 2)
-    rows = load_groups(DataConfig(dataset_mixer={str(tmp_path): 1.0}))
+    write_jsonl(tmp_path / "train.jsonl", [numbered(i) for i in range(3)])
+    write_jsonl(tmp_path / "test.jsonl", [numbered(i) for i in range(8, 10)])
+    rows, _ = load_groups(DataConfig(dataset_mixer={str(tmp_path): 1.0}))
     assert (len(rows["train"]), len(rows["eval"])) == (3, 2)
 
 
 def test_handbook_2025_mixture(tmp_path):
-    path = write_jsonl(tmp_path / "rows.jsonl", [ROW] * 10)
+    path = write_jsonl(tmp_path / "rows.jsonl", [numbered(i) for i in range(10)])
     mixture = {"datasets": [{"id": path, "split": "train", "weight": 0.8}], "test_split_size": 2, "seed": 0}
-    rows = load_groups(DataConfig(dataset_mixture=mixture))
+    rows, _ = load_groups(DataConfig(dataset_mixture=mixture))
     assert (len(rows["train"]), len(rows["eval"])) == (6, 2)
+
+
+def test_eval_fraction_keeps_rows_of_a_prompt_together(tmp_path):
+    rng = random.Random(0)
+    rows = [numbered(i % 100, scores=[rng.random() for _ in range(3)]) for i in range(300)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    parts, found = load_groups(DataConfig(train_file=path, eval_fraction=0.2))
+    prompts = {name: {p[0]["content"] for p in part["prompt"]} for name, part in parts.items()}
+    assert not prompts["train"] & prompts["eval"]
+    assert len(prompts["train"] | prompts["eval"]) == 100
+    assert 10 < len(prompts["eval"]) < 30
+    assert found["train"]["rows_in"] + found["eval"]["rows_in"] == 300
+    assert found["train"]["repeated_prompts"] == 2 * len(prompts["train"])
+    # More rows do not move a prompt to the other side.
+    more = write_jsonl(tmp_path / "more.jsonl", [*rows, *(numbered(i) for i in range(100, 150))])
+    held_out = load_groups(DataConfig(train_file=more, eval_fraction=0.2))[0]["eval"]
+    assert prompts["eval"] <= {p[0]["content"] for p in held_out["prompt"]}
+    with pytest.raises(UserError, match="eval_fraction: leaves all rows to train on"):
+        load_groups(DataConfig(train_file=path, eval_fraction=1e-9))
+
+
+def test_prompts_on_both_sides_end_the_run(tmp_path):
+    train = write_jsonl(tmp_path / "train.jsonl", [numbered(i) for i in range(5)])
+    held_out = write_jsonl(tmp_path / "eval.jsonl", [numbered(i) for i in range(4, 9)])
+    with pytest.raises(UserError, match=r"1 prompts stand in.*eval.jsonl, line 1.*allow_shared_prompts"):
+        load_groups(DataConfig(train_file=train, eval_file=held_out))
+    _, found = load_groups(DataConfig(train_file=train, eval_file=held_out, allow_shared_prompts=True))
+    assert found["train"]["prompts_shared_with_eval"] == 1
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "p", "answers": ["a"]}, r"line 2: needs columns prompt, responses.*found prompt, answers"),
-        (ROW | {"responses": ["a"], "scores": [1]}, "line 2: 1 response; at least two"),
-        (ROW | {"scores": [1, None, 2]}, "line 2: the score of response 2 is null"),
-        (ROW | {"scores": [1, math.nan, 2]}, "line 2: the score of response 2 is nan"),
-        (ROW | {"scores": [1, 2, math.inf]}, "line 2: the score of response 3 is inf"),
-        (ROW | {"scores": ["7", 1, 2]}, "line 2: the score of response 1 is '7'"),
-        (ROW | {"scores": [1, 2]}, "line 2: responses and scores must be lists of the same length"),
+        ({"prompt": "p", "answers": ["a"]}, r"unknown_format 1.*line 2: its columns are prompt, answers"),
+        (ROW | {"responses": ["a"], "scores": [1]}, "line 2: 1 usable response"),
+        (ROW | {"scores": [1, 2]}, "line 2: responses and scores are not lists of the same length"),
         (ROW | {"prompt": None}, "line 2: no prompt"),
-        (ROW | {"responses": ["a", None, "b"]}, "line 2: response 2 must be text or a list of messages"),
+        (ROW | {"responses": ["a", 7, "b"]}, "line 2: response 2 is neither text nor messages"),
         (ROW | {"responses": ["a", USER, "b"]}, "line 2: response 2 does not end with an assistant message"),
         ("{'prompt': 'x'}", "line 2: not JSON"),
         ("[1, 2]", "line 2: expected an object"),
-        (ROW | {"responses": ["a", "\ud800", "b"]}, "line 2: holds half of a surrogate pair"),
     ],
 )
-def test_bad_rows_are_named(tmp_path, row, message):
-    with pytest.raises(UserError, match=message):
-        load(write_jsonl(tmp_path / "rows.jsonl", [ROW, row]))
+def test_too_many_bad_rows_end_the_run_and_are_named(tmp_path, row, message):
+    path = write_jsonl(tmp_path / "rows.jsonl", [ROW, row])
+    with pytest.raises(UserError, match=f"1 of 2 rows had to be dropped.*{message}"):
+        load(path)
+    assert len(load(path, max_dropped_fraction=0.5)) == 1
+    found = counts(path)
+    assert (found["rows_in"], found["rows_dropped"]) == (2, 1)
 
 
-def test_responses_of_different_prompts_are_refused():
-    other = [{"role": "user", "content": "Capital of Italy?"}]
-    with pytest.raises(UserError, match="do not share one prompt"):
-        to_group({"chosen": USER + said("Paris"), "rejected": other + said("Rome")}, "here", pairs=True)
+def test_a_row_whose_action_is_fail_ends_the_run(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [numbered(i) for i in range(50)] + [ROW | {"scores": [1, "2", 3]}])
+    assert len(load(path)) == 51
+    with pytest.raises(UserError, match=r"line 51: text_score: the score of response 2 is '2'.*row_rules: text_score"):
+        load(path, row_rules={"text_score": "fail"})
 
 
 def test_bad_sources_are_named(tmp_path):
@@ -189,6 +377,12 @@ def test_bad_sources_are_named(tmp_path):
     (tmp_path / "torn.jsonl.gz").write_bytes(b"not gzip")
     with pytest.raises(UserError, match="torn.jsonl.gz: cannot be read"):
         load(str(tmp_path / "torn.jsonl.gz"))
+    (tmp_path / "torn.json").write_text("[1, 2")
+    with pytest.raises(UserError, match="torn.json: cannot be read"):
+        load(str(tmp_path / "torn.json"))
+    (tmp_path / "latin.jsonl").write_bytes('{"prompt": "\xe9"}\n'.encode("latin-1"))
+    with pytest.raises(UserError, match="latin.jsonl: cannot be read"):
+        load(str(tmp_path / "latin.jsonl"))
     with pytest.raises(UserError, match="no train split"):
         load_groups(DataConfig(dataset_mixer={"x": 1.0}, dataset_splits=["test"]))
     with pytest.raises(UserError, match="must be above 0 and at most 1"):
@@ -200,26 +394,50 @@ def test_bad_sources_are_named(tmp_path):
         load_groups(DataConfig(dataset_mixer={str(tmp_path / "saved"): 1.0}))
 
 
-def test_rows_must_fit_loss_and_tokenizer():
-    rows = Dataset.from_list([PAIR, GROUP])
+def test_rows_must_fit_loss_and_tokenizer(tmp_path):
+    rows = load_source(
+        write_jsonl(tmp_path / "rows.jsonl", [numbered(i, **PAIR) for i in range(2)] + [ROW]), config=RowConfig()
+    )
     check_rows(rows, only_pairs=False, template=None)
-    with pytest.raises(UserError, match="row 2 has 3"):
+    with pytest.raises(UserError, match="rows.jsonl, line 3 has 3"):
         check_rows(rows, only_pairs=True, template=None)
-    turns = Dataset.from_list([PAIR | {"prompt": USER * 3}])
+    turns = load_source(
+        write_jsonl(tmp_path / "turns.jsonl", [PAIR | {"prompt": [*USER, *said("?"), *USER]}]), config=RowConfig()
+    )
     check_rows(turns, only_pairs=True, template="x")
     with pytest.raises(UserError, match="chat_template: the tokenizer has none"):
         check_rows(turns, only_pairs=True, template=None)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"row_rules": '{"identical_score": "keep"}'}, "did you mean 'identical_scores'"),
+        ({"row_rules": "[1]"}, "row_rules: not a mapping"),
+        ({"score_range": [1, 0]}, "score_range"),
+        ({"min_responses": 1}, "min_responses: must be at least 2"),
+        ({"num_responses": 3, "min_responses": 4}, "num_responses: 3 is less"),
+        ({"score": "kindness"}, "score: 'kindness'; choose overall"),
+        ({"score": "honesty=-1"}, "weights above 0"),
+        ({"eval_fraction": 1.5}, "eval_fraction"),
+        ({"max_dropped_fraction": 2}, "max_dropped_fraction"),
+    ],
+)
+def test_settings_out_of_range(setting, message):
+    with pytest.raises((ValueError, UserError), match=message):
+        DataConfig(train_file="x.jsonl", **setting)
 
 
 @needs_shared
 @pytest.mark.parametrize(
     ("name", "pairs", "ks"),
     [
-        ("alpacaeval_reward_eval", False, range(4, 9)),
+        ("alpacaeval_reward_eval", False, range(2, 9)),
         ("alpacaeval_ragged_eval", False, range(2, 9)),
-        ("alpacaeval_short_eval", False, {4}),
+        ("alpacaeval_short_eval", False, range(2, 5)),
         ("vicuna80_reward_eval", False, range(10, 40)),
-        ("ultrafeedback_format_eval", False, {4}),
+        ("ultrafeedback_format_eval", False, range(2, 5)),
+        ("ultrafeedback_layout_vicuna", False, range(2, 9)),
         ("pairwise_eval", False, {2}),
         ("pairwise_eval", True, {2}),
     ],

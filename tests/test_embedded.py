@@ -1,6 +1,8 @@
 """The embedded model and data: what `make setup` unpacked, what data/ ships, and sampling."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -26,6 +28,15 @@ def test_prompts_are_held_out_and_the_files_small():
     topics = [{text.split(".")[0] for text in texts} for texts in (train, held_out)]
     assert not topics[0] & topics[1]
     assert sum(path.stat().st_size for path in (ROOT / "data").iterdir() if path.is_file()) < 2_000_000
+
+
+def test_the_prompts_are_those_of_the_script(tmp_path):
+    subprocess.run([sys.executable, ROOT / "data" / "make_prompts.py", tmp_path], check=True)
+    for name, count in [("train", 220), ("eval", 66)]:
+        lines = (tmp_path / f"prompts_{name}.jsonl").read_text().splitlines()
+        made = iter(json.loads(line)["prompt"] for line in lines)
+        assert len(lines) == count
+        assert all(row["prompt"] in made for row in rows(name)), "a part of them, in their order"
 
 
 @pytest.mark.parametrize("name", ["train", "eval"])

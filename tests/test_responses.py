@@ -4,6 +4,7 @@ import pytest
 from datasets import Dataset
 
 from tests.tiny import CHATML, tiny_tokenizer
+from trl_nca import responses
 from trl_nca.responses import ResponseTokenizer, describe_group, tokenize_dataset
 
 #: Adds a system turn of its own when there is none, as SmolLM2's does.
@@ -139,6 +140,7 @@ def test_rows_that_cannot_fit_are_dropped_by_reason():
     assert report == {
         "rows_in": 3,
         "rows_kept": 2,
+        "rows_mended": 0,
         "rows_dropped": 1,
         "dropped_by_reason": {"prompt_too_long": 1},
         "responses": 5,
@@ -166,3 +168,49 @@ def test_describe_group_shows_text_mask_and_eos():
     assert "mask 0" in text
     assert "Paris<|im_end|>" in text
     assert "ends with EOS" in text
+
+
+def test_over_long_rows_are_cut_or_dropped_and_counted_as_mended():
+    rows = Dataset.from_list(
+        [
+            {"prompt": USER, "responses": ["Paris", "Rome"], "scores": [1.0, 0.0], "mended": ["text_score"]},
+            {"prompt": USER, "responses": ["Paris", "Rome " * 50], "scores": [1.0, 0.0], "mended": []},
+            {"prompt": USER, "responses": ["Paris", "Oslo"], "scores": [1.0, 0.0], "mended": []},
+        ]
+    )
+    kept, report = tokenize_dataset(rows, tiny_tokenizer(), max_length=80)
+    assert (report["rows_kept"], report["rows_mended"], report["responses_cut"]) == (3, 2, 1)
+    kept, report = tokenize_dataset(rows, tiny_tokenizer(), max_length=80, cut_over_long=False)
+    assert (report["rows_kept"], report["rows_mended"], report["responses_cut"]) == (2, 1, 0)
+    assert report["dropped_by_reason"] == {"over_long": 1}
+
+
+def test_large_data_sets_are_tokenized_in_pieces_that_are_kept(monkeypatch, tmp_path):
+    monkeypatch.setattr(responses, "_PIECE_ROWS", 4)
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        "".join(f'{{"prompt": "p {i}", "responses": ["a", "b {i}"], "scores": [1, 0]}}\n' for i in range(10))
+    )
+    rows = Dataset.from_json(str(path))
+    whole, _ = tokenize_dataset(rows.select(range(10)), tiny_tokenizer())
+    tokenize, done = ResponseTokenizer.__call__, []
+
+    def killed(self, row):
+        if row["prompt"] == "p 6":
+            raise KeyboardInterrupt
+        return tokenize(self, row)
+
+    def noted(self, row):
+        done.append(row["prompt"])
+        return tokenize(self, row)
+
+    # Other rows, so that nothing is there yet.
+    rows = rows.map(lambda row: {"prompt": row["prompt"]})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ResponseTokenizer, "__call__", killed)
+        tokenize_dataset(rows, tiny_tokenizer())
+    monkeypatch.setattr(ResponseTokenizer, "__call__", noted)
+    kept, report = tokenize_dataset(rows, tiny_tokenizer())
+    assert set(done) == {f"p {i}" for i in range(4, 10)}
+    assert kept[:] == whole[:]
+    assert report["rows_in"] == 10

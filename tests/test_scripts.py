@@ -209,10 +209,10 @@ def test_shared_formats_train(recipe, tmp_path, name, start):
     [
         (["--betta=1"], "unknown key 'betta'; did you mean 'beta'"),
         (["--loss_type=foo"], "unknown loss"),
-        (["--loss_type=DPO"], "DPO and biasedNCA compare two responses, and row 2 has 3"),
+        (["--loss_type=DPO"], "DPO and biasedNCA compare two responses, and .*train.jsonl, line 2 has 3"),
         (["--model_name_or_path=models/nowhere"], "'models/nowhere' is neither a folder with a model nor a Hub id"),
         (["--train_file=nowhere.jsonl"], "nowhere.jsonl: no such file"),
-        (["--max_length=5"], "no row is left: train: 0 of 24 rows kept .dropped: prompt_too_long 24"),
+        (["--max_length=5"], "train: 24 of 24 rows had to be dropped .prompt_too_long 24"),
         (["--per_device_train_batch_size=0"], "per_device_train_batch_size: must be at least 1"),
         (["--attn_implementation=nope"], "cannot be trained as the recipe says: .*nope"),
         (["--lora_target_modules=nope"], "cannot be trained as the recipe says: .*nope"),
@@ -234,7 +234,7 @@ def test_mistakes_end_the_run_before_anything_is_written(recipe, flags, message)
         (None, "error: command line: unknown key 'los_type'; did you mean 'loss_type'?"),
         (
             '{"prompt": "p", "responses": ["a", "b"], "scores": [1, null]}',
-            "bad.jsonl, line 1: the score of response 2 is",
+            "bad.jsonl, line 1: 1 usable response (after missing_score)",
         ),
     ],
 )

@@ -1,36 +1,46 @@
-"""Reward data from files, folders and the Hub: which sources there are, and how they are mixed and split.
+"""Reward data for a run: sources are mixed and split, and what became of each row is counted.
 
-What a row may look like is in `alignment.formats`.
+What a row may look like is in `alignment.formats`, what happens to a bad one in `alignment.rules`, and how a source is
+read in `alignment.reading`.
 """
 
-import contextlib
-import gzip
-import hashlib
 import json
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_from_disk
-from datasets.exceptions import DatasetGenerationError
-from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+import numpy as np
+import pyarrow.compute as pc
+from datasets import Dataset, concatenate_datasets
 
-from alignment import formats
 from alignment.errors import UserError
-from alignment.formats import GROUP_FEATURES, Row, to_group, to_pair
+from alignment.groups import RowConfig
+from alignment.reading import column, load_source
+
+#: Rows that the report names for a reason.
+_EXAMPLES = 3
 
 
 @dataclass
-class DataConfig:
+class DataConfig(RowConfig):
     """Where the rows come from: two files, or a mixture of sources."""
 
     train_file: str | None = field(
-        default=None, metadata={"help": "Rows to train on: .jsonl, .jsonl.gz, .json, .csv or .parquet."}
+        default=None, metadata={"help": "Rows to train on: .jsonl, .json, .csv (each also with .gz) or .parquet."}
     )
     eval_file: str | None = field(default=None, metadata={"help": "Held-out rows, in the same formats."})
+    eval_fraction: float | None = field(
+        default=None,
+        metadata={"help": "Hold out this share of the prompts, drawn by their hash, with all their rows."},
+    )
+    allow_shared_prompts: bool = field(
+        default=False, metadata={"help": "Go on though training and held-out rows share prompts."}
+    )
+    max_dropped_fraction: float = field(
+        default=0.2, metadata={"help": "End the run when more than this share of the rows has to be dropped."}
+    )
     dataset_mixer: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": "Sources and the fraction of each to use: {file, folder or Hub id: fraction}."},
@@ -52,16 +62,8 @@ class DataConfig:
         },
     )
 
-    make_pairs: str | None = field(
-        default=None,
-        metadata={
-            "help": "How run_preference.py makes a pair of a row with more than two responses: best_worst, or "
-            "best_random (the best against another, drawn by a hash of the row).",
-            "choices": ["best_worst", "best_random"],
-        },
-    )
-
     def __post_init__(self) -> None:
+        super().__post_init__()
         for key in ("dataset_mixer", "dataset_mixture"):
             value = getattr(self, key)
             if isinstance(value, str):
@@ -71,28 +73,146 @@ class DataConfig:
                     raise ValueError(f"{key}: not a mapping: {value!r}") from error
         if self.train_file is None and not self.dataset_mixer and not self.dataset_mixture:
             raise ValueError("no training data; set train_file, dataset_mixer or dataset_mixture")
+        if self.eval_fraction is not None and (not 0 < self.eval_fraction < 1 or self.eval_file is not None):
+            raise ValueError(f"eval_fraction: a share between 0 and 1, and no eval_file; got {self.eval_fraction}")
+        if not 0 <= self.max_dropped_fraction <= 1:
+            raise ValueError(f"max_dropped_fraction: a share from 0 to 1, got {self.max_dropped_fraction}")
 
 
-def load_groups(config: DataConfig, pairs: bool = False) -> dict[str, Dataset]:
+def load_groups(
+    config: DataConfig, pairs: bool = False, control_tokens: list[str] | None = None, num_proc: int | None = None
+) -> tuple[dict[str, Dataset], dict[str, dict[str, Any]]]:
     """The rows to train on and the held-out rows.
 
     Args:
-        config: Where they come from.
+        config: Where they come from and how they are read.
         pairs: Take them as preference pairs: two responses, the better one first, scores 1 and 0. Rows with more
             responses need `config.make_pairs`.
+        control_tokens: Texts of the tokenizer's control tokens, to look for in the rows.
+        num_proc: Processes to read with. None: one a core.
 
     Returns:
-        `train` and, where there are held-out rows, `eval`: data sets with the columns of `GROUP_FEATURES`.
+        `train` and, where there are held-out rows, `eval`: data sets with the columns of `GROUP_FEATURES`; and for each
+        what became of its rows, see `count_outcomes`.
 
     Raises:
-        UserError: A source is not there, has no train split, or a row cannot be used; names the file and row.
+        UserError: A source is not there or has no train split, a row is of a kind that ends the run, too many rows
+            were dropped, or training and held-out rows share prompts; names the file and row.
     """
-    load = partial(_load_source, form="pairs" if pairs else "rewards", make_pairs=config.make_pairs)
+    load = partial(load_source, config=config, pairs=pairs, control_tokens=control_tokens, num_proc=num_proc)
     if config.train_file is not None:
         files = {"train": config.train_file, "eval": config.eval_file}
-        return {name: load(file) for name, file in files.items() if file is not None}
-    if config.dataset_mixture:
-        return _load_mixture(config.dataset_mixture, load)
+        rows = {name: load(file) for name, file in files.items() if file is not None}
+    elif config.dataset_mixture:
+        rows = _load_mixture(config.dataset_mixture, load)
+    else:
+        rows = _load_mixer(config, load)
+    if config.eval_fraction is not None:
+        hashes = column(rows["train"], "prompt_hash").to_numpy()
+        rows = _split(rows["train"], (hashes >= 0) & (hashes < config.eval_fraction * 2**63), "eval_fraction")
+    counts = {name: count_outcomes(part) for name, part in rows.items()}
+    for name, count in counts.items():
+        check_dropped(name, count, config.max_dropped_fraction)
+    kept = {name: kept_rows(part) for name, part in rows.items()}
+    if "eval" in kept:
+        shared = _shared_prompts(kept["train"], kept["eval"])
+        counts["train"]["prompts_shared_with_eval"] = len(shared)
+        if len(shared) and not config.allow_shared_prompts:
+            hashes = column(kept["eval"], "prompt_hash").to_numpy()
+            place = kept["eval"][int(np.flatnonzero(hashes == shared[0])[0])]["where"]
+            raise UserError(
+                f"{len(shared)} prompts stand in the training and in the held-out rows (one is {place}): take them "
+                "out, split by eval_fraction, or set allow_shared_prompts: true"
+            )
+    return kept, counts
+
+
+def count_outcomes(rows: Dataset) -> dict[str, Any]:
+    """What became of the rows of `load_source`.
+
+    Returns:
+        `lines_in` (of the source), `rows_in` (groups or pairs made of them, and what was dropped), `rows_dropped`,
+        `dropped_by_reason`, `mended_by_reason` (a kept row may count under several), `examples` (where the first rows
+        of each reason stand), `repeated_prompts` (kept rows whose prompt an earlier one has).
+    """
+    dropped = column(rows, "dropped")
+    reasons = {v["values"]: v["counts"] for v in pc.value_counts(dropped).to_pylist() if v["values"]}
+    examples = {}
+    for reason in reasons:
+        at = np.flatnonzero(pc.equal(dropped, reason).to_numpy(zero_copy_only=False))[:_EXAMPLES]
+        examples[reason] = [f"{row['where']}: {row['detail']}" for row in rows.select(at)]
+    mended = pc.value_counts(pc.list_flatten(column(rows, "mended"))).to_pylist()
+    hashes = column(kept_rows(rows), "prompt_hash").to_numpy()
+    return {
+        "lines_in": pc.sum(column(rows, "lines")).as_py() or 0,
+        "rows_in": len(rows),
+        "rows_dropped": sum(reasons.values()),
+        "dropped_by_reason": reasons,
+        "mended_by_reason": {v["values"]: v["counts"] for v in mended},
+        "repeated_prompts": len(hashes) - len(np.unique(hashes)),
+        "examples": examples,
+    }
+
+
+def check_dropped(name: str, counts: dict[str, Any], most: float) -> None:
+    """Ends the run when too many rows were dropped.
+
+    Args:
+        name: Of the data set.
+        counts: `rows_in`, `rows_dropped`, `dropped_by_reason` and, where known, `examples`.
+        most: Largest share of the rows that may be dropped.
+
+    Raises:
+        UserError: More were, or none is left.
+    """
+    num_in, num_dropped = counts["rows_in"], counts["rows_dropped"]
+    if num_dropped < num_in and num_dropped <= most * num_in:
+        return
+    reasons = ", ".join(f"{reason} {n}" for reason, n in counts["dropped_by_reason"].items())
+    examples = [example for found in counts.get("examples", {}).values() for example in found[:1]]
+    limit = f", more than max_dropped_fraction {most:g} allows" if num_dropped < num_in else ""
+    raise UserError(
+        f"{name}: {num_dropped} of {num_in} rows had to be dropped ({reasons}){limit}{': ' if examples else ''}"
+        f"{'; '.join(examples)}. Mend the rows, or change row_rules or the limit"
+    )
+
+
+def kept_rows(rows: Dataset) -> Dataset:
+    """The rows of `load_source` that were not dropped."""
+    is_kept = pc.equal(column(rows, "dropped"), "").to_numpy(zero_copy_only=False)
+    return rows if is_kept.all() else rows.select(np.flatnonzero(is_kept))
+
+
+def check_rows(rows: Dataset, only_pairs: bool, template: str | None) -> None:
+    """Checks that the rows fit the loss and the tokenizer.
+
+    Args:
+        rows: From `load_groups`.
+        only_pairs: Whether the loss compares two responses and no more.
+        template: The tokenizer's chat template, if it has one.
+
+    Raises:
+        UserError: They do not; names the row.
+    """
+    many = np.flatnonzero(pc.list_value_length(column(rows, "scores")).to_numpy() > 2)
+    if only_pairs and len(many):
+        row = rows[int(many[0])]
+        raise UserError(
+            f"loss_type: DPO and biasedNCA compare two responses, and {row['where']} has {len(row['scores'])}; use NCA "
+            "or InfoNCA, or make pairs of them: make_pairs: best_worst"
+        )
+    if template is not None:
+        return
+    turns = np.flatnonzero(pc.list_value_length(column(rows, "prompt")).to_numpy() > 1)
+    if len(turns):
+        row = rows[int(turns[0])]
+        raise UserError(
+            f"chat_template: the tokenizer has none, and the prompt of {row['where']} has {len(row['prompt'])} "
+            "messages; set chat_template to a Jinja template or a .jinja file"
+        )
+
+
+def _load_mixer(config: DataConfig, load: Callable[..., Dataset]) -> dict[str, Dataset]:
     splits = config.dataset_splits or ["train", "test"]
     if not any("train" in split for split in splits):
         raise UserError(f"dataset_splits: no train split in {splits}; one name must contain 'train'")
@@ -119,143 +239,23 @@ def _load_mixture(mixture: dict[str, Any], load: Callable[..., Dataset]) -> dict
         part = load(source["id"], source.get("split", "train"), source.get("config"))
         parts.append(part.select(range(round(len(part) * source.get("weight", 1.0)))))
     rows = concatenate_datasets(parts)
-    if mixture.get("test_split_size") is None:
+    size = mixture.get("test_split_size")
+    if size is None:
         return {"train": rows}
-    split = rows.train_test_split(test_size=mixture["test_split_size"], seed=mixture.get("seed", 0))
-    return {"train": split["train"], "eval": split["test"]}
+    # Whole prompts, in random order, until there are as many rows as asked for.
+    hashes = column(rows, "prompt_hash").to_numpy()
+    prompts, counts = np.unique(hashes[hashes >= 0], return_counts=True)
+    order = np.random.default_rng(mixture.get("seed", 0)).permutation(len(prompts))
+    before = np.cumsum(counts[order]) - counts[order]
+    taken = order[before < (size * counts.sum() if size < 1 else size)]
+    return _split(rows, np.isin(hashes, prompts[taken]), "test_split_size")
 
 
-def check_rows(rows: Dataset, only_pairs: bool, template: str | None) -> None:
-    """Checks that the rows fit the loss and the tokenizer.
-
-    Args:
-        rows: From `load_groups`.
-        only_pairs: Whether the loss compares two responses and no more.
-        template: The tokenizer's chat template, if it has one.
-
-    Raises:
-        UserError: They do not; names the row.
-    """
-    for i, row in enumerate(rows):
-        if only_pairs and len(row["scores"]) > 2:
-            raise UserError(
-                f"loss_type: DPO and biasedNCA compare two responses, and row {i + 1} has {len(row['scores'])}; use "
-                "NCA or InfoNCA, or run_preference.py with pairs"
-            )
-        if template is None and len(row["prompt"]) > 1:
-            raise UserError(
-                f"chat_template: the tokenizer has none, and the prompt of row {i + 1} has {len(row['prompt'])} "
-                "messages; set chat_template to a Jinja template or a .jinja file"
-            )
+def _split(rows: Dataset, held_out: np.ndarray, key: str) -> dict[str, Dataset]:
+    if not held_out.any() or held_out.all():
+        raise UserError(f"{key}: leaves {'no' if held_out.all() else 'all'} rows to train on; change it")
+    return {"train": rows.select(np.flatnonzero(~held_out)), "eval": rows.select(np.flatnonzero(held_out))}
 
 
-def _load_source(
-    path: str, split: str | None = None, name: str | None = None, *, form: str, make_pairs: str | None
-) -> Dataset:
-    files = _local_files(path, split)
-    # Part of the cache's key: the files, and the code that reads them.
-    stamps = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    stamps += [hashlib.sha256(Path(code).read_bytes()).hexdigest() for code in (__file__, formats.__file__)]
-    read = partial(_groups_of, path, split, name, form, make_pairs, stamps)
-    try:
-        # Reading a file is quick, and a bar would stand before the one line that a mistake gets; downloads keep theirs.
-        with _without_bars() if files else contextlib.nullcontext():
-            rows = Dataset.from_generator(read, features=GROUP_FEATURES)
-    except DatasetGenerationError as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
-        raise
-    except ValueError as error:  # what datasets says of a generator that yields nothing
-        if "corresponds to no data" not in str(error):
-            raise
-        rows = []
-    if not len(rows):
-        raise UserError(f"{path}: no rows{f' in split {split}' if split else ''}; give a file that has some")
-    return rows
-
-
-@contextlib.contextmanager
-def _without_bars() -> Iterator[None]:
-    if are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()
-
-
-def _local_files(path: str, split: str | None) -> list[Path]:
-    """The files that a source stands for; none for a Hub id."""
-    here = Path(path)
-    if here.is_file():
-        return [here]
-    if here.is_dir():
-        return sorted(file for file in here.rglob("*") if file.is_file())
-    if split is None or re.search(r"\.(jsonl?|csv|parquet)(\.gz)?$", path):
-        raise UserError(f"{path}: no such file; check train_file, eval_file or dataset_mixer")
-    return []
-
-
-def _groups_of(
-    path: str, split: str | None, name: str | None, form: str, make_pairs: str | None, stamps: list[Any]
-) -> Iterator[Row]:
-    for where, row in _read(path, split, name):
-        group = to_group(row, where, form == "pairs")
-        yield to_pair(group, where, make_pairs) if form == "pairs" else group
-
-
-def _read(path: str, split: str | None, name: str | None) -> Iterator[tuple[str, Row]]:
-    """Raw rows of a source, each with the words that tell a user which one it is."""
-    if re.search(r"\.jsonl?(\.gz)?$", path) and Path(path).is_file():
-        yield from _read_json(path)
-        return
-    for i, row in enumerate(_open_table(path, split, name)):
-        yield f"{path}, row {i + 1}", row
-
-
-def _read_json(path: str) -> Iterator[tuple[str, Row]]:
-    open_text = gzip.open if path.endswith(".gz") else open
-    try:
-        with open_text(path, "rt", encoding="utf-8") as file:
-            if re.search(r"\.json(\.gz)?$", path) and file.read(1) == "[":
-                file.seek(0)
-                lines = ((f"row {i + 1}", row) for i, row in enumerate(json.load(file)))
-            else:
-                file.seek(0)
-                lines = ((f"line {i + 1}", line) for i, line in enumerate(file) if line.strip())
-            for place, line in lines:
-                where = f"{path}, {place}"
-                row = _parse_line(line, where) if isinstance(line, str) else line
-                if not isinstance(row, dict):
-                    raise UserError(f"{where}: expected an object with named columns, got {type(row).__name__}")
-                yield where, row
-    except (OSError, EOFError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
-
-
-def _parse_line(line: str, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON ({error.msg}, column {error.colno}); write one object a line") from error
-
-
-def _open_table(path: str, split: str | None, name: str | None) -> Dataset:
-    """A CSV or Parquet file, a `save_to_disk` folder, a folder of data files, or a Hub data set."""
-    here = Path(path)
-    try:
-        if here.is_file():
-            return load_dataset(here.suffix.lstrip("."), data_files=path, split="train")
-        if (here / "dataset_dict.json").is_file() or (here / "state.json").is_file():
-            table = load_from_disk(path)
-        else:
-            table = load_dataset(path, name)
-    except Exception as error:  # datasets and the hub raise many kinds; all mean that the source cannot be read
-        raise UserError(f"{path}: cannot be loaded as a file, folder or Hub data set: {error}") from error
-    if not isinstance(table, DatasetDict):
-        return table
-    if split not in table:
-        raise UserError(f"{path}: no split {split!r}; it has {', '.join(table)}: set dataset_splits")
-    return table[split]
+def _shared_prompts(train: Dataset, held_out: Dataset) -> list[int]:
+    return np.intersect1d(column(train, "prompt_hash").to_numpy(), column(held_out, "prompt_hash").to_numpy()).tolist()

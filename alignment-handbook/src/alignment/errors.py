@@ -1,14 +1,28 @@
 """The user's mistakes: one line on stderr that says where and what to do, and exit code 2."""
 
+import argparse
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable
+from typing import NoReturn
 
 
 class UserError(Exception):
     """A mistake in a recipe, a file or a flag. The message names file, key or row, and the fix."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse for scripts without a recipe: no abbreviated flags, defaults in `--help`, mistakes as a `UserError`."""
+
+    def __init__(self, description: str):
+        super().__init__(
+            description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"command line: {message}; see --help")
 
 
 def run(main: Callable[[], None]) -> None:

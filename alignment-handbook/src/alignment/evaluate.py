@@ -1,34 +1,14 @@
 """Samples before and after training, scored by a function of the user's, and what their difference is worth."""
 
-import importlib.util
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from alignment.errors import UserError
+from alignment.formats import Messages
 from alignment.recipe import RunConfig
-from alignment.sample import Messages, sample_responses
-
-RewardFunction = Callable[..., list[float]]
-
-
-def load_reward_function(spec: str) -> RewardFunction:
-    """A function (prompts, completions, **columns) -> scores, TRL's signature, from `FILE.py:NAME`.
-
-    Raises:
-        UserError: No such file or function.
-    """
-    file, _, name = spec.rpartition(":")
-    if not Path(file).is_file():
-        raise UserError(f"reward_function: {spec!r} names no file; write FILE.py:NAME")
-    module_spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    if not callable(getattr(module, name, None)):
-        raise UserError(f"reward_function: {file} has no function {name!r}")
-    return getattr(module, name)
+from alignment.sample import sample_responses
+from alignment.score import RewardFunction
+from alignment.score import load_reward_function as load_reward_function
 
 
 def sample_and_score(

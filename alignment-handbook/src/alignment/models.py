@@ -1,10 +1,12 @@
-"""Tokenizer and model settings of a run. Upstream loads the model itself, in the trainer."""
+"""Tokenizer and model settings of a run, and models to sample from. Upstream loads what it trains, in the trainer."""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from alignment.errors import UserError
@@ -43,11 +45,7 @@ def load_tokenizer(config: PolicyConfig, trust_remote_code: bool = False) -> Pre
         AutoConfig.from_pretrained(config.model_name_or_path, **revision)
         tokenizer = AutoTokenizer.from_pretrained(name, **revision)
     except (OSError, ValueError) as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(
-            f"model_name_or_path: {config.model_name_or_path!r} is neither a folder with a model nor a Hub id that can "
-            f"be had ({reason}); check the path (for models/SmolLM2-135M-Instruct, run `make setup`)"
-        ) from error
+        raise no_such_model(config.model_name_or_path, error) from error
     if config.chat_template is not None:
         file = Path(config.chat_template)
         if config.chat_template.endswith(".jinja") and not file.is_file():
@@ -62,3 +60,53 @@ def model_init_kwargs(config: PolicyConfig) -> dict[str, Any]:
     if config.attn_implementation is not None:
         kwargs["attn_implementation"] = config.attn_implementation
     return kwargs
+
+
+def no_such_model(name: str, error: Exception) -> UserError:
+    """What to tell of a model that cannot be loaded."""
+    reason = str(error).split("\n")[0]
+    return UserError(
+        f"model_name_or_path: {name!r} is neither a folder with a model nor a Hub id that can be had ({reason}); check "
+        "the path (for models/SmolLM2-135M-Instruct, run `make setup`)"
+    )
+
+
+def adapter_base(name: str) -> str | None:
+    """The model that a PEFT adapter's folder was trained on; None for anything else."""
+    file = Path(name) / "adapter_config.json"
+    return json.loads(file.read_text())["base_model_name_or_path"] if file.is_file() else None
+
+
+def load_trained_tokenizer(name: str) -> tuple[PreTrainedTokenizerBase, int | None]:
+    """The tokenizer of a model or adapter, and the most tokens that the model can read (None: no bound).
+
+    Raises:
+        UserError: There is no such model.
+    """
+    base = adapter_base(name)
+    has_own = base is None or (Path(name) / "tokenizer_config.json").is_file()
+    try:
+        config = AutoConfig.from_pretrained(base or name)
+        tokenizer = AutoTokenizer.from_pretrained(name if has_own else base)
+    except (OSError, ValueError) as error:
+        raise no_such_model(name, error) from error
+    return tokenizer, getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def load_trained_model(name: str, dtype: str = "auto") -> PreTrainedModel:
+    """A causal language model, or an adapter on its base, on the GPUs where there are some.
+
+    Args:
+        name: A model's folder or Hub id, or an adapter's folder.
+        dtype: Type of the weights; "auto" is the one they were saved in.
+
+    Raises:
+        UserError: It cannot be loaded.
+    """
+    auto = AutoModelForCausalLM
+    if adapter_base(name) is not None:
+        from peft import AutoPeftModelForCausalLM as auto
+    try:
+        return auto.from_pretrained(name, dtype=dtype, device_map="auto" if torch.cuda.is_available() else None)
+    except (OSError, ValueError) as error:
+        raise no_such_model(name, error) from error

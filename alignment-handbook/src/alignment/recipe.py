@@ -100,7 +100,7 @@ def parse_recipe(argv: Sequence[str], config_types: Sequence[type]) -> tuple[Any
         UserError: No recipe, malformed YAML, an unknown key (the nearest known one is named), a value of the wrong
             type or out of range.
     """
-    parser = _StrictParser(config_types)
+    parser = StrictParser(config_types)
     argv = list(argv)
     if {"-h", "--help"} & set(argv):
         parser.print_help()
@@ -154,7 +154,7 @@ def read_yaml(path: str) -> dict[str, Any]:
     return recipe
 
 
-class _StrictParser(TrlParser):
+class StrictParser(TrlParser):
     """Upstream's parser, without abbreviated flags, and with errors for the user."""
 
     source = "command line"

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from alignment.errors import UserError
 from alignment.evaluate import bootstrap_interval, mean_length, prompt_means
 
 
@@ -22,7 +23,7 @@ def compare_samples(before: list[dict[str, Any]], after: list[dict[str, Any]]) -
     """Scores and lengths of samples before and after training, and the interval of their difference.
 
     Args:
-        before, after: From `alignment.evaluate.score_samples`, for the same prompts in the same order.
+        before, after: From `alignment.evaluate.sample_and_score`, for the same prompts in the same order.
     """
     scores_before, scores_after = prompt_means(before), prompt_means(after)
     low, high = bootstrap_interval(scores_after - scores_before)
@@ -50,21 +51,34 @@ def verdict(comparison: dict[str, Any]) -> str:
     return "NOT SHOWN to improve: the interval of the difference contains zero"
 
 
-def data_lines(report: dict[str, dict[str, Any]]) -> str:
-    """What happened to the rows on their way to tokens, one line a data set.
+def rounds_table(rounds: list[list[dict[str, Any]]]) -> str:
+    """The held-out score round by round, and what each round gained on the one before.
 
     Args:
-        report: The counts of `trl_nca.responses.tokenize_dataset`, by name.
+        rounds: Scored samples from `alignment.evaluate.sample_and_score`: of the model that the rounds started from,
+            then of each round's.
+
+    Raises:
+        UserError: They are not of the same prompts.
     """
-    lines = []
-    for name, counts in report.items():
-        reasons = ", ".join(f"{reason} {n}" for reason, n in counts["dropped_by_reason"].items()) or "none"
-        lines.append(
-            f"{name}: {counts['rows_kept']} of {counts['rows_in']} rows kept (dropped: {reasons}), "
-            f"{counts['responses']} responses, {counts['responses_cut']} of them cut at max_length; "
-            f"{counts['prompts_trimmed']} prompts trimmed"
+    table = [("round", "held-out score (95 %)", "gain on the round before (95 %)", "verdict")]
+    for number, (before, after) in enumerate(zip(rounds, rounds[1:], strict=False), start=1):
+        if [row["prompt"] for row in before] != [row["prompt"] for row in after]:
+            raise UserError(
+                f"round {number} was sampled on other prompts than the one before; give runs of one recipe"
+            )
+        compared = compare_samples(before, after)
+        start, now = (
+            "{:.3f} [{:.3f}, {:.3f}]".format(compared[f"score_{part}"], *compared[f"score_{part}_interval"])
+            for part in ("before", "after")
         )
-    return "\n".join(lines)
+        gain = "{:+.3f} [{:+.3f}, {:+.3f}]".format(compared["score_difference"], *compared["score_difference_interval"])
+        if number == 1:
+            table.append(("start", start, "", ""))
+        table.append((str(number), now, gain, verdict(compared).partition(":")[0]))
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def final_table(results: dict[str, Any]) -> str:

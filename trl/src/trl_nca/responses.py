@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, Features, List, Value, concatenate_datasets
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
@@ -22,6 +22,8 @@ Messages = list[dict[str, str]]
 # One private-use character stands for each special token's text inside a message while the template runs.
 _FIRST_STAND_IN = 0xF0000
 _RESPONSE_MARK = chr(_FIRST_STAND_IN - 1)
+#: Rows that are tokenized, and cached, at a time.
+_PIECE_ROWS = 50_000
 
 TOKENIZED_FEATURES = Features(
     {
@@ -50,14 +52,20 @@ class ResponseTokenizer:
         tokenizer: A tokenizer, with a chat template if prompts are lists of messages.
         max_length: Most tokens of prompt + response, or None for no bound. A longer response is cut at its end.
         max_prompt_length: Most tokens of a prompt, or None. A longer prompt loses its beginning (but for the BOS).
+        cut_over_long: False drops rows that would have to be cut.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None, max_prompt_length: int | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int | None = None,
+        max_prompt_length: int | None = None,
+        cut_over_long: bool = True,
     ):
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.max_prompt_length = max_prompt_length
+        self.cut_over_long = cut_over_long
         # datasets keys its cache by this object's state: rows that an older version of this file made are not ours.
         self._code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
         added = tokenizer.added_tokens_decoder.values()
@@ -75,8 +83,8 @@ class ResponseTokenizer:
 
         Returns:
             `prompt_ids` (ints), `response_ids` (K lists of ints), `scores`, `length` (tokens of the packed group); and
-            what was done to fit them:
-            `prompt_trimmed` (bool), `responses_cut` (count), `dropped` (a reason, or "" for a row to train on).
+            what was done to fit them: `prompt_trimmed` (bool), `responses_cut` (count), `mended` (bool: one of these,
+            or the row came with a `mended` that is not empty), `dropped` (a reason, or "" for a row to train on).
         """
         prompt, responses, dropped = row["prompt"], row["responses"], ""
         try:
@@ -97,11 +105,16 @@ class ResponseTokenizer:
         elif not all(response_ids):
             dropped = "empty_response"
         fitted = {"prompt_ids": fitted_prompt, "response_ids": [ids[: max(room, 0)] for ids in response_ids]}
+        is_trimmed = len(fitted_prompt) < len(prompt_ids)
+        num_cut = sum(len(ids) > room for ids in response_ids)
+        if (is_trimmed or num_cut) and not (dropped or self.cut_over_long):
+            dropped = "over_long"
         return fitted | {
             "scores": row["scores"],
             "length": group_length(fitted),
-            "prompt_trimmed": len(fitted_prompt) < len(prompt_ids),
-            "responses_cut": sum(len(ids) > room for ids in response_ids),
+            "prompt_trimmed": is_trimmed,
+            "responses_cut": num_cut,
+            "mended": bool(is_trimmed or num_cut or row.get("mended")),
             "dropped": dropped,
         }
 
@@ -180,38 +193,52 @@ def tokenize_dataset(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None = None,
     max_prompt_length: int | None = None,
+    cut_over_long: bool = True,
     num_proc: int | None = None,
     desc: str = "Tokenizing",
 ) -> tuple[Dataset, dict[str, Any]]:
     """Tokenizes rows of `prompt`, `responses`, `scores`; drops those that cannot fit, and counts.
 
+    Large data sets are done in pieces that are cached one by one: a killed run goes on where it stopped.
+
     Args:
         dataset: Columns `prompt`, `responses` (K >= 2 a row, K may differ by row), `scores`. Others are dropped.
-        tokenizer: See `ResponseTokenizer`, also for `max_length` and `max_prompt_length` (tokens).
+        tokenizer: See `ResponseTokenizer`, also for `max_length`, `max_prompt_length` (tokens) and `cut_over_long`.
         num_proc: Processes to use; None for this one.
         desc: Text of the progress bar.
 
     Returns:
         The data set with columns `prompt_ids`, `response_ids`, `scores`, `length`, and the counts `rows_in`,
-        `rows_kept`, `rows_dropped`, `dropped_by_reason`, `responses`, `responses_cut`, `prompts_trimmed`.
+        `rows_kept`, `rows_mended`, `rows_dropped`, `dropped_by_reason`, `responses`, `responses_cut`,
+        `prompts_trimmed`.
     """
-    tokenize = ResponseTokenizer(tokenizer, max_length, max_prompt_length)
-    outcome = {"prompt_trimmed": Value("bool"), "responses_cut": Value("int32"), "dropped": Value("string")}
-    rows = dataset.map(
-        tokenize,
-        remove_columns=dataset.column_names,
-        features=Features({**TOKENIZED_FEATURES, **outcome}),
-        num_proc=num_proc,
-        desc=desc,
-    )
+    tokenize = ResponseTokenizer(tokenizer, max_length, max_prompt_length, cut_over_long)
+    outcome = {
+        "prompt_trimmed": Value("bool"),
+        "responses_cut": Value("int32"),
+        "mended": Value("bool"),
+        "dropped": Value("string"),
+    }
+    pieces = [
+        dataset.select(range(start, min(start + _PIECE_ROWS, len(dataset)))).map(
+            tokenize,
+            remove_columns=dataset.column_names,
+            features=Features({**TOKENIZED_FEATURES, **outcome}),
+            num_proc=num_proc if len(dataset) > 1000 else None,  # starting processes takes longer than a few rows
+            desc=desc if len(dataset) <= _PIECE_ROWS else f"{desc}, from row {start + 1} of {len(dataset)}",
+        )
+        for start in range(0, max(len(dataset), 1), _PIECE_ROWS)
+    ]
+    rows = concatenate_datasets(pieces)
     reasons = rows["dropped"][:] if len(rows) else []
     kept = rows.select([i for i, reason in enumerate(reasons) if not reason])
     report = {
         "rows_in": len(rows),
         "rows_kept": len(kept),
+        "rows_mended": sum(kept["mended"]),
         "rows_dropped": len(rows) - len(kept),
         "dropped_by_reason": dict(Counter(reason for reason in reasons if reason)),
-        "responses": sum(len(ids) for ids in kept["scores"]),
+        "responses": sum(map(len, kept["scores"])),
         "responses_cut": sum(kept["responses_cut"]),
         "prompts_trimmed": sum(kept["prompt_trimmed"]),
     }

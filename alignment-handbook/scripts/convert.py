@@ -1,0 +1,44 @@
+"""Converts reward data of any known form to rows in list form or to pairs.
+
+    python alignment-handbook/scripts/convert.py INPUT [INPUT ...] --to list --output rewards.jsonl --report reports/
+    python alignment-handbook/scripts/convert.py ultrafeedback.jsonl --to pairs --make_pairs best_random \
+        --drop_sources truthful_qa false_qa --output pairs.parquet
+
+The ending of the output says its format: .jsonl, .jsonl.gz or .parquet. docs/data.md has the forms of the input and the
+rules for bad rows; `--help` lists all options. Any machine; no GPU.
+"""
+
+from datasets import Dataset
+from transformers import AutoTokenizer
+
+from alignment import errors
+from alignment.convert import ConvertConfig, convert
+from alignment.data_report import Columns, summary
+from alignment.errors import UserError
+from alignment.recipe import StrictParser
+from trl_nca.responses import tokenize_dataset
+
+
+def main() -> None:
+    """Parses the command line, converts, and prints the short report."""
+    parser = StrictParser([ConvertConfig])
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="files, folders or Hub ids")
+    try:
+        config, rest = parser.parse_args_into_dataclasses(look_for_args_file=False)
+    except (ValueError, TypeError) as error:
+        raise UserError(str(error)) from error
+    if config.tokenizer is None:
+        report = convert(rest.inputs, config)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
+        control_tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+
+        def measure(rows: Dataset) -> Columns:
+            return Columns.of_tokens(tokenize_dataset(rows, tokenizer)[0])
+
+        report = convert(rest.inputs, config, measure, control_tokens)
+    print(summary(config.output, report))
+
+
+if __name__ == "__main__":
+    errors.run(main)

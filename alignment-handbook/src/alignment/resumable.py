@@ -1,0 +1,110 @@
+"""Long work that is done batch by batch, survives a kill, and becomes one file of JSON lines when all is there.
+
+Finished batches stand in `OUTPUT.part`: a header with everything that their values depend on, then one line a batch. A
+run with the same header goes on where the last one stopped; another ends with an error, so no file is of two kinds.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from alignment.errors import UserError
+
+Entry = dict[str, Any]
+#: Files of a model folder that decide what it computes.
+_MODEL_FILES = ("*.safetensors", "*.bin", "*config.json", "tokenizer*", "vocab*", "merges.txt", "*.jinja")
+
+
+class PartFile:
+    """The finished batches of a file to be.
+
+    Args:
+        output: The file that is written at the end, a `.jsonl`. Nothing is written before the first batch is finished.
+        header: What the values depend on, fit for JSON.
+        overwrite: Replace `output`, and drop the batches of another header.
+
+    Attributes:
+        entries: The finished batches, in the order in which they were added.
+
+    Raises:
+        UserError: `output` exists already or is no `.jsonl`, or there are batches of another header.
+    """
+
+    def __init__(self, output: str, header: Entry, overwrite: bool = False):
+        self.output = Path(output)
+        self.path = self.output.with_name(f"{self.output.name}.part")
+        self._header: Entry = json.loads(json.dumps(header))
+        if self.output.suffix != ".jsonl" or self.output.is_dir():
+            raise UserError(f"--output: {output}: rows are written as JSON lines; name a .jsonl file")
+        if self.output.exists() and not overwrite:
+            raise UserError(f"--output: {output} exists already; name another file, or give --overwrite")
+        self._size, self.entries = self._read(overwrite)
+
+    def _read(self, overwrite: bool) -> tuple[int, list[Entry]]:
+        """Bytes and entries of the file up to the first line that is not whole, which a kill has torn."""
+        lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.exists() else []
+        size, entries = 0, []
+        for line in lines:
+            try:
+                entries.append(json.loads(line))
+            except ValueError:
+                break
+            size += len(line) + 1
+        if not entries:
+            return 0, []
+        found = entries[0] if isinstance(entries[0], dict) else {}
+        if found == self._header:
+            return size, entries[1:]
+        if overwrite:
+            return 0, []
+        other = sorted(key for key in found | self._header if found.get(key) != self._header.get(key))
+        raise UserError(
+            f"{self.path} is of a run with another {', '.join(other)}; remove it to start anew, give --overwrite, or "
+            "go on with that run's flags"
+        )
+
+    def add(self, entry: Entry) -> None:
+        """Keeps a finished batch."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.touch()
+        with self.path.open("r+b") as file:
+            file.seek(self._size)
+            file.truncate()  # what a kill left torn
+            file.writelines(_line(line).encode() for line in ([entry] if self._size else [self._header, entry]))
+            self._size = file.tell()
+        self.entries.append(entry)
+
+    def finish(self, rows: Iterable[Entry]) -> None:
+        """Writes the rows to the output, beside it first so that it is never there in part, and drops the batches."""
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.output.with_name(f"{self.output.name}.tmp")
+        with beside.open("w", encoding="utf-8", newline="") as file:
+            file.writelines(map(_line, rows))
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut could leave an empty file and no batches
+        beside.replace(self.output)
+        self.path.unlink(missing_ok=True)
+
+
+def content_hash(value: Any) -> str:
+    """A hash of anything fit for JSON."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def fingerprint(name: str) -> str:
+    """What tells a model or a code file from what stood under the same name before: a hash, or "" for a Hub id.
+
+    A file's is of its content; a model folder's is of the names, sizes and times of its files, since weights are large.
+    """
+    path = Path(name)
+    if path.is_file():
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    files = sorted({file for pattern in _MODEL_FILES for file in path.glob(pattern)})
+    return content_hash([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]) if files else ""
+
+
+def _line(entry: Entry) -> str:
+    return json.dumps(entry, ensure_ascii=False) + "\n"

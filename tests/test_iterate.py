@@ -1,0 +1,142 @@
+"""Adapters merged into their base, rounds of on-policy alignment, and the table that they end with."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from alignment.errors import UserError
+from alignment.merge import merge_adapter
+from alignment.report import rounds_table
+from tests.conftest import ROOT
+from tests.test_sample import save_stopping_model, script
+from tests.tiny import CHATML, save_tiny_model, tiny_config, tiny_tokenizer
+
+
+def save_adapter(base, folder, **lora):
+    """Writes an adapter that changes what the base says, with its tokenizer."""
+    torch.manual_seed(1)
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False, **lora)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def test_merged_is_the_adapter_on_its_base(tiny_model, tmp_path):
+    adapter = save_adapter(tiny_model, tmp_path / "adapter", target_modules=["q_proj", "down_proj"])
+    assert merge_adapter(adapter, str(tmp_path / "merged")) < 1e-5
+    base, merged = (AutoModelForCausalLM.from_pretrained(name) for name in (tiny_model, tmp_path / "merged"))
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        at_base, at_merged = base(ids).logits, merged(ids).logits
+        at_adapter = PeftModel.from_pretrained(base, adapter)(ids).logits
+    assert torch.allclose(at_merged, at_adapter, atol=1e-5)
+    assert not torch.allclose(at_base, at_adapter, atol=0.1)
+    assert (tmp_path / "merged" / "model.safetensors").exists()
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == CHATML
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "merged"]
+
+
+def test_a_merge_that_changes_the_model_is_refused(tmp_path):
+    base = save_tiny_model(tmp_path / "base")
+    LlamaForCausalLM(tiny_config(tie_word_embeddings=True)).save_pretrained(base)
+    adapter = save_adapter(base, tmp_path / "adapter", target_modules=["lm_head"])
+    with pytest.raises(UserError, match="merged, it gives other logits"):
+        merge_adapter(adapter, str(tmp_path / "merged"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_the_merge_script(tiny_model, tmp_path, monkeypatch, capsys):
+    adapter = save_adapter(tiny_model, tmp_path / "adapter", target_modules=["v_proj"])
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("precious")
+    (tmp_path / "empty").mkdir()
+    assert script(monkeypatch, "merge.py", adapter, "--output", tmp_path / "full") == 2
+    assert "full is not empty; name a new folder" in capsys.readouterr().err
+    assert script(monkeypatch, "merge.py", tiny_model, "--output", tmp_path / "new") == 2
+    assert "no adapter_config.json" in capsys.readouterr().err
+    assert script(monkeypatch, "merge.py", adapter, "--output", tmp_path / "empty") == 0
+    assert (tmp_path / "empty" / "model.safetensors").exists()
+    assert not (tmp_path / "new").exists()
+
+
+def scored(means, first="p0"):
+    texts = [first, *(f"p{i}" for i in range(1, len(means)))]
+    prompts = [[{"role": "user", "content": text}] for text in texts]
+    scores = [[mean - 0.1, mean + 0.1] for mean in means]
+    return [{"prompt": p, "samples": ["a"] * 2, "scores": s} for p, s in zip(prompts, scores, strict=True)]
+
+
+def test_the_table_of_rounds_says_what_the_intervals_show():
+    start = [0.5, 0.6, 0.4, 0.5] * 10
+    up = [mean + 0.2 for mean in start]
+    noise = [mean + shift for mean, shift in zip(up, [0.1, -0.1, 0.1, -0.1] * 10, strict=True)]
+    header, *lines = rounds_table([scored(means) for means in (start, up, noise, start)]).splitlines()
+    assert header.split("  ")[0] == "round"
+    assert lines[0].startswith("start  0.500 [")
+    assert "0.700 [" in lines[1]
+    assert lines[1].endswith("+0.200 [+0.200, +0.200]          improved")
+    assert lines[2].startswith("2 ")
+    assert lines[2].endswith("NOT SHOWN to improve")
+    assert lines[3].endswith("WORSE")
+    with pytest.raises(UserError, match="round 1 was sampled on other prompts"):
+        rounds_table([scored(start), scored(start, first="another")])
+
+
+def test_rounds_from_samples_to_the_next_model(tmp_path):
+    model = save_stopping_model(tmp_path / "model")
+    for name, asked in [("train", "What"), ("eval", "Where")]:
+        rows = [{"prompt": f"{asked} is {i}?", "responses": ["a", "b"], "scores": [1, 0]} for i in range(6)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "reward.py").write_text(
+        "def e(completions, **columns):\n    return [c[0]['content'].count('e') for c in completions]\n"
+    )
+    (tmp_path / "recipe.yaml").write_text(f"""
+model_name_or_path: {model}
+train_file: {tmp_path}/train.jsonl
+eval_file: {tmp_path}/eval.jsonl
+reward_function: {tmp_path}/reward.py:e
+use_peft: true
+lora_target_modules: [q_proj, v_proj]
+loss_type: NCA
+learning_rate: 1.0e-2
+max_steps: 1
+max_new_tokens: 12
+num_eval_samples: 2
+gradient_checkpointing: false
+report_to: none
+use_cpu: true
+""")
+    command = ["bash", f"{ROOT}/alignment-handbook/scripts/iterate.sh", f"{tmp_path}/recipe.yaml"]
+    env = os.environ | {"PYTHON": sys.executable, "MIN_RESPONSES": "2", "NUM_SAMPLES": "4", "MAX_NEW_TOKENS": "16"}
+    out = tmp_path / "rounds"
+
+    def iterate(rounds, **changed):
+        return subprocess.run([*command, str(rounds), str(out), "--per_device_train_batch_size=2"], env=env | changed,
+                              capture_output=True, text=True, timeout=300)  # fmt: skip
+
+    one = iterate(1)
+    assert one.returncode == 0, one.stderr[-3000:]
+    first, second = out / "round-1", out / "round-2"
+    times = {path: path.stat().st_mtime_ns for path in first.rglob("*.*")}
+    assert len(times) > 20
+    both = iterate(2)
+    assert both.returncode == 0, both.stderr[-3000:]
+    assert {path: path.stat().st_mtime_ns for path in times} == times, "what is done is not done again"
+    assert [line.split()[0] for line in one.stdout.splitlines()[-3:]] == ["round", "start", "1"]
+    assert [line.split()[0] for line in both.stdout.splitlines()[-4:]] == ["round", "start", "1", "2"]
+    assert both.stdout.splitlines()[-2].split() == one.stdout.splitlines()[-1].split()
+    recipe = (second / "run" / "recipe.yaml").read_text()
+    assert f"model_name_or_path: {first}/merged" in recipe
+    assert f"train_file: {second}/train.jsonl" in recipe
+    samples = [json.loads(line) for line in (second / "samples.jsonl").read_text().splitlines()]
+    assert samples[0]["prompt"] == [{"role": "user", "content": "What is 0?"}]
+    assert {source for row in samples for source in row["sources"]} == {f"{first}/merged"}
+    other = iterate(2, NUM_SAMPLES="5")
+    assert other.returncode == 2
+    assert "holds rounds with other settings" in other.stderr

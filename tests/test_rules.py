@@ -1,0 +1,260 @@
+"""The table of rules for bad rows: each reason, each of its actions, the page that documents it, and malformed rows."""
+
+import json
+import math
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from alignment.groups import GroupReader, RowConfig
+from alignment.rules import RULES, BadRow, FailedRow, actions, is_blank
+from tests.conftest import ROOT
+
+USER = [{"role": "user", "content": "Capital of France?"}]
+ROW = {"prompt": USER, "responses": ["Rome", "Paris", "Oslo"], "scores": [0.1, 0.9, 0.2]}
+TWO_TURNS = [{"role": "user", "content": "Hi"}, *USER]
+
+
+def row(**changes):
+    return ROW | changes
+
+
+def read(raw, rules=None, control_tokens=("<eos>",), **settings):
+    return GroupReader(RowConfig(row_rules=rules, **settings), control_tokens=control_tokens)(raw)[0]
+
+
+#: A row for each rule that can be met while a row is read, and settings it needs.
+BAD = {
+    "not_json": (["no", "object"], {}),
+    "unknown_format": ({"prompt": "p", "answers": ["a"]}, {}),
+    "dropped_source": (row(source="truthful_qa"), {"drop_sources": ["truthful_qa"]}),
+    "lengths_differ": (row(scores=[0.1, 0.9]), {}),
+    "bad_messages": (row(responses=["a", 7, "b"]), {}),
+    "prompts_differ": (
+        {
+            "chosen": [*USER, {"role": "assistant", "content": "Paris"}],
+            "rejected": [*TWO_TURNS, {"role": "assistant", "content": "Rome"}],
+            "score_chosen": 2,
+            "score_rejected": 1,
+        },
+        {},
+    ),
+    "no_prompt": (row(prompt=" "), {}),
+    "broken_text": (row(responses=["a", "\ud800", "b"]), {}),
+    "no_overall_score": (
+        {
+            "instruction": "p",
+            "completions": [
+                {"response": r, "annotations": {"honesty": [{"Rating": n}]}} for r, n in [("a", "2"), ("b", "5")]
+            ],
+        },
+        {},
+    ),
+    "ten_for_one": (
+        {
+            "instruction": "p",
+            "completions": [
+                {"response": "a", "overall_score": 10, "fine-grained_score": 1.5},
+                {"response": "b", "overall_score": 7, "fine-grained_score": 4.0},
+            ],
+        },
+        {},
+    ),
+    "roles_do_not_alternate": (row(prompt=TWO_TURNS), {}),
+    "control_tokens": (row(responses=["Rome<eos>", "Paris", "Oslo"]), {}),
+    "empty_response": (row(responses=["Rome", "Paris", " \u200b\n"]), {}),
+    "missing_score": (row(scores=[0.1, 0.9, None]), {}),
+    "text_score": (row(scores=[0.1, 0.9, "0.2"]), {}),
+    "unreadable_score": (row(scores=[0.1, 0.9, "N/A"]), {}),
+    "non_finite_score": (row(scores=[0.1, 0.9, math.nan]), {}),
+    "score_out_of_range": (row(scores=[0.1, 0.9, -1]), {"score_range": [0, 1]}),
+    "duplicate_response": (row(responses=["Rome", "Paris", "Rome"]), {}),
+    "too_few_responses": (row(responses=["Rome"], scores=[1]), {}),
+    "identical_scores": (row(scores=[0.5, 0.5, 0.5]), {}),
+}
+#: Rules that are met when the row is tokenized; tests/test_responses.py and tests/test_scripts.py have them.
+OF_TOKENS = {"template_refused", "prompt_too_long", "empty_prompt", "over_long"}
+#: What is left of the row above when it is mended: responses and scores.
+MENDED = {
+    "no_overall_score": (["a", "b"], [2.0, 5.0]),
+    "ten_for_one": (["a", "b"], [1.0, 7.0]),
+    "roles_do_not_alternate": (ROW["responses"], ROW["scores"]),
+    "control_tokens": (ROW["responses"], ROW["scores"]),
+    "text_score": (ROW["responses"], ROW["scores"]),
+    "duplicate_response": (["Rome", "Paris"], [pytest.approx(0.15), 0.9]),
+}
+
+
+def test_every_rule_has_a_row_here():
+    assert set(BAD) | OF_TOKENS == set(RULES)
+
+
+@pytest.mark.parametrize(("reason", "action"), [(reason, action) for reason in BAD for action in RULES[reason].actions])
+def test_every_action_of_every_rule(reason, action):
+    raw, settings = BAD[reason]
+    if action in ("drop", "fail"):
+        with pytest.raises(BadRow) as caught:
+            read(raw, {reason: action}, **settings)
+        assert caught.value.reason == reason
+        assert isinstance(caught.value, FailedRow) == (action == "fail")
+        return
+    group = read(raw, {reason: action}, **settings)
+    assert group.mended == ([reason] if action == "mend" else [])
+    if action == "mend":
+        left, scores = MENDED.get(reason, (ROW["responses"][:2], ROW["scores"][:2]))
+        assert (group.responses, group.scores) == (left, scores)
+    else:
+        assert len(group.responses) == len(raw["responses"])
+
+
+def test_joined_turns_and_removed_tokens():
+    assert read(row(prompt=TWO_TURNS), {"roles_do_not_alternate": "mend"}).prompt == [
+        {"role": "user", "content": "Hi\n\nCapital of France?"}
+    ]
+    # What is left when one is removed may spell another.
+    assert read(row(responses=["Ro<e<eos>os>me", "P", "O"]), {"control_tokens": "mend"}).responses[0] == "Rome"
+    with pytest.raises(BadRow, match="ends with the assistant's turn"):
+        turns = [*USER, {"role": "assistant", "content": "Well,"}]
+        read(row(prompt=turns), {"roles_do_not_alternate": "mend"})
+
+
+@pytest.mark.parametrize(
+    ("overall", "fine_grained", "meant"),
+    [(10, 1.5, 1.0), (10, 2.0, 1.0), ("10", 1.0, 1.0), (10, 4.5, 10.0), (10.0, None, 10.0), (9, 1.0, 9.0)],
+)
+def test_ultrafeedbacks_ten(overall, fine_grained, meant):
+    completions = [
+        {"response": "a", "overall_score": overall, "fine-grained_score": fine_grained},
+        {"response": "b", "overall_score": 5.5, "fine-grained_score": 3},
+    ]
+    assert read({"instruction": "p", "completions": completions}).scores == [meant, 5.5]
+
+
+@pytest.mark.parametrize("fine_grained", [2.5, 4.0])
+def test_a_ten_that_nobody_knows_is_left_out(fine_grained):
+    completions = [{"response": "a", "overall_score": 10, "fine-grained_score": fine_grained}] + [
+        {"response": r, "overall_score": n} for r, n in [("b", 5.5), ("c", 6)]
+    ]
+    group = read({"instruction": "p", "completions": completions})
+    assert (group.responses, group.mended) == (["b", "c"], ["ten_for_one", "missing_score"])
+
+
+def test_scores_of_aspects():
+    def completion(response, honesty, helpfulness):
+        return {
+            "response": response,
+            "overall_score": 3,
+            "annotations": {"honesty": {"Rating": honesty}, "helpfulness": {"Rating": helpfulness, "Type": ["1"]}},
+        }
+
+    raw = {"instruction": "p", "completions": [completion("a", "4", "1"), completion("b", "N/A", "5")]}
+    assert read(raw, score="honesty=1,helpfulness=2").scores == [2.0, 5.0]
+    assert read(raw, score="fine-grained").scores == [2.5, 5.0]
+    with pytest.raises(BadRow, match="too_few_responses"):
+        read(raw, score="honesty")
+
+
+def test_defaults_are_the_first_action_and_can_be_changed():
+    assert actions(None)["text_score"] == "mend"
+    assert actions({"text_score": "drop"})["text_score"] == "drop"
+    with pytest.raises(ValueError, match="did you mean 'text_score'"):
+        actions({"text_scores": "drop"})
+    with pytest.raises(ValueError, match="not_json is one of drop, fail; got 'mend'"):
+        actions({"not_json": "mend"})
+
+
+def test_the_table_in_the_docs_is_the_table_in_the_code():
+    page = (ROOT / "docs" / "data.md").read_text()
+    documented = {m[0]: m.groups() for m in re.finditer(r"^\| `(\w+)` \| (.*) \| (.*) \| (.*) \|$", page, re.MULTILINE)}
+    documented = {name: rest for name, *rest in documented.values() if name in RULES or "_" in name}
+    assert documented == {
+        reason: [rule.meaning, rule.mend, ", ".join([f"**{rule.actions[0]}**", *rule.actions[1:]])]
+        for reason, rule in RULES.items()
+    }
+
+
+def test_what_nobody_sees_is_blank():
+    assert is_blank("")
+    assert is_blank(" \n\t\u200b\ufeff\u3000")
+    assert not is_blank("\u597d")
+
+
+# --- Malformed rows: whatever stands in a row, it is read or dropped under a name of the table.
+
+_text = st.text(max_size=8) | st.sampled_from(["", " ", "7", "N/A", "\u200b", "\ud800", "<eos>", "nan", "1e999"])
+_message = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "system", "tool"]) | st.none(), "content": _text | st.none()}
+)
+_anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | _text,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_text, inner, max_size=3),
+    max_leaves=5,
+)
+_response = _text | st.lists(_message, max_size=3) | _anything
+_score = st.floats() | st.integers(-3, 12) | _anything
+_prompt = _text | st.lists(_message, max_size=3) | _anything
+_annotations = _anything | st.dictionaries(st.sampled_from(["honesty", "helpfulness"]), _anything)
+_rows = st.one_of(
+    st.fixed_dictionaries(
+        {"prompt": _prompt, "responses": st.lists(_response, max_size=5), "scores": st.lists(_score, max_size=5)}
+    ),
+    st.integers(0, 5).flatmap(
+        lambda k: st.fixed_dictionaries(
+            {
+                "prompt": _prompt,
+                "responses": st.lists(_response, min_size=k, max_size=k),
+                "rewards": st.lists(_score, min_size=k, max_size=k),
+            }
+        )
+    ),
+    st.fixed_dictionaries(
+        {"prompt": _prompt, "A0": _response, "A1": _response, "score_A0": _score, "score_A1": _score}
+    ),
+    st.fixed_dictionaries(
+        {"chosen": _response, "rejected": _response, "score_chosen": _score, "score_rejected": _score},
+        optional={"prompt": _prompt},
+    ),
+    st.fixed_dictionaries(
+        {
+            "instruction": _prompt,
+            "completions": st.lists(
+                _anything
+                | st.fixed_dictionaries(
+                    {"response": _response, "overall_score": _score, "fine-grained_score": _score},
+                    optional={"annotations": _annotations},
+                ),
+                max_size=4,
+            ),
+        }
+    ),
+    st.dictionaries(_text, _anything, max_size=4),
+    _anything,
+)
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    raw=_rows,
+    action=st.sampled_from(["drop", "mend", "keep"]),
+    settings_=st.sampled_from(
+        [{}, {"score_range": [0, 1]}, {"num_responses": 2, "choose_responses": "random"}, {"make_pairs": "all"},
+         {"scale_scores": "zscore"}, {"scale_scores": "minmax", "make_pairs": "best_random"}, {"score": "fine-grained"}]
+    ),
+)  # fmt: skip
+def test_a_malformed_row_is_read_or_dropped_under_a_name(raw, action, settings_):
+    rules = {reason: action for reason, rule in RULES.items() if action in rule.actions}
+    try:
+        groups = GroupReader(RowConfig(row_rules=rules, **settings_), control_tokens=["<eos>"])(raw)
+    except BadRow as bad:
+        assert bad.reason in RULES
+        return
+    assert groups
+    for group in groups:
+        assert len(group.responses) == len(group.scores) >= 2
+        assert all(isinstance(text, str) for text in group.responses)
+        assert all(isinstance(score, float) and math.isfinite(score) for score in group.scores)
+        assert group.prompt
+        json.dumps([group.prompt, group.responses], ensure_ascii=False).encode()
+        assert set(group.mended) <= set(RULES)

@@ -1,0 +1,268 @@
+"""Responses in, scores out: functions, reward models, their sum, and that a killed run gives the same bytes."""
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaForSequenceClassification
+
+from alignment import score as module
+from alignment.errors import UserError
+from alignment.reward_model import RewardModel
+from alignment.score import Scorer, call_reward_function, score_file
+from tests.test_sample import read, script, write
+from tests.tiny import save_tiny_model, tiny_config, tiny_tokenizer
+
+FUNCTIONS = '''
+CALLS = []
+
+
+def words(prompts, completions, **columns):
+    assert all(c[0]["role"] == "assistant" and len(c) == 1 for c in completions)
+    assert all(p[-1]["role"] == "user" for p in prompts)
+    CALLS.append(len(completions))
+    return [len(c[0]["content"].split()) for c in completions]
+
+
+def right(completions, answer, **columns):
+    """Whether the answer occurs; does not apply where there is none."""
+    return [None if a is None else float(a in c[0]["content"]) for c, a in zip(completions, answer)]
+
+
+def never(completions, **columns):
+    return [None] * len(completions)
+
+
+def thirds(completions, **columns):
+    return [len(c[0]["content"]) / 3 for c in completions]
+
+
+def too_few(completions, **columns):
+    return [1.0] * (len(completions) - 1)
+
+
+def not_a_number(completions, **columns):
+    return [float("nan") if c[0]["content"] == "a b c" else 1.0 for c in completions]
+
+
+def text(completions, **columns):
+    return ["good"] * len(completions)
+'''
+ROWS = [
+    {"prompt": "Say a.", "responses": ["a", "a b", "c"], "answer": "a", "sources": ["m"] * 3},
+    {"prompt": [{"role": "user", "content": "Say something long. " * 9}], "responses": ["a b c"], "answer": None},
+    {"prompt": "Nothing.", "responses": []},
+    {"prompt": "Say c.", "responses": ["b", "c d e f", "c c", "a", "e"], "answer": "c"},
+]
+
+
+@pytest.fixture
+def functions(tmp_path):
+    (tmp_path / "rewards.py").write_text(FUNCTIONS)
+    return f"{tmp_path}/rewards.py"
+
+
+@pytest.fixture
+def samples(tmp_path):
+    return write(tmp_path / "samples.jsonl", ROWS)
+
+
+def scorers(file, *names):
+    return [Scorer.parse(f"{file}:{name}", is_model=False) for name in names]
+
+
+def test_scores_of_one_function(samples, functions, tmp_path):
+    score_file(samples, str(tmp_path / "out.jsonl"), scorers(functions, "words"))
+    rows = read(tmp_path / "out.jsonl")
+    assert [row["scores"] for row in rows] == [[1, 2, 1], [3], [], [1, 4, 2, 1, 1]]
+    assert [list(row) for row in rows] == [[*row, "scores"] for row in ROWS], "all columns stay, as they were"
+    assert rows[0]["prompt"] == [{"role": "user", "content": "Say a."}]
+    assert "score_parts" not in rows[0]
+
+
+def test_weights_parts_and_functions_that_do_not_apply(samples, functions, tmp_path):
+    score_file(samples, str(tmp_path / "out.jsonl"), scorers(functions, "words=0.5", "right=2", "never"))
+    rows = read(tmp_path / "out.jsonl")
+    assert [row["scores"] for row in rows] == [[2.5, 3.0, 0.5], [1.5], [], [0.5, 4.0, 3.0, 0.5, 0.5]]
+    assert rows[0]["score_parts"] == {
+        f"{functions}:words": [1, 2, 1], f"{functions}:right": [1, 1, 0], f"{functions}:never": [None] * 3,
+    }  # fmt: skip
+    assert rows[1]["score_parts"][f"{functions}:right"] == [None]
+    score_file(samples, str(tmp_path / "right.jsonl"), scorers(functions, "right"))
+    assert [row["scores"] for row in read(tmp_path / "right.jsonl")] == [[1, 1, 0], [None], [], [0, 1, 1, 0, 0]]
+
+
+def test_older_scores_are_replaced_and_rounded(samples, functions, tmp_path):
+    score_file(samples, str(tmp_path / "first.jsonl"), scorers(functions, "words", "right"))
+    score_file(str(tmp_path / "first.jsonl"), str(tmp_path / "out.jsonl"), scorers(functions, "thirds"), digits=2)
+    rows = read(tmp_path / "out.jsonl")
+    assert rows[0]["scores"] == [0.33, 1.0, 0.33]
+    assert "score_parts" not in rows[0]
+
+
+def test_batches_are_whole_rows_the_longest_first():
+    shapes = [(1, 2), (9, 3), (5, 1), (4, 9), (3, 0)]
+    rows = [{"prompt": [{"content": "p"}], "responses": ["r" * length] * count} for length, count in shapes]
+    assert module._batches(rows, 4) == [[1, 2], [3], [0, 4]]
+
+
+@pytest.fixture(scope="module")
+def reward_model(tmp_path_factory):
+    """Folder of a tiny reward model, whose scores are far apart."""
+    folder = tmp_path_factory.mktemp("reward") / "model"
+    torch.manual_seed(0)
+    LlamaForSequenceClassification(tiny_config(num_labels=1, initializer_range=0.3)).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def one_by_one(folder, rows):
+    """Scores without batches or padding."""
+    model, tokenizer = LlamaForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    scores = []
+    for row in rows:
+        turns = [[*row["prompt"], {"role": "assistant", "content": text}] for text in row["responses"]]
+        ids = [torch.tensor([tokenizer.apply_chat_template(turn, return_dict=True)["input_ids"]]) for turn in turns]
+        with torch.no_grad():
+            scores.append([model(input_ids=one).logits.item() for one in ids])
+    return scores
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_a_reward_model_scores_batches_as_it_scores_one(samples, reward_model, tmp_path, batch_size):
+    model = Scorer.parse(reward_model, is_model=True)
+    score_file(samples, str(tmp_path / "out.jsonl"), [model], batch_size=batch_size)
+    rows = read(tmp_path / "out.jsonl")
+    expected = one_by_one(reward_model, rows)
+    for row, scores in zip(rows, expected, strict=True):
+        assert row["scores"] == pytest.approx(scores, abs=1e-5)
+    flat = [score for scores in expected for score in scores]
+    assert max(flat) - min(flat) > 0.1
+
+
+def test_a_function_and_a_model_together(samples, functions, reward_model, tmp_path):
+    both = [*scorers(functions, "words=2"), Scorer.parse(f"{reward_model}=-1", is_model=True)]
+    score_file(samples, str(tmp_path / "out.jsonl"), both)
+    for row in read(tmp_path / "out.jsonl"):
+        words, model = row["score_parts"].values()
+        assert row["scores"] == pytest.approx([2 * w - m for w, m in zip(words, model, strict=True)])
+
+
+def test_a_tokenizer_without_padding_gets_some(reward_model, tmp_path):
+    folder = tmp_path / "no-padding"
+    LlamaForSequenceClassification.from_pretrained(reward_model).save_pretrained(folder)
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(folder)
+    rows = [{"prompt": [{"role": "user", "content": "p"}], "responses": ["a", "a b c d"]}]
+    scores = RewardModel(str(folder), batch_size=2)(rows, ["here"])
+    assert scores[0] == pytest.approx(one_by_one(reward_model, rows)[0], abs=1e-5)
+
+
+def test_what_is_no_reward_model_is_refused(tmp_path, reward_model):
+    causal = save_tiny_model(tmp_path / "causal")
+    with pytest.raises(UserError, match="causal is no reward model: it has 2 outputs, and lacks score.weight"):
+        RewardModel(causal, batch_size=2)
+    bare = tmp_path / "bare"
+    LlamaForSequenceClassification.from_pretrained(reward_model).save_pretrained(bare)
+    tiny_tokenizer(chat_template=None).save_pretrained(bare)
+    with pytest.raises(UserError, match="has no chat template"):
+        RewardModel(str(bare), batch_size=2)
+    with pytest.raises(UserError, match="models/nowhere cannot be loaded"):
+        RewardModel("models/nowhere", batch_size=2)
+
+
+def stop_after(monkeypatch, num_batches):
+    """Makes scoring die after so many batches; returns the sizes of the batches that were scored."""
+    seen = []
+
+    def dies(function, name, rows, places):
+        if len(seen) == num_batches:
+            raise KeyboardInterrupt
+        seen.append(len(rows))
+        return call_reward_function(function, name, rows, places)
+
+    monkeypatch.setattr(module, "call_reward_function", dies)
+    return seen
+
+
+@pytest.mark.parametrize(("cut", "left"), [(0, 3), (7, 4), (None, 6)])
+def test_a_killed_run_gives_the_same_bytes(samples, functions, tmp_path, monkeypatch, cut, left):
+    whole, out, part = (tmp_path / name for name in ("whole.jsonl", "out.jsonl", "out.jsonl.part"))
+    both = scorers(functions, "thirds", "words=2")
+    score_file(samples, str(whole), both, batch_size=4)  # three batches of each
+    stop_after(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        score_file(samples, str(out), both, batch_size=4)
+    assert not out.exists()
+    lines = part.read_bytes()
+    part.write_bytes(lines[:9] if cut is None else lines[: len(lines) - cut])
+    seen = stop_after(monkeypatch, None)
+    score_file(samples, str(out), both, batch_size=4)
+    assert len(seen) == left
+    assert out.read_bytes() == whole.read_bytes()
+    assert not part.exists()
+
+
+def test_a_changed_function_is_noticed(samples, functions, tmp_path, monkeypatch):
+    out = tmp_path / "out.jsonl"
+    stop_after(monkeypatch, 1)
+    with pytest.raises(KeyboardInterrupt):
+        score_file(samples, str(out), scorers(functions, "words"), batch_size=4)
+    (tmp_path / "rewards.py").write_text(FUNCTIONS.replace(".split()", ""))
+    stop_after(monkeypatch, None)
+    with pytest.raises(UserError, match="out.jsonl.part is of a run with another scorers"):
+        score_file(samples, str(out), scorers(functions, "words"), batch_size=4)
+    score_file(samples, str(out), scorers(functions, "words"), batch_size=4, overwrite=True)
+    assert read(out)[0]["scores"] == [1, 3, 1]
+    with pytest.raises(UserError, match="exists already"):
+        score_file(samples, str(out), scorers(functions, "words"))
+    assert read(out)[0]["scores"] == [1, 3, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("too_few", r"samples.jsonl, line .*rewards.py:too_few returned 8 scores for 9 responses"),
+        ("not_a_number", r"samples.jsonl, line 2, response 1: .*rewards.py:not_a_number returned nan; return a finite"),
+        ("text", r"response 1: .*rewards.py:text returned 'good'"),
+        ("missing", "has no function 'missing'"),
+    ],
+)
+def test_functions_that_return_no_scores_are_named(samples, functions, tmp_path, name, message):
+    with pytest.raises(UserError, match=message):
+        score_file(samples, str(tmp_path / "out.jsonl"), scorers(functions, name))
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("out")]
+
+
+def test_the_script(samples, functions, reward_model, tmp_path, monkeypatch, capsys):
+    flags = ["--reward_function", f"{functions}:words=2", f"{functions}:thirds", "--reward_model", reward_model]
+    assert script(monkeypatch, "score.py", samples, *flags, "--output", tmp_path / "out.jsonl", "--digits=3") == 0
+    assert "4 rows, 9 responses scored" in capsys.readouterr().out
+    row = read(tmp_path / "out.jsonl")[0]
+    assert list(row["score_parts"]) == [f"{functions}:words", f"{functions}:thirds", reward_model]
+    assert row["score_parts"][f"{functions}:thirds"] == [0.333, 1.0, 0.333]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "give a --reward_function or a --reward_model"),
+        (["--reward_function", "rewards.py:words", "rewards.py:words=2"], "rewards.py:words is given twice"),
+        (["--reward_function", "rewards.py:words=much"], "'rewards.py:words=much' is no NAME=WEIGHT"),
+        (["--reward_function", "nowhere.py:words"], "names no file"),
+        (["--reward_function", "rewards.py:words", "--batch_size=0"], "--batch_size of at least 1"),
+        (["--reward_model", "models/nowhere"], "models/nowhere cannot be loaded"),
+        (["--reward_function", "rewards.py:words", "--output=out.csv"], "name a .jsonl file"),
+    ],
+)
+def test_mistakes_are_one_line(samples, functions, tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(tmp_path)
+    assert script(monkeypatch, "score.py", samples, "--output=out.jsonl", *flags) == 2
+    printed = capsys.readouterr().err.strip().splitlines()
+    assert message in printed[-1]
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("out")]
+
+
+def test_rows_without_responses_are_named(functions, tmp_path):
+    path = write(tmp_path / "prompts.jsonl", [{"prompt": "p", "responses": ["a"]}, {"prompt": "p"}])
+    with pytest.raises(UserError, match="prompts.jsonl, line 2: needs a column responses"):
+        score_file(path, str(tmp_path / "out.jsonl"), scorers(functions, "words"))
