@@ -22,7 +22,7 @@ from pathlib import Path
 MODEL = "models/SmolLM2-135M-Instruct"
 WORDS = (
     "the of and to a in is that it was for on are with as his they be at one have this from or had by word but what "
-    "some we can out other were all there when up use your how said an each she which do their time if will way about many"
+    "some we can out other were all there when up use your how said an each she which do their time if will way about"
 ).split()
 RESPONSES, RESPONSE_WORDS, PROMPT_WORDS = 4, 200, 80
 
