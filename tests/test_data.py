@@ -6,6 +6,8 @@ import random
 
 import pytest
 from datasets import Dataset, DatasetDict
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from alignment import reading, sources
 from alignment.data import DataConfig, check_rows, load_groups
@@ -362,6 +364,30 @@ def test_too_many_bad_rows_end_the_run_and_are_named(tmp_path, row, message):
     assert (found["rows_in"], found["rows_dropped"]) == (2, 1)
 
 
+def test_bytes_that_are_not_utf8_cost_their_row(tmp_path):
+    path = tmp_path / "latin.jsonl"
+    path.write_bytes(json.dumps(ROW).encode() + b'\n{"prompt": "caf\xe9", "responses": ["a", "b"], "scores": [1, 2]}\n')
+    assert counts(str(path))["dropped_by_reason"] == {"broken_text": 1}
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    lines=st.lists(
+        st.binary(max_size=12).map(lambda b: b.replace(b"\n", b"").replace(b"\r", b""))
+        | st.sampled_from([json.dumps(ROW).encode(), b"{}", b"[1]", b"null", b'{"prompt": 1}', b"[" * 5000]),
+        min_size=1, max_size=6,
+    )
+)  # fmt: skip
+def test_whatever_stands_in_a_file_is_counted(tmp_path, lines):
+    path = tmp_path / "rows.jsonl"
+    content = b"\n".join([*lines, json.dumps(numbered(0)).encode()])
+    path.write_bytes(content)
+    found = counts(str(path))
+    written = content.decode("utf-8-sig", "surrogateescape").split("\n")
+    assert found["rows_in"] == sum(bool(line.strip()) for line in written)
+    assert found["rows_in"] - found["rows_dropped"] == 1 + lines.count(json.dumps(ROW).encode())
+
+
 def test_a_row_whose_action_is_fail_ends_the_run(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [numbered(i) for i in range(50)] + [ROW | {"scores": [1, "2", 3]}])
     assert len(load(path)) == 51
@@ -380,9 +406,6 @@ def test_bad_sources_are_named(tmp_path):
     (tmp_path / "torn.json").write_text("[1, 2")
     with pytest.raises(UserError, match="torn.json: cannot be read"):
         load(str(tmp_path / "torn.json"))
-    (tmp_path / "latin.jsonl").write_bytes('{"prompt": "\xe9"}\n'.encode("latin-1"))
-    with pytest.raises(UserError, match="latin.jsonl: cannot be read"):
-        load(str(tmp_path / "latin.jsonl"))
     with pytest.raises(UserError, match="no train split"):
         load_groups(DataConfig(dataset_mixer={"x": 1.0}, dataset_splits=["test"]))
     with pytest.raises(UserError, match="must be above 0 and at most 1"):

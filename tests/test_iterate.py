@@ -42,6 +42,7 @@ def test_merged_is_the_adapter_on_its_base(tiny_model, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "merged"]
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's, of what is shown here
 def test_a_merge_that_changes_the_model_is_refused(tmp_path):
     base = save_tiny_model(tmp_path / "base")
     LlamaForCausalLM(tiny_config(tie_word_embeddings=True)).save_pretrained(base)
@@ -120,23 +121,24 @@ use_cpu: true
         return subprocess.run([*command, str(rounds), str(out), "--per_device_train_batch_size=2"], env=env | changed,
                               capture_output=True, text=True, timeout=300)  # fmt: skip
 
+    first = out / "round-1"
     one = iterate(1)
     assert one.returncode == 0, one.stderr[-3000:]
-    first, second = out / "round-1", out / "round-2"
-    times = {path: path.stat().st_mtime_ns for path in first.rglob("*.*")}
-    assert len(times) > 20
-    both = iterate(2)
-    assert both.returncode == 0, both.stderr[-3000:]
-    assert {path: path.stat().st_mtime_ns for path in times} == times, "what is done is not done again"
     assert [line.split()[0] for line in one.stdout.splitlines()[-3:]] == ["round", "start", "1"]
-    assert [line.split()[0] for line in both.stdout.splitlines()[-4:]] == ["round", "start", "1", "2"]
-    assert both.stdout.splitlines()[-2].split() == one.stdout.splitlines()[-1].split()
-    recipe = (second / "run" / "recipe.yaml").read_text()
-    assert f"model_name_or_path: {first}/merged" in recipe
-    assert f"train_file: {second}/train.jsonl" in recipe
-    samples = [json.loads(line) for line in (second / "samples.jsonl").read_text().splitlines()]
-    assert samples[0]["prompt"] == [{"role": "user", "content": "What is 0?"}]
-    assert {source for row in samples for source in row["sources"]} == {f"{first}/merged"}
+    samples = [json.loads(line) for line in (first / "samples.jsonl").read_text().splitlines()]
+    assert [row["prompt"][0]["content"] for row in samples] == [f"What is {i}?" for i in range(6)]
+    assert f"train_file: {first}/train.jsonl" in (first / "run" / "recipe.yaml").read_text()
+    assert (first / "merged" / "model.safetensors").exists()
+
+    # A Python that only reads the recipe: it shows what would be run next.
+    recorder = tmp_path / "python"
+    recorder.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exec {sys.executable} "$@"\necho "$@" >&2\nexit 3\n')
+    recorder.chmod(0o755)
+    two = iterate(2, PYTHON=str(recorder))
+    assert two.returncode == 3
+    (launched,) = two.stderr.splitlines()  # of round 1, nothing is done again
+    assert launched.endswith("--seed 2 --finished_only")
+    assert f"sample.py {tmp_path}/train.jsonl --model_name_or_path {first}/merged --output {out}/round-2/" in launched
     other = iterate(2, NUM_SAMPLES="5")
     assert other.returncode == 2
     assert "holds rounds with other settings" in other.stderr

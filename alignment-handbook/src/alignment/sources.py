@@ -11,6 +11,7 @@ import io
 import json
 import re
 import sys
+import zlib
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ from alignment.rules import BadRow
 #: Bytes of a JSON-lines piece, and rows of a table's.
 PIECE_BYTES = 2**25
 PIECE_ROWS = 10_000
+
+# Bytes that are not UTF-8 become half surrogate pairs, which cost their row (`broken_text`) and not the file.
+_TEXT: dict[str, Any] = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}
 
 csv.field_size_limit(sys.maxsize)  # a response may be longer than the 128 KiB that csv allows by itself
 
@@ -94,7 +98,7 @@ def read_piece(piece: Piece) -> Iterator[tuple[str, Any]]:
         with closing(_open_text(piece)) as text:
             for place, row in read(piece, text):
                 yield f"{piece.path}, {place}", row
-    except (OSError, EOFError, UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
+    except (OSError, EOFError, zlib.error, json.JSONDecodeError, csv.Error) as error:
         raise UserError(f"{piece.path}: cannot be read: {error}") from error
 
 
@@ -116,12 +120,12 @@ def _cut_file(path: str) -> list[Piece]:
 
 def _open_text(piece: Piece) -> TextIO:
     if piece.path.endswith(".gz"):
-        return gzip.open(piece.path, "rt", encoding="utf-8-sig", newline="")
+        return gzip.open(piece.path, "rt", **_TEXT)
     if piece.stop == sys.maxsize:
-        return open(piece.path, encoding="utf-8-sig", newline="")
+        return open(piece.path, **_TEXT)
     with open(piece.path, "rb") as file:
         file.seek(piece.start)
-        return io.TextIOWrapper(io.BytesIO(file.read(piece.stop - piece.start)), encoding="utf-8-sig", newline="")
+        return io.TextIOWrapper(io.BytesIO(file.read(piece.stop - piece.start)), **_TEXT)
 
 
 def _read_json(piece: Piece, text: TextIO) -> Iterator[tuple[str, Any]]:

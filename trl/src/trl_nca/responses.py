@@ -131,7 +131,13 @@ class ResponseTokenizer:
         sampled_from = self._render(prompt, add_generation_prompt=True)
         prompt_text = sampled_from if before_response.startswith(sampled_from) else before_response
         prompt_ids = self._encode(prompt_text)
-        return prompt_ids, [self._encode_after(prompt_ids, text, len(prompt_text)) for text in texts]
+        # Tokens from a special token on do not depend on what stands before it: the prompt is encoded once for all.
+        specials = self._special_text.finditer(prompt_text) if self._special_text else ()
+        tail = max((match.start() for match in specials), default=0)
+        tail_ids = self._encode(prompt_text[tail:])
+        if prompt_ids[-len(tail_ids) :] != tail_ids:  # a tokenizer that looks back
+            tail, tail_ids = 0, prompt_ids
+        return prompt_ids, [self._encode_after(tail_ids, text[tail:], len(prompt_text) - tail) for text in texts]
 
     def _encode_after(self, prompt_ids: list[int], text: str, cut: int) -> list[int]:
         whole = self._encode(text)
