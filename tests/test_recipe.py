@@ -3,6 +3,9 @@
 import json
 import logging
 import re
+import subprocess
+import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -192,19 +195,37 @@ def test_resolved_recipe_parses_again(tmp_path):
     assert json.dumps(again[0].__dict__) == json.dumps(configs[0].__dict__)
 
 
+def documentation():
+    """Every page, script and recipe that names commands, with commands of several lines joined."""
+    paths = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("data/*.md"), *ROOT.glob("run_*.py")]
+    paths += [*ROOT.glob("yamls/*.yaml"), *ROOT.glob("alignment-handbook/scripts/*.py")]
+    return re.sub(r"\\\n[# ]*", " ", "\n".join(path.read_text() for path in paths))
+
+
 def readme_commands():
-    """Every `run_*.py RECIPE --flags` of the README, the scripts' docstrings and the recipes' own headers."""
-    texts = [
-        path.read_text() for path in [ROOT / "README.md", *ROOT.glob("run_*.py"), *(ROOT / "yamls").glob("*.yaml")]
-    ]
-    joined = re.sub(r"\\\n[# ]*", " ", "\n".join(texts))
-    return sorted(
-        {m.group(1) for m in re.finditer(r"run_(?:reward|preference)\.py (yamls/\S+\.yaml(?: --[^\s`]+)*)", joined)}
-    )
+    """Every documented `run_*.py RECIPE --flags`."""
+    runs = re.finditer(r"run_(?:reward|preference)\.py (yamls/\S+\.yaml(?: --[^\s`]+)*)", documentation())
+    return sorted({m.group(1) for m in runs})
+
+
+def script_flags():
+    """The flags with which each script of alignment-handbook/scripts is called in the documentation."""
+    found = defaultdict(set)
+    for m in re.finditer(r"alignment-handbook/scripts/(\w+\.py)([^`\n]*)", documentation()):
+        found[m.group(1)] |= set(re.findall(r"--\w+", m.group(2)))
+    return {script: flags for script, flags in found.items() if flags}
 
 
 def test_the_readme_has_commands():
     assert len(readme_commands()) >= 5
+
+
+@pytest.mark.parametrize("script", sorted(script_flags()))
+def test_every_documented_flag_of_a_script_is_known(script):
+    command = [sys.executable, str(ROOT / "alignment-handbook" / "scripts" / script), "--help"]
+    printed = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert printed.returncode == 0, printed.stderr
+    assert script_flags()[script] <= set(re.findall(r"--\w+", printed.stdout))
 
 
 @pytest.mark.parametrize("command", readme_commands())
