@@ -30,7 +30,7 @@ from alignment.data_report import data_report, summary
 from alignment.errors import UserError
 from alignment.evaluate import load_reward_function, sample_and_score
 from alignment.models import PolicyConfig, load_tokenizer, model_init_kwargs
-from alignment.plan import plan_run
+from alignment.plan import plan_run, set_global_batch
 from alignment.recipe import RunConfig, parse_recipe
 from alignment.report import compare_samples, final_table, peak_memory_gb
 from alignment.rules import actions
@@ -49,6 +49,7 @@ def align(argv: Sequence[str], trainer_class: type[NCATrainer], pairs: bool) -> 
     started = time.monotonic()
     configs = parse_recipe(argv, [DataConfig, PolicyConfig, RunConfig, NCAConfig])
     data_config, policy_config, run_config, args = configs
+    set_global_batch(args, run_config)
     checkpoint = output.resume_point(args.output_dir, args.resume_from_checkpoint, run_config.overwrite_output_dir)
     reward_function = load_reward_function(run_config.reward_function) if run_config.reward_function else None
     tokenizer = load_tokenizer(policy_config, args.trust_remote_code)
@@ -59,7 +60,7 @@ def align(argv: Sequence[str], trainer_class: type[NCATrainer], pairs: bool) -> 
         return
     if "eval" not in rows:
         args.eval_strategy = "no"
-    plan = plan_run(args, len(rows["train"]))
+    plan = plan_run(args, rows["train"]["length"][:])
     if PartialState().is_main_process:
         print(summary("train", report), plan, sep="\n", flush=True)
 

@@ -80,8 +80,11 @@ def start(
     for config in configs:
         as_given = config.to_dict() if hasattr(config, "to_dict") else dataclasses.asdict(config)
         resolved |= {key: value for key, value in as_given.items() if value not in (None, [], {})}
-    resolved.pop("overwrite_output_dir", None)  # of that launch, not of the run
-    resolved.pop("resume_from_checkpoint", None)
+    given = resolved.pop("given", ())
+    for key in ("overwrite_output_dir", "resume_from_checkpoint"):  # of that launch, not of the run
+        resolved.pop(key, None)
+    if "global_batch_size" in resolved and "gradient_accumulation_steps" not in given:
+        del resolved["gradient_accumulation_steps"]  # it follows, on another number of GPUs too
     (folder / STARTED).write_text(yaml.safe_dump(json.loads(json.dumps(resolved, default=str)), sort_keys=False))
     write_json(output_dir, "plan.json", plan)
     write_json(output_dir, "data_report.json", data_report)

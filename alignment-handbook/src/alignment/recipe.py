@@ -24,8 +24,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class RunConfig:
-    """What a script does around the training."""
+    """What a script does around the training.
 
+    Attributes:
+        given: Keys that the recipe or the command line gives a value.
+    """
+
+    global_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Prompts of one optimizer step, over all processes: gradient_accumulation_steps follows from it; one "
+            "given by hand wins."
+        },
+    )
     show_batch: bool = field(
         default=False, metadata={"help": "Print one tokenized group, decoded, with its mask, and stop."}
     )
@@ -43,6 +54,7 @@ class RunConfig:
     max_eval_prompts: int = field(default=64, metadata={"help": "Held-out prompts to sample from, at most."})
     max_new_tokens: int = field(default=256, metadata={"help": "Most tokens of a sample."})
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the samples; 0 is greedy."})
+    given: frozenset[str] = field(default=frozenset(), init=False)
 
 
 #: Keys of the 2024 scripts and of alignment-handbook -> today's key, or None for a key that has no effect any more.
@@ -132,9 +144,13 @@ def parse_recipe(argv: Sequence[str], config_types: Sequence[type]) -> tuple[Any
         parser.set_defaults(**{key: None})
     parser.source = "command line"
     try:
-        return parser.parse_args_into_dataclasses(args=_flatten(recipe_flags | flags), look_for_args_file=False)
+        configs = parser.parse_args_into_dataclasses(args=_flatten(recipe_flags | flags), look_for_args_file=False)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"{path}: {error}") from error
+    for config in configs:
+        if isinstance(config, RunConfig):
+            config.given = frozenset(recipe_flags | flags)
+    return configs
 
 
 def read_yaml(path: str) -> dict[str, Any]:
