@@ -14,6 +14,7 @@ from alignment.data import DataConfig, check_rows, load_groups
 from alignment.errors import UserError
 from alignment.groups import GroupReader, RowConfig
 from alignment.reading import load_source
+from alignment.rules import BadRow
 from tests.conftest import SHARED, needs_shared
 
 USER = [{"role": "user", "content": "Capital of France?"}]
@@ -105,6 +106,16 @@ def test_more_than_ten_numbered_responses_keep_their_order():
 )
 def test_pairs_have_the_better_one_first(row):
     assert read(row, pairs=True) == [PAIR | {"scores": [1.0, 0.0]}]
+
+
+def test_the_unit_of_the_scores_is_no_matter_of_pairs_without_any():
+    pair = {"prompt": "Capital of France?", "chosen": "Paris", "rejected": "Rome"}
+    settings_ = {"score_range": [1, 10], "tie_margin": 1.5}
+    assert read(pair, pairs=True, **settings_) == [PAIR | {"scores": [1.0, 0.0]}]
+    with pytest.raises(BadRow, match="too_few_responses"):
+        read(pair | {"score_chosen": 4, "score_rejected": 0}, **settings_)
+    with pytest.raises(BadRow, match="identical_scores"):
+        read(pair | {"score_chosen": 4, "score_rejected": 3}, **settings_)
 
 
 def test_pairs_are_made_of_more_responses_when_asked():

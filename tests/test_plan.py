@@ -4,10 +4,14 @@ import logging
 from types import SimpleNamespace
 
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
 
 from alignment.errors import UserError
 from alignment.plan import plan_run, set_global_batch
 from alignment.recipe import RunConfig
+from tests.conftest import ROOT
+
+LAUNCHES = ROOT / "alignment-handbook" / "recipes" / "accelerate_configs"
 
 
 def make_args(processes=8, per_device=1, accumulation=1, **changes):
@@ -75,3 +79,11 @@ def test_steps_and_tokens():
     assert plan.num_tokens == 2 * 80
     assert plan_run(make_args(2, 2, 2, max_steps=1), [4] * 24).num_tokens == 32
     assert "2 per device x 2 accumulation x 2 processes = 8 prompts a step" in str(plan)
+
+
+@pytest.mark.parametrize("file", sorted(LAUNCHES.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_launch_config_loads(file):
+    config = load_config_from_file(str(file))
+    assert config.num_processes >= config.num_machines >= 1
+    assert config.mixed_precision == "no"  # the recipe says it
+    assert file.read_text().startswith("# ")

@@ -8,7 +8,7 @@ import json
 import random
 import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from alignment import rules, ultrafeedback
@@ -130,23 +130,26 @@ class GroupReader:
             group = to_group(row, ranked, self.config.score)
         except BadRow as bad:
             raise self.judge.bad(bad.reason, bad.detail) from None
-        self.judge.judge(group)
+        # The scores of a ranked pair are 1 and 0, not in the data's unit.
+        is_unit = not (ranked and "chosen" in row and "responses" not in row)
+        margin = self.config.tie_margin if is_unit else 0.0
+        (self.judge if is_unit else replace(self.judge, score_range=None)).judge(group)
         choose(group, self.config.num_responses, self.config.choose_responses, self.config.draw_seed)
-        if max(group.scores) - min(group.scores) <= self.config.tie_margin:
+        if max(group.scores) - min(group.scores) <= margin:
             self.judge.found(group, "identical_scores", f"all of them {group.scores[0]:g}")
         if not (self.pairs or self.config.make_pairs):
             scale(group, self.config.scale_scores)
             return [group]
-        return self._pairs(group)
+        return self._pairs(group, margin)
 
-    def _pairs(self, group: Group) -> list[Group]:
+    def _pairs(self, group: Group, margin: float) -> list[Group]:
         how = self.config.make_pairs
         if how is None and len(group.responses) > 2:
             raise UserError(
                 f"{len(group.responses)} responses; a pair has two: set make_pairs to best_worst, best_random or all, "
                 "or use run_reward.py"
             )
-        found = list(pairs_of(group, how, self.config.draw_seed, self.config.tie_margin))
+        found = list(pairs_of(group, how, self.config.draw_seed, margin))
         if not found:  # tied scores that were to be kept make no pair
             raise self.judge.bad("identical_scores", f"all of them {group.scores[0]:g}")
         scale(group, self.config.scale_scores)
