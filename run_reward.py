@@ -28,12 +28,13 @@ from alignment import errors, output
 from alignment.data import DataConfig, check_rows, load_groups
 from alignment.data_report import data_report, summary
 from alignment.errors import UserError
-from alignment.evaluate import load_reward_function, sample_and_score
+from alignment.evaluate import sample_and_score
 from alignment.models import PolicyConfig, load_tokenizer, model_init_kwargs
 from alignment.plan import plan_run, set_global_batch
 from alignment.recipe import RunConfig, parse_recipe
 from alignment.report import compare_samples, final_table, peak_memory_gb
 from alignment.rules import actions
+from alignment.score import load_reward_function
 from nca_trainer import NCAConfig, NCATrainer
 from trl_nca.responses import describe_group, tokenize_dataset
 
@@ -63,7 +64,6 @@ def align(argv: Sequence[str], trainer_class: type[NCATrainer], pairs: bool) -> 
     plan = plan_run(args, rows["train"]["length"][:])
     if PartialState().is_main_process:
         print(summary("train", report), plan, sep="\n", flush=True)
-
     args.model_init_kwargs = {**model_init_kwargs(policy_config), **(args.model_init_kwargs or {})}
     try:
         trainer = trainer_class(

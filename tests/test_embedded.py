@@ -9,9 +9,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from alignment.evaluate import bootstrap_interval, load_reward_function
+from alignment.evaluate import bootstrap_interval
 from alignment.report import compare_samples, verdict
 from alignment.sample import sample_responses
+from alignment.score import load_reward_function
 from tests.conftest import MODEL, ROOT, needs_model
 from tests.tiny import tiny_config, tiny_tokenizer
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from alignment import sample_file as module
 from alignment.errors import UserError
 from alignment.prompts import read_prompts
+from alignment.resumable import PartFile
 from alignment.sample import SamplingConfig, encode_prompt, sample_batch, sample_responses
 from alignment.sample_file import choose_engine, sample_file
 from tests.conftest import ROOT
@@ -145,13 +146,17 @@ def test_finished_only_leaves_out_what_ran_into_the_limit(prompts, model, tmp_pa
         assert some == (whole if whole == longer else [])
 
 
+class Killed(Exception):
+    """Stands for a kill."""
+
+
 def stop_after(monkeypatch, num_batches):
     """Makes sampling die after so many batches; returns the indices of the batches that were sampled."""
     seen = []
 
     def dies(prompt_ids, index, **rest):
         if len(seen) == num_batches:
-            raise KeyboardInterrupt
+            raise Killed
         seen.append(index)
         return sample_batch(prompt_ids, index, **rest)
 
@@ -159,20 +164,20 @@ def stop_after(monkeypatch, num_batches):
     return seen
 
 
-@pytest.mark.parametrize(("cut", "left"), [(0, 3), (5, 2), (-1, 3), ("header", 0)])
+@pytest.mark.parametrize(("cut", "left"), [(0, 3), (5, 2), ("middle", 1), ("header", 0)])
 def test_a_killed_run_gives_the_same_bytes(prompts, model, adapter, tmp_path, monkeypatch, cut, left):
     whole, out, part = (tmp_path / name for name in ("whole.jsonl", "out.jsonl", "out.jsonl.part"))
     models = [model, adapter]
     sample_file(prompts, models, str(whole), CONFIG)
     stop_after(monkeypatch, 3)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         sample_file(prompts, models, str(out), CONFIG)
     assert not out.exists()
     lines = part.read_bytes()
     if cut == "header":
         part.write_bytes(lines[:20])
-    elif cut == -1:
-        part.write_bytes(lines + b'{"batch": 3, "rows"')
+    elif cut == "middle":  # as a power cut leaves blocks that were not written
+        part.write_bytes(lines.replace(b'"batch": 1', b"\0" * 10))
     else:
         part.write_bytes(lines[: len(lines) - cut])
     seen = stop_after(monkeypatch, None)
@@ -180,6 +185,17 @@ def test_a_killed_run_gives_the_same_bytes(prompts, model, adapter, tmp_path, mo
     assert seen == list(range(left, 8)), "batches that stand in the file are not sampled again"
     assert out.read_bytes() == whole.read_bytes()
     assert not part.exists()
+
+
+def test_what_was_torn_is_gone_after_the_next_batch(tmp_path):
+    out, part = str(tmp_path / "out.jsonl"), tmp_path / "out.jsonl.part"
+    PartFile(out, {"seed": 1}).add({"batch": 0})
+    whole = part.read_bytes()
+    part.write_bytes(whole + b'{"batch": 1, "rows": [' + b"7, " * 99)
+    resumed = PartFile(out, {"seed": 1})
+    assert resumed.entries == [{"batch": 0}]
+    resumed.add({"batch": 1})
+    assert part.read_bytes() == whole + b'{"batch": 1}\n'
 
 
 def test_a_sigkill_in_the_middle(model, tmp_path):
@@ -201,7 +217,7 @@ def test_a_sigkill_in_the_middle(model, tmp_path):
 def test_other_settings_do_not_mix(prompts, model, tmp_path, monkeypatch):
     out, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
     stop_after(monkeypatch, 2)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         sample_file(prompts, [model], str(out), CONFIG)
     before = part.read_bytes()
     other = SamplingConfig(num_samples=2, max_new_tokens=6, batch_size=4, temperature=0.5)
@@ -220,7 +236,7 @@ def test_other_settings_do_not_mix(prompts, model, tmp_path, monkeypatch):
 def test_another_model_under_the_same_name_is_noticed(prompts, tmp_path, monkeypatch):
     model = save_tiny_model(tmp_path / "model")
     stop_after(monkeypatch, 2)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         sample_file(prompts, [model], str(tmp_path / "out.jsonl"), CONFIG)
     save_tiny_model(tmp_path / "model")
     with pytest.raises(UserError, match="another models"):

@@ -8,7 +8,7 @@ from alignment import score as module
 from alignment.errors import UserError
 from alignment.reward_model import RewardModel
 from alignment.score import Scorer, call_reward_function, score_file
-from tests.test_sample import read, script, write
+from tests.test_sample import Killed, read, script, write
 from tests.tiny import save_tiny_model, tiny_config, tiny_tokenizer
 
 FUNCTIONS = '''
@@ -176,7 +176,7 @@ def stop_after(monkeypatch, num_batches):
 
     def dies(function, name, rows, places):
         if len(seen) == num_batches:
-            raise KeyboardInterrupt
+            raise Killed
         seen.append(len(rows))
         return call_reward_function(function, name, rows, places)
 
@@ -190,7 +190,7 @@ def test_a_killed_run_gives_the_same_bytes(samples, functions, tmp_path, monkeyp
     both = scorers(functions, "thirds", "words=2")
     score_file(samples, str(whole), both, batch_size=4)  # three batches of each
     stop_after(monkeypatch, 3)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         score_file(samples, str(out), both, batch_size=4)
     assert not out.exists()
     lines = part.read_bytes()
@@ -205,7 +205,7 @@ def test_a_killed_run_gives_the_same_bytes(samples, functions, tmp_path, monkeyp
 def test_a_changed_function_is_noticed(samples, functions, tmp_path, monkeypatch):
     out = tmp_path / "out.jsonl"
     stop_after(monkeypatch, 1)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         score_file(samples, str(out), scorers(functions, "words"), batch_size=4)
     (tmp_path / "rewards.py").write_text(FUNCTIONS.replace(".split()", ""))
     stop_after(monkeypatch, None)

@@ -8,7 +8,6 @@ from alignment.formats import Messages
 from alignment.recipe import RunConfig
 from alignment.sample import sample_responses
 from alignment.score import RewardFunction
-from alignment.score import load_reward_function as load_reward_function
 
 
 def sample_and_score(

@@ -104,7 +104,7 @@ def score_file(
         What was written, in a sentence.
 
     Raises:
-        UserError: See `read_prompts`, `PartFile`, `load_reward_function`, `load_reward_model`; a row has no responses,
+        UserError: See `read_prompts`, `PartFile`, `load_reward_function`, `RewardModel`; a row has no responses,
             a scorer is given twice, or a function returns something that is no score.
     """
     _check_scorers(scorers, batch_size)

@@ -5,6 +5,7 @@ begins. (Rendering a response alone, as the 2024 scripts did, goes wrong with te
 """
 
 import hashlib
+import json
 import os.path
 import re
 import sys
@@ -66,14 +67,28 @@ class ResponseTokenizer:
         self.max_length = max_length
         self.max_prompt_length = max_prompt_length
         self.cut_over_long = cut_over_long
-        # datasets keys its cache by this object's state: rows that an older version of this file made are not ours.
-        self._code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
         added = tokenizer.added_tokens_decoder.values()
         specials = {str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)
         self._stand_ins = {text: chr(_FIRST_STAND_IN + i) for i, text in enumerate(sorted(specials))}
         self._literals = {stand_in: text for text, stand_in in self._stand_ins.items()}
         longest_first = sorted(specials, key=len, reverse=True)
         self._special_text = re.compile("|".join(map(re.escape, longest_first))) if specials else None
+
+    def key(self, rows: str) -> str:
+        """What stands for the tokenized rows in a cache: the rows' own key, the tokenizer, the limits and this file.
+
+        (By itself datasets hashes the tokenizer's object, which has another hash in every process.)
+        """
+        tokenizer = self.tokenizer
+        if tokenizer.is_fast:
+            vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())
+            vocabulary = {name: part for name, part in vocabulary.items() if name not in ("padding", "truncation")}
+        else:
+            vocabulary = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), str(tokenizer.init_kwargs)]
+        template = [tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token, sorted(self._stand_ins)]
+        limits = [self.max_length, self.max_prompt_length, self.cut_over_long]
+        about = json.dumps([rows, vocabulary, template, limits]).encode() + Path(__file__).read_bytes()
+        return hashlib.sha256(about).hexdigest()[:32]
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Tokenizes a row.
@@ -225,16 +240,19 @@ def tokenize_dataset(
         "mended": Value("bool"),
         "dropped": Value("string"),
     }
-    pieces = [
-        dataset.select(range(start, min(start + _PIECE_ROWS, len(dataset)))).map(
-            tokenize,
-            remove_columns=dataset.column_names,
-            features=Features({**TOKENIZED_FEATURES, **outcome}),
-            num_proc=num_proc if len(dataset) > 1000 else None,  # starting processes takes longer than a few rows
-            desc=desc if len(dataset) <= _PIECE_ROWS else f"{desc}, from row {start + 1} of {len(dataset)}",
+    pieces = []
+    for start in range(0, max(len(dataset), 1), _PIECE_ROWS):
+        piece = dataset.select(range(start, min(start + _PIECE_ROWS, len(dataset))))
+        pieces.append(
+            piece.map(
+                tokenize,
+                remove_columns=dataset.column_names,
+                features=Features({**TOKENIZED_FEATURES, **outcome}),
+                num_proc=num_proc if len(dataset) > 1000 else None,  # starting processes takes longer than a few rows
+                new_fingerprint=tokenize.key(piece._fingerprint),
+                desc=desc if len(dataset) <= _PIECE_ROWS else f"{desc}, from row {start + 1} of {len(dataset)}",
+            )
         )
-        for start in range(0, max(len(dataset), 1), _PIECE_ROWS)
-    ]
     rows = concatenate_datasets(pieces)
     reasons = rows["dropped"][:] if len(rows) else []
     kept = rows.select([i for i, reason in enumerate(reasons) if not reason])
