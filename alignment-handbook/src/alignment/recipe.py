@@ -33,8 +33,8 @@ class RunConfig:
     global_batch_size: int | None = field(
         default=None,
         metadata={
-            "help": "Prompts of one optimizer step, over all processes: gradient_accumulation_steps follows from it; one "
-            "given by hand wins."
+            "help": "Prompts of one optimizer step, over all processes: gradient_accumulation_steps follows from it; "
+            "one given by hand wins."
         },
     )
     show_batch: bool = field(
