@@ -64,9 +64,7 @@ def rounds_table(rounds: list[list[dict[str, Any]]]) -> str:
     table = [("round", "held-out score (95 %)", "gain on the round before (95 %)", "verdict")]
     for number, (before, after) in enumerate(zip(rounds, rounds[1:], strict=False), start=1):
         if [row["prompt"] for row in before] != [row["prompt"] for row in after]:
-            raise UserError(
-                f"round {number} was sampled on other prompts than the one before; give runs of one recipe"
-            )
+            raise UserError(f"round {number} was sampled on other prompts than the one before; give runs of one recipe")
         compared = compare_samples(before, after)
         start, now = (
             "{:.3f} [{:.3f}, {:.3f}]".format(compared[f"score_{part}"], *compared[f"score_{part}_interval"])
