@@ -2,6 +2,7 @@
 
 import pytest
 from datasets import Dataset
+from transformers import AutoTokenizer
 
 from tests.tiny import CHATML, tiny_tokenizer
 from trl_nca import responses
@@ -214,3 +215,24 @@ def test_large_data_sets_are_tokenized_in_pieces_that_are_kept(monkeypatch, tmp_
     assert set(done) == {f"p {i}" for i in range(4, 10)}
     assert kept[:] == whole[:]
     assert report["rows_in"] == 10
+
+
+def test_the_cache_key_is_of_contents_and_not_of_objects(tmp_path):
+    tiny_tokenizer().save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    key = ResponseTokenizer(loaded, 80, 40).key("rows")
+    loaded(["a", "b b"], padding=True, truncation=True, max_length=5)  # which leaves a state behind
+    assert ResponseTokenizer(loaded, 80, 40).key("rows") == key
+    assert ResponseTokenizer(AutoTokenizer.from_pretrained(tmp_path), 80, 40).key("rows") == key
+    other_template, other_vocabulary = AutoTokenizer.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    other_template.chat_template = INSTRUCT
+    other_vocabulary.add_tokens(["Paris"])
+    others = [
+        ResponseTokenizer(loaded, 81, 40).key("rows"),
+        ResponseTokenizer(loaded, 80, 41).key("rows"),
+        ResponseTokenizer(loaded, 80, 40, cut_over_long=False).key("rows"),
+        ResponseTokenizer(loaded, 80, 40).key("other rows"),
+        ResponseTokenizer(other_template, 80, 40).key("rows"),
+        ResponseTokenizer(other_vocabulary, 80, 40).key("rows"),
+    ]
+    assert len({key, *others}) == 7

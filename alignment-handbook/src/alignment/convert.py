@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets
 from tqdm.auto import tqdm
 
@@ -15,7 +16,7 @@ from alignment.data_report import Columns, describe, draw
 from alignment.errors import UserError
 from alignment.groups import RowConfig
 from alignment.output import write_json
-from alignment.reading import load_source
+from alignment.reading import column, load_source
 
 _ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")
 
@@ -92,9 +93,10 @@ def convert(
     counts = count_outcomes(rows)
     check_dropped("input", counts, config.max_dropped_fraction)
     kept = kept_rows(rows)
-    mended = sum(map(bool, kept["mended"]))
-    counts |= {"rows_kept": len(kept), "rows_mended": mended, "responses": sum(map(len, kept["scores"]))}
-    report = counts | describe(measure(kept), config.alpha)
+    columns = measure(kept)
+    mended = int((pc.list_value_length(column(kept, "mended")).to_numpy() > 0).sum())
+    counts |= {"rows_kept": len(kept), "rows_mended": mended, "responses": len(columns.scores)}
+    report = counts | describe(columns, config.alpha)
     output.parent.mkdir(parents=True, exist_ok=True)
     beside = output.with_name(f".{output.name}.part")
     _write(kept, config.to, beside, str(output))

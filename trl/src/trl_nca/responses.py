@@ -9,11 +9,13 @@ import json
 import os.path
 import re
 import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -254,17 +256,23 @@ def tokenize_dataset(
             )
         )
     rows = concatenate_datasets(pieces)
-    reasons = rows["dropped"][:] if len(rows) else []
-    kept = rows.select([i for i, reason in enumerate(reasons) if not reason])
+    table = rows.select_columns(["scores", *outcome]).with_format("arrow")[:]  # in Arrow: there may be millions of rows
+    is_kept = pc.equal(table["dropped"], "").combine_chunks()
+    reasons = {entry["values"]: entry["counts"] for entry in pc.value_counts(table["dropped"]).to_pylist()}
+    kept, table = rows.select(np.flatnonzero(is_kept.to_numpy(zero_copy_only=False))), table.filter(is_kept)
+
+    def total(column: pa.ChunkedArray) -> int:
+        return pc.sum(column).as_py() or 0
+
     report = {
         "rows_in": len(rows),
         "rows_kept": len(kept),
-        "rows_mended": sum(kept["mended"]),
+        "rows_mended": total(table["mended"]),
         "rows_dropped": len(rows) - len(kept),
-        "dropped_by_reason": dict(Counter(reason for reason in reasons if reason)),
-        "responses": sum(map(len, kept["scores"])),
-        "responses_cut": sum(kept["responses_cut"]),
-        "prompts_trimmed": sum(kept["prompt_trimmed"]),
+        "dropped_by_reason": {reason: count for reason, count in reasons.items() if reason},
+        "responses": total(pc.list_value_length(table["scores"])),
+        "responses_cut": total(table["responses_cut"]),
+        "prompts_trimmed": total(table["prompt_trimmed"]),
     }
     return kept.remove_columns(list(outcome)), report
 
