@@ -7,9 +7,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM, MistralConfig
 
-from benchmarks import bench, systems
+from benchmarks import bench, data, systems
 from benchmarks.bench import CASES, count_flops, draw_rows, main, model_flops, table
 from benchmarks.systems import SYSTEMS, Case, random_mistral_4bit
+from tests.conftest import ROOT, needs_model
 from tests.tiny import tiny_config, tiny_tokenizer
 
 CASE = Case("tiny", 3, 12, 20, prompts=2)
@@ -106,3 +107,12 @@ def test_step_zero_of_the_padded_reference():
     model = SYSTEMS["padded"](tiny_base(), CASE, "cpu").model
     (row,) = draw_rows(CASE, 1, vocabulary=320)
     assert systems.padded_loss(model, row, 0.1, 0.1, "cpu").item() == pytest.approx(2 * math.log(2))
+
+
+@needs_model
+def test_both_ways_of_preparing_data_give_the_same_tokens(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    data.write_rows(tmp_path, 6)
+    tokens = {system: prepare(tmp_path, 1) for system, prepare in data.SYSTEMS.items()}
+    assert tokens["ours"] == tokens["upstream"] > 6 * data.RESPONSES * data.RESPONSE_WORDS
+    assert "6 of 6 rows kept" in capsys.readouterr().out
