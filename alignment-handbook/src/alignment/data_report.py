@@ -42,11 +42,13 @@ class Columns:
     def of_tokens(cls, rows: Dataset) -> "Columns":
         """Of rows with `prompt_ids`, `response_ids` and `scores`."""
         scores, responses, prompts = [], [], []
-        for part in _parts(rows, ["scores", "response_ids", "prompt_ids"]):
-            scores.append(part["scores"])
-            responses.append(part["response_ids"])
-            prompts.append(part["prompt_ids"].value_lengths().to_numpy())
-        return cls._of(scores, [r.flatten().value_lengths().to_numpy() for r in responses], prompts, "tokens")
+        # Chunk by chunk, and of the lists their ends alone: the ids themselves are not read from the disk.
+        table = rows.select_columns(["scores", "response_ids", "prompt_ids"]).with_format("arrow")
+        for part in table.iter(10_000):
+            scores += part["scores"].chunks
+            responses += [chunk.flatten().value_lengths().to_numpy() for chunk in part["response_ids"].chunks]
+            prompts += [chunk.value_lengths().to_numpy() for chunk in part["prompt_ids"].chunks]
+        return cls._of(scores, responses, prompts, "tokens")
 
     @classmethod
     def of_texts(cls, rows: Dataset) -> "Columns":
