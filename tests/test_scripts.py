@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -133,9 +134,12 @@ def test_two_processes_equal_one(recipe, tmp_path, data, script):
     files = [f"--train_file={data}/train{pairs}.jsonl", f"--eval_file={data}/eval{pairs}.jsonl"]
     files += ["--eval_strategy=steps", "--eval_steps=3", "--per_device_eval_batch_size=2"]
     (preference if pairs else reward)(recipe, *files)
+    with socket.socket() as free:  # not a random number: the run above has set the seed, in every worker alike
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file",
               "alignment-handbook/recipes/accelerate_configs/multi_gpu.yaml", "--num_processes=2",
-              f"--main_process_port={random.randint(20000, 40000)}"]  # fmt: skip
+              f"--main_process_port={port}"]  # fmt: skip
     engine = ["--max_tokens_per_forward=60", "--precompute_ref_log_probs=true", f"--ref_logps_dir={tmp_path}/ref"]
     run = shell([*launch, script, str(recipe), *files, f"--output_dir={tmp_path}/two",
                  "--per_device_train_batch_size=1", "--gradient_accumulation_steps=2", *engine])  # fmt: skip
