@@ -4,7 +4,7 @@ VENV := .venv
 RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(VENV)/bin/python
 SCRIPTS := $(RUN) alignment-handbook/scripts
 MODEL := models/SmolLM2-135M-Instruct
-WORK := data/work
+WORK := runs/data
 
 .PHONY: train test check bench setup data clean
 .SECONDARY:  # the files on the way to the data stay

@@ -1,6 +1,6 @@
 """Make the prompts of the embedded reward data: requests with conditions that a function can check.
 
-    python data/make_prompts.py data/work
+    python data/make_prompts.py runs/data
 
 Writes prompts_train.jsonl and prompts_eval.jsonl, one row a line. `make data` goes on from there: sample.py, score.py,
 convert.py. The same seed gives the same prompts.
