@@ -2,6 +2,7 @@
 
 import os
 import resource
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ class Case:
     systems: tuple[str, ...] = ("padded", "ours, reference cached", "ours")
 
 
-class System:
+class System(ABC):
     """A model behind fresh LoRA, `model`, and a way to get its gradient, `backward`."""
 
     model: PeftModel
@@ -51,9 +52,9 @@ class System:
         """What is done before the clock starts."""
         return rows
 
+    @abstractmethod
     def backward(self, rows: list[dict[str, Any]]) -> None:
         """The gradient of the mean loss of these rows."""
-        raise NotImplementedError
 
 
 class Padded(System):
