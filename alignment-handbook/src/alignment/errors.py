@@ -27,12 +27,13 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def run(main: Callable[[], None]) -> None:
     """Runs a script's `main`; a `UserError` ends it with one line and exit code 2, anything else with a traceback."""
-    logging.basicConfig(stream=sys.stdout, format="%(message)s")
+    is_main = os.environ.get("RANK", "0") == "0"  # what is said is said once, not once a process
+    logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.WARNING if is_main else logging.ERROR)
     # Notices of one upstream package to another about names that are to change; no user can act on them.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|accelerate|peft)\.")
     try:
         main()
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # once, not once a process
+        if is_main:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

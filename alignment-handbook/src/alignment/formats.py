@@ -31,12 +31,14 @@ class Group:
         responses: Texts, K of them; None where there is none.
         scores: K values.
         mended: Names of the rules by which something was mended.
+        ranked: Whether the scores are 1 and 0 for better and worse, and not in the data's unit.
     """
 
     prompt: Messages
     responses: list[Any]
     scores: list[Any]
     mended: list[str] = field(default_factory=list)
+    ranked: bool = False
 
 
 def unwrap(row: Any) -> Any:
@@ -71,6 +73,7 @@ def to_group(row: Row, pairs: bool = False, score: str = "overall") -> Group:
         BadRow: It is of no known form, or its parts do not belong together.
     """
     mended: list[str] = []
+    ranked = False
     prompt = row.get("prompt")
     if "responses" in row and ("scores" in row or "rewards" in row):
         responses, scores = row["responses"], row.get("scores", row.get("rewards"))
@@ -82,6 +85,7 @@ def to_group(row: Row, pairs: bool = False, score: str = "overall") -> Group:
     elif "chosen" in row and "rejected" in row and (pairs or "score_chosen" in row):
         responses = [row["chosen"], row["rejected"]]
         scores = [1.0, 0.0] if pairs else [row["score_chosen"], row.get("score_rejected")]
+        ranked = pairs
     elif "instruction" in row and isinstance(row.get("completions"), list):
         prompt = row["instruction"]
         responses, scores, mended = ultrafeedback.scores_of(row["completions"], score)
@@ -89,22 +93,20 @@ def to_group(row: Row, pairs: bool = False, score: str = "overall") -> Group:
         raise BadRow("unknown_format", f"its columns are {', '.join(map(str, row)) or 'none'}")
     if not isinstance(responses, list) or not isinstance(scores, list) or len(responses) != len(scores):
         raise BadRow("lengths_differ", "responses and scores are not lists of the same length")
-    return Group(*_split_prompt(prompt, responses), scores, mended)
+    return Group(*_split_prompt(prompt, responses), scores, mended, ranked)
 
 
 def _split_prompt(prompt: Any, responses: list[Any]) -> tuple[Messages, list[Any]]:
     """Prompt messages and response texts, wherever the prompt stands: in its column or in the conversations."""
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}] if prompt.strip() else None
-    elif prompt is not None:
-        prompt = _messages(prompt, "the prompt")
+    if prompt is not None:
+        prompt = messages_of(prompt, "the prompt")
     texts: list[Any] = []
     shared = None  # the turns before the answers, where responses are whole conversations
     for k, response in enumerate(responses):
         if response is None or isinstance(response, str):
             texts.append(response)
             continue
-        turns = _messages(response, f"response {k + 1}")
+        turns = messages_of(response, f"response {k + 1}")
         if not turns or turns[-1]["role"] != "assistant":
             raise BadRow("bad_messages", f"response {k + 1} does not end with an assistant message")
         *before, answer = turns
@@ -119,7 +121,14 @@ def _split_prompt(prompt: Any, responses: list[Any]) -> tuple[Messages, list[Any
     return prompt, texts
 
 
-def _messages(value: Any, what: str) -> Messages:
+def messages_of(value: Any, what: str) -> Messages:
+    """A value as messages; a text is one turn of the user's.
+
+    Raises:
+        BadRow: It is neither; names it by `what`.
+    """
+    if isinstance(value, str):
+        return [{"role": "user", "content": value}]
     if not isinstance(value, list) or not all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
     ):

@@ -8,7 +8,7 @@ import json
 import random
 import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from alignment import rules, ultrafeedback
@@ -130,10 +130,8 @@ class GroupReader:
             group = to_group(row, ranked, self.config.score)
         except BadRow as bad:
             raise self.judge.bad(bad.reason, bad.detail) from None
-        # The scores of a ranked pair are 1 and 0, not in the data's unit.
-        is_unit = not (ranked and "chosen" in row and "responses" not in row)
-        margin = self.config.tie_margin if is_unit else 0.0
-        (self.judge if is_unit else replace(self.judge, score_range=None)).judge(group)
+        margin = 0.0 if group.ranked else self.config.tie_margin
+        self.judge.judge(group)
         choose(group, self.config.num_responses, self.config.choose_responses, self.config.draw_seed)
         if max(group.scores) - min(group.scores) <= margin:
             self.judge.found(group, "identical_scores", f"all of them {group.scores[0]:g}")

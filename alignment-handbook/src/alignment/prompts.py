@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from alignment.errors import UserError
-from alignment.formats import Messages, Row
+from alignment.formats import Messages, Row, messages_of
 from alignment.rules import BadRow
 from alignment.sources import open_source, read_piece
 
@@ -55,12 +55,10 @@ def _read_rows(path: str) -> Iterator[tuple[str, Row]]:
 
 
 def _messages(row: Row, where: str) -> Messages:
-    prompt = row["prompt"]
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if not isinstance(messages, list) or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
-    ):
-        raise UserError(f"{where}: the prompt is neither text nor a list of messages with 'role' and 'content'")
+    try:
+        messages = messages_of(row["prompt"], "the prompt")
+    except BadRow as bad:
+        raise UserError(f"{where}: {bad.detail}") from bad
     if not messages or not messages[-1]["content"].strip() or messages[-1]["role"] == "assistant":
         raise UserError(f"{where}: the prompt must end with a user's turn that says something")
     try:

@@ -93,9 +93,7 @@ def load_source(
         ]
     else:
         builds = [partial(_build_groups, piece, settings) for piece in pieces]
-    if not builds:
-        raise UserError(f"{path}: no rows{f' in split {split}' if split else ''}; give a file that has some")
-    rows = in_parallel(builds)
+    rows = in_parallel(builds) if builds else []
     if not len(rows):
         raise UserError(f"{path}: no rows{f' in split {split}' if split else ''}; give a file that has some")
     return rows

@@ -217,7 +217,7 @@ class Judge:
             return None
         if is_text:
             self.found(group, "text_score", where)
-        if self.score_range and not self.score_range[0] <= score <= self.score_range[1]:
+        if self.score_range and not group.ranked and not self.score_range[0] <= score <= self.score_range[1]:
             return None if self.found(group, "score_out_of_range", where) else score
         return score
 
