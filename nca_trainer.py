@@ -9,15 +9,15 @@ The trainers override named seams of trl 1.16's `DPOTrainer` only; tests/test_up
 import contextlib
 import functools
 import logging
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, is_peft_model
+from accelerate.utils import DistributedType, gather_object, is_peft_model
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from trl import DPOTrainer
 from trl.data_utils import extract_prompt
 from trl.models import prepare_deepspeed
 from trl.models.utils import disable_gradient_checkpointing
@@ -32,11 +32,12 @@ from trl_nca.metrics import group_metrics
 from trl_nca.reference import cache_file, describe_reference, reference_logps
 from trl_nca.responses import TOKENIZED_FEATURES, group_length, tokenize_dataset
 from trl_nca.sampler import SeededLengthSampler
+from trl_nca.survival import SurvivingTrainer
 
 logger = logging.getLogger(__name__)
 
 
-class NCATrainer(DPOTrainer):
+class NCATrainer(SurvivingTrainer):
     """Aligns a model with K >= 2 scored responses a prompt; K may differ by row.
 
     The loss of a step is the mean over the prompts of the global batch, exactly: whatever the number of processes, the
@@ -83,6 +84,8 @@ class NCATrainer(DPOTrainer):
         super().__init__(model, ref_model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
 
     def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: NCAConfig, dataset_name: str) -> Dataset:
+        if "where" not in dataset.column_names:
+            dataset = dataset.add_column("where", [f"row {i + 1} of {dataset_name}" for i in range(len(dataset))])
         if set(TOKENIZED_FEATURES) <= {*dataset.column_names, "length"}:
             if "length" not in dataset.column_names:
                 dataset = dataset.map(lambda row: {"length": group_length(row)}, desc=f"Measuring {dataset_name}")
@@ -247,13 +250,14 @@ class NCATrainer(DPOTrainer):
         else:
             logps = logps_without_gradient(run, chunks, self._agree)
         losses, rewards = losses_of(logps)
-        self._record(group_metrics(losses, rewards, logps, scores, mask))
+        self._record(group_metrics(losses, rewards, logps, scores, mask), inputs["where"])
         loss = average(losses)
         return (loss, {"rewards": rewards}) if return_outputs else loss
 
-    def _record(self, metrics: dict[str, Tensor]) -> None:
+    def _record(self, metrics: dict[str, Tensor], where: list[str]) -> None:
         """Notes one value a prompt, from all processes: upstream's `log` averages them, so every prompt counts once."""
         mode = "train" if self.model.training else "eval"
+        metrics = {"stop": torch.full_like(metrics["loss"], self.survival.asked)} | metrics
         names = [name for name in metrics if "rank" not in name]
         table = torch.stack(list(metrics.values()), dim=1)  # (B, metrics), the ranks last
         table = self.accelerator.pad_across_processes(table, dim=1, pad_index=float("nan"))  # to the largest K of all
@@ -261,9 +265,14 @@ class NCATrainer(DPOTrainer):
         # Evaluation fills the last batch up with prompts it has seen: gather_for_metrics drops those.
         gather = self.accelerator.gather if mode == "train" else self.accelerator.gather_for_metrics
         for name, values in zip(names, gather(table).T.tolist(), strict=True):
-            if name == "loss" and mode == "train":
-                continue  # the Trainer logs it, over the accumulation steps
-            self._metrics[mode][name] += [value for value in values if value == value]  # not NaN
+            if name == "stop":
+                self.survival.stopped |= any(values)
+            elif name == "loss" and mode == "train":  # the Trainer logs it, over the accumulation steps
+                if not all(map(math.isfinite, values)):
+                    rows = zip(gather_object(where), values, strict=True)
+                    self.survival.note_bad([row for row, value in rows if not math.isfinite(value)])
+            else:
+                self._metrics[mode][name] += filter(math.isfinite, values)
 
 
 class PairwiseNCATrainer(NCATrainer):

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import get_peft_config, get_quantization_config
@@ -36,6 +37,7 @@ from alignment.report import compare_samples, final_table, peak_memory_gb
 from alignment.rules import actions
 from alignment.score import load_reward_function
 from nca_trainer import NCAConfig, NCATrainer
+from trl_nca.checkpoints import RunStopped, why_torn
 from trl_nca.responses import describe_group, tokenize_dataset
 
 
@@ -51,7 +53,9 @@ def align(argv: Sequence[str], trainer_class: type[NCATrainer], pairs: bool) -> 
     configs = parse_recipe(argv, [DataConfig, PolicyConfig, RunConfig, NCAConfig])
     data_config, policy_config, run_config, args = configs
     set_global_batch(args, run_config)
-    checkpoint = output.resume_point(args.output_dir, args.resume_from_checkpoint, run_config.overwrite_output_dir)
+    is_main = PartialState().is_main_process
+    resume = (args.output_dir, args.resume_from_checkpoint, run_config.overwrite_output_dir, why_torn)
+    (checkpoint,) = broadcast_object_list([output.resume_point(*resume) if is_main else None])
     reward_function = load_reward_function(run_config.reward_function) if run_config.reward_function else None
     tokenizer = load_tokenizer(policy_config, args.trust_remote_code)
     with PartialState().main_process_first():  # the others then find the rows in the cache
@@ -62,7 +66,7 @@ def align(argv: Sequence[str], trainer_class: type[NCATrainer], pairs: bool) -> 
     if "eval" not in rows:
         args.eval_strategy = "no"
     plan = plan_run(args, rows["train"]["length"][:])
-    if PartialState().is_main_process:
+    if is_main:
         print(summary("train", report), plan, sep="\n", flush=True)
     args.model_init_kwargs = {**model_init_kwargs(policy_config), **(args.model_init_kwargs or {})}
     try:
@@ -77,7 +81,6 @@ def align(argv: Sequence[str], trainer_class: type[NCATrainer], pairs: bool) -> 
         )
     except (OSError, ImportError, ValueError) as error:  # what upstream says of weights, packages and modules
         raise UserError(f"{policy_config.model_name_or_path}: cannot be trained as the recipe says: {error}") from error
-    is_main = trainer.is_world_process_zero()
     if is_main and (checkpoint is None or not output.has_started(args.output_dir)):
         output.start(args.output_dir, configs, plan.as_dict(), report, run_config.overwrite_output_dir)
 
@@ -94,7 +97,10 @@ def align(argv: Sequence[str], trainer_class: type[NCATrainer], pairs: bool) -> 
         return scored
 
     before = sample("before") if checkpoint is None else output.read_json(args.output_dir, "samples_before.json")
-    train_metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    try:
+        train_metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    except RunStopped as stopped:
+        raise UserError(str(stopped)) from stopped
     trainer.save_model()
     trainer.save_state()
     trainer.create_model_card(model_name=Path(args.output_dir).name)
@@ -137,4 +143,4 @@ def prepare(
 
 
 if __name__ == "__main__":
-    errors.run(lambda: align(sys.argv[1:], NCATrainer, pairs=False))
+    errors.run(lambda: align(sys.argv[1:], NCATrainer, pairs=False), exit_on_sigterm=True)

@@ -137,7 +137,7 @@ def test_rows_that_cannot_fit_are_dropped_by_reason():
     )
     kept, report = tokenize_dataset(rows, tiny_tokenizer(), max_length=80)
     assert kept["scores"][:] == [[1.0, 0.0], [1.0, 0.0, 0.5]]
-    assert set(kept.column_names) == {"prompt_ids", "response_ids", "scores", "length"}
+    assert set(kept.column_names) == {"prompt_ids", "response_ids", "scores", "length", "where"}
     assert report == {
         "rows_in": 3,
         "rows_kept": 2,

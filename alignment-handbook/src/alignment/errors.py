@@ -1,12 +1,18 @@
 """The user's mistakes: one line on stderr that says where and what to do, and exit code 2."""
 
 import argparse
+import errno
 import logging
 import os
+import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
+
+#: What gloo and NCCL say when a process that they wait for is gone.
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 
 
 class UserError(Exception):
@@ -25,15 +31,46 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"command line: {message}; see --help")
 
 
-def run(main: Callable[[], None]) -> None:
-    """Runs a script's `main`; a `UserError` ends it with one line and exit code 2, anything else with a traceback."""
+def run(main: Callable[[], None], exit_on_sigterm: bool = False) -> None:
+    """Runs a script's `main`; a `UserError` ends it with one line and exit code 2, anything else with a traceback.
+
+    Args:
+        main: What to run.
+        exit_on_sigterm: SIGTERM ends the program with exit code 0, as a batch system expects of a run that can go on.
+    """
     is_main = os.environ.get("RANK", "0") == "0"  # what is said is said once, not once a process
     logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.WARNING if is_main else logging.ERROR)
     # Notices of one upstream package to another about names that are to change; no user can act on them.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|accelerate|peft)\.")
+    if exit_on_sigterm:
+        signal.signal(signal.SIGTERM, _leave)
     try:
         main()
     except UserError as error:
         if is_main:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"error: {_one_line(error)}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EDQUOT):
+            raise
+        print(f"error: {error.filename or 'a file'} cannot be written: {error.strerror}; make room", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        if "WORLD_SIZE" in os.environ and any(sign in str(error) for sign in _LOST_PEER):
+            traceback.print_exc()
+            print(
+                f"error: another process of this run has died ({_one_line(error)}); the newest checkpoint is untouched, "
+                "--resume_from_checkpoint=true goes on from it",
+                file=sys.stderr,
+            )
+            sys.exit(1)
+        raise
+
+
+def _leave(number: int, frame: Any) -> NoReturn:
+    print("Stopped by SIGTERM; there was nothing to save", flush=True)
+    sys.exit(0)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

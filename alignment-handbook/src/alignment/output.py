@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import logging
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,11 @@ import yaml
 
 from alignment.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 #: Written last, so it tells a finished run from an unfinished one.
 FINISHED = "train_results.json"
-#: Written first, once the trainer stands: a mistake before leaves nothing behind.
+#: Written once the trainer stands: a mistake before leaves nothing behind.
 STARTED = "recipe.yaml"
 _WRITTEN = (
     f"{STARTED} plan.json data_report.json samples_before.json samples_after.json trainer_state.json eval_results.json "
@@ -21,38 +25,49 @@ _WRITTEN = (
 ).split()
 
 
-def resume_point(output_dir: str, resume: str | None, overwrite: bool) -> str | None:
+def resume_point(
+    output_dir: str, resume: str | None, overwrite: bool, why_torn: Callable[[Path], str | None]
+) -> str | None:
     """Where to go on: a checkpoint, or None for a run from the start.
+
+    `true` is the newest complete checkpoint, or the start where there is none: a run that dies may die before its first,
+    and what launches it again need not look.
 
     Args:
         output_dir: Folder of the run; it need not exist.
         resume: The key `resume_from_checkpoint`: true, false, or the path of a checkpoint.
         overwrite: The key `overwrite_output_dir`.
+        why_torn: What is wrong with a checkpoint; None for a complete one.
 
     Raises:
-        UserError: The folder holds a finished run, or an unfinished one that was not asked to go on, or the
-            checkpoint is not there.
+        UserError: The folder cannot be written, holds a finished run, or an unfinished one that was not asked to go on,
+            or the checkpoint is not there or torn.
     """
     folder = Path(output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output_dir: {output_dir} is a file; name a folder")
+    _check_writable(folder)
     asked = None if resume is None or resume.lower() == "false" else resume
     if asked and overwrite:
         raise UserError("overwrite_output_dir and resume_from_checkpoint contradict each other; give one of them")
     if asked and asked.lower() != "true":
         if not (Path(asked) / "trainer_state.json").is_file():
             raise UserError(f"resume_from_checkpoint: {asked} holds no checkpoint; give a folder checkpoint-N, or true")
+        if torn := why_torn(Path(asked)):
+            raise UserError(f"resume_from_checkpoint: {asked} is torn: {torn}; give another, or true for the newest")
         return asked
-    checkpoints = _checkpoints(folder)
+    found = _checkpoints(folder)
     if asked:
-        if not checkpoints:
-            raise UserError(f"resume_from_checkpoint: no checkpoint-N in {output_dir}; leave the key out to start anew")
-        return str(checkpoints[-1])
+        for checkpoint in reversed(found):
+            if (torn := why_torn(checkpoint)) is None:
+                logger.warning("Going on from %s", checkpoint)
+                return str(checkpoint)
+            logger.warning("!!! %s is passed over, it is torn: %s", checkpoint, torn)
+        logger.warning("!!! No complete checkpoint in %s: the run starts from the beginning", output_dir)
+        return None
     if overwrite:
         return None
     if (folder / FINISHED).exists():
         raise UserError(f"output_dir: {output_dir} holds a finished run; give another, or --overwrite_output_dir")
-    if checkpoints:
+    if found:
         raise UserError(
             f"output_dir: {output_dir} holds an unfinished run; go on with --resume_from_checkpoint=true, or start "
             "anew with --overwrite_output_dir"
@@ -63,6 +78,20 @@ def resume_point(output_dir: str, resume: str | None, overwrite: bool) -> str | 
 def has_started(output_dir: str) -> bool:
     """Whether a run has written its recipe there."""
     return (Path(output_dir) / STARTED).is_file()
+
+
+def resolve(configs: Sequence[Any]) -> dict[str, Any]:
+    """The recipe with all its defaults, as plain values; it can be run again, and holds no token."""
+    resolved: dict[str, Any] = {}
+    for config in configs:
+        as_given = config.to_dict() if hasattr(config, "to_dict") else dataclasses.asdict(config)
+        resolved |= {key: value for key, value in as_given.items() if value not in (None, [], {})}
+    given = resolved.pop("given", ())
+    for key in ("overwrite_output_dir", "resume_from_checkpoint", "hub_token"):  # of that launch, not of the run
+        resolved.pop(key, None)
+    if "global_batch_size" in resolved and "gradient_accumulation_steps" not in given:
+        del resolved["gradient_accumulation_steps"]  # it follows, on another number of GPUs too
+    return json.loads(json.dumps(resolved, default=str))
 
 
 def start(
@@ -76,18 +105,10 @@ def start(
         for name in _WRITTEN:
             (folder / name).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    resolved: dict[str, Any] = {}
-    for config in configs:
-        as_given = config.to_dict() if hasattr(config, "to_dict") else dataclasses.asdict(config)
-        resolved |= {key: value for key, value in as_given.items() if value not in (None, [], {})}
-    given = resolved.pop("given", ())
-    for key in ("overwrite_output_dir", "resume_from_checkpoint"):  # of that launch, not of the run
-        resolved.pop(key, None)
-    if "global_batch_size" in resolved and "gradient_accumulation_steps" not in given:
-        del resolved["gradient_accumulation_steps"]  # it follows, on another number of GPUs too
-    (folder / STARTED).write_text(yaml.safe_dump(json.loads(json.dumps(resolved, default=str)), sort_keys=False))
+    resolved = resolve(configs)
     write_json(output_dir, "plan.json", plan)
     write_json(output_dir, "data_report.json", data_report)
+    _write(folder / STARTED, yaml.safe_dump(resolved, sort_keys=False))
 
 
 def finish(output_dir: str, results: dict[str, Any]) -> None:
@@ -97,8 +118,8 @@ def finish(output_dir: str, results: dict[str, Any]) -> None:
 
 
 def write_json(output_dir: str, name: str, value: Any) -> None:
-    """Writes a file of the output folder."""
-    (Path(output_dir) / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Writes a file of the output folder, whole or not at all."""
+    _write(Path(output_dir) / name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(output_dir: str, name: str) -> Any | None:
@@ -107,7 +128,21 @@ def read_json(output_dir: str, name: str) -> Any | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
+def _write(path: Path, text: str) -> None:
+    beside = path.with_name(f".{path.name}.partial")
+    beside.write_text(text)
+    beside.replace(path)
+
+
+def _check_writable(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output_dir: {folder} is a file; name a folder")
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"output_dir: {folder} cannot be written ({existing} is read-only); name another folder")
+
+
 def _checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    found = [c for c in folder.glob("checkpoint-*") if c.name[11:].isdigit() and (c / "trainer_state.json").is_file()]
-    return sorted(found, key=lambda c: int(c.name[11:]))
+    """Folders checkpoint-N, oldest first."""
+    found = [checkpoint for checkpoint in folder.glob("checkpoint-*") if checkpoint.name[11:].isdigit()]
+    return sorted(found, key=lambda checkpoint: int(checkpoint.name[11:]))

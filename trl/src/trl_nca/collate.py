@@ -38,19 +38,19 @@ class GroupCollator:
                 [1.0000, 2.0000, 3.0000]], dtype=torch.float64)
     """
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Collates rows of the tokenized data set.
 
         Args:
             rows: Each with `prompt_ids` (ints, at least one), `response_ids` (K lists of ints), `scores` (K numbers)
-                and, where the reference was computed before, `ref_logps` (K numbers).
+                and, where the reference was computed before, `ref_logps` (K numbers); also `where`, the row's place.
 
         Returns:
             `scores` (float64) and `response_mask` (bool), shape (B, K), padded with 0 and False;
             `context_lengths`, shape (B,): tokens of each prompt but its last;
             `response_lengths`, shape (B, K): tokens of each response, 0 where padded;
             `input_ids` and `position_ids`, shape (1, T); `targets`, the tokens of all responses, shape (R,);
-            `ref_logps`, shape (B, K), where the rows have it.
+            `ref_logps`, shape (B, K), where the rows have it; `where`, B texts to name the rows by.
         """
         input_ids: list[int] = []
         position_ids: list[int] = []
@@ -64,7 +64,7 @@ class GroupCollator:
                 position_ids += range(len(context), len(context) + len(response))
                 targets += response
         response_lengths = _padded([[len(r) for r in row["response_ids"]] for row in rows], torch.long)
-        batch = {
+        batch: dict[str, Any] = {
             # First in the batch: the Trainer takes the number of examples from the first tensor it meets.
             "scores": _padded([row["scores"] for row in rows], torch.float64),
             "response_mask": response_lengths > 0,
@@ -76,6 +76,7 @@ class GroupCollator:
         }
         if "ref_logps" in rows[0]:
             batch["ref_logps"] = _padded([row["ref_logps"] for row in rows], torch.float32)
+        batch["where"] = [row.get("where", "") for row in rows]
         return batch
 
 

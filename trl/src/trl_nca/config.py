@@ -86,6 +86,17 @@ class NCAConfig(DPOConfig):
         },
     )
 
+    max_nan_steps: int = field(
+        default=3,
+        metadata={
+            "help": "Optimizer steps in a row whose loss or gradient is not finite, after which the run ends. Each is left "
+            "out, and its rows are named; the last good checkpoint stays."
+        },
+    )
+    include_num_input_tokens_seen: str = field(
+        default="true", metadata={"help": "Count the tokens that were trained on, and log them: true or false."}
+    )
+
     def __post_init__(self) -> None:
         by_lower = {name.lower(): name for name in LOSSES}
         if str(self.loss_type).lower() not in by_lower:
@@ -100,6 +111,7 @@ class NCAConfig(DPOConfig):
             "max_length",
             "max_prompt_length",
             "max_tokens_per_forward",
+            "max_nan_steps",
         ):
             if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise ValueError(f"{key}: must be at least 1, got {getattr(self, key)}")
@@ -109,6 +121,8 @@ class NCAConfig(DPOConfig):
             if getattr(self, key) != neutral:
                 raise ValueError(f"{key}: {getattr(self, key)!r} has no effect with these losses; remove the key")
         self.shared_prompt = str(self.shared_prompt).lower()
+        counts_tokens = str(self.include_num_input_tokens_seen).lower() not in ("false", "no")
+        self.include_num_input_tokens_seen = "all" if counts_tokens else "no"  # packed: all tokens are real
         if not torch.accelerator.is_available():  # recipes are written for GPUs; on a CPU they run there, in float32
             self.use_cpu, self.bf16, self.dataloader_pin_memory = True, bool(self.bf16), False
         super().__post_init__()

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from trl_nca.head import fuse_head
 from trl_nca.shared_prompt import GroupLayout, base_model, share_prompts
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]  # tensors, and the rows' places
 
 
 def prepare(models: Sequence[nn.Module], shared_prompt: str = "auto") -> bool:

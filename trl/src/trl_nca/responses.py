@@ -34,6 +34,7 @@ TOKENIZED_FEATURES = Features(
         "response_ids": List(List(Value("int32"))),
         "scores": List(Value("float64")),
         "length": Value("int32"),
+        "where": Value("string"),  # the row's place, for a person
     }
 )
 
@@ -99,8 +100,8 @@ class ResponseTokenizer:
             row: `prompt` (messages or text), `responses` (K texts, or K lists of messages) and `scores` (K numbers).
 
         Returns:
-            `prompt_ids` (ints), `response_ids` (K lists of ints), `scores`, `length` (tokens of the packed group); and
-            what was done to fit them: `prompt_trimmed` (bool), `responses_cut` (count), `mended` (bool: one of these,
+            `prompt_ids` (ints), `response_ids` (K lists of ints), `scores`, `length` (tokens of the packed group),
+            `where` (as given); and what was done to fit them: `prompt_trimmed` (bool), `responses_cut` (count), `mended` (bool: one of these,
             or the row came with a `mended` that is not empty), `dropped` (a reason, or "" for a row to train on).
         """
         prompt, responses, dropped = row["prompt"], row["responses"], ""
@@ -129,6 +130,7 @@ class ResponseTokenizer:
         return fitted | {
             "scores": row["scores"],
             "length": group_length(fitted),
+            "where": row.get("where", ""),
             "prompt_trimmed": is_trimmed,
             "responses_cut": num_cut,
             "mended": bool(is_trimmed or num_cut or row.get("mended")),
@@ -225,13 +227,14 @@ def tokenize_dataset(
     Large data sets are done in pieces that are cached one by one: a killed run goes on where it stopped.
 
     Args:
-        dataset: Columns `prompt`, `responses` (K >= 2 a row, K may differ by row), `scores`. Others are dropped.
+        dataset: Columns `prompt`, `responses` (K >= 2 a row, K may differ by row), `scores`, and `where`, if the
+            rows can be named. Others are dropped.
         tokenizer: See `ResponseTokenizer`, also for `max_length`, `max_prompt_length` (tokens) and `cut_over_long`.
         num_proc: Processes to use; None for this one.
         desc: Text of the progress bar.
 
     Returns:
-        The data set with columns `prompt_ids`, `response_ids`, `scores`, `length`, and the counts `rows_in`,
+        The data set with columns `prompt_ids`, `response_ids`, `scores`, `length`, `where`, and the counts `rows_in`,
         `rows_kept`, `rows_mended`, `rows_dropped`, `dropped_by_reason`, `responses`, `responses_cut`,
         `prompts_trimmed`.
     """
