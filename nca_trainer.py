@@ -271,8 +271,8 @@ class NCATrainer(SurvivingTrainer):
                 if not all(map(math.isfinite, values)):
                     rows = zip(gather_object(where), values, strict=True)
                     self.survival.note_bad([row for row, value in rows if not math.isfinite(value)])
-            else:
-                self._metrics[mode][name] += filter(math.isfinite, values)
+            elif finite := [value for value in values if math.isfinite(value)]:
+                self._metrics[mode][name] += finite
 
 
 class PairwiseNCATrainer(NCATrainer):

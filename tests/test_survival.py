@@ -1,6 +1,5 @@
 """Runs that are killed, stopped, starved of disk or fed rows that are not finite: what is left, and how they go on."""
 
-import contextlib
 import json
 import logging
 import multiprocessing
@@ -9,7 +8,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -34,7 +32,7 @@ CHILDREN.set_forkserver_preload(["run_reward", "tests.test_survival"])
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory, tiny_model):
-    """Path of a recipe of twelve steps with dropout, logged every third, saved every second."""
+    """Path of a recipe of forty steps with dropout, logged every third, saved every second."""
     folder = tmp_path_factory.mktemp("survival")
     for name, n in (("train", 40), ("eval", 4)):
         rows = reward_rows(n)
@@ -45,9 +43,9 @@ def recipe(tmp_path_factory, tiny_model):
         "model_name_or_path": tiny_model, "train_file": f"{folder}/train.jsonl", "eval_file": f"{folder}/eval.jsonl",
         "output_dir": f"{folder}/whole", "use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj", "v_proj"],
         "lora_dropout": 0.2, "disable_dropout": False, "beta": 0.1, "alpha": 0.3, "learning_rate": 1e-2,
-        "max_steps": 12, "global_batch_size": 4, "per_device_train_batch_size": 2, "logging_steps": 3,
+        "max_steps": 40, "global_batch_size": 4, "per_device_train_batch_size": 2, "logging_steps": 3,
         "save_strategy": "steps", "save_steps": 2, "save_total_limit": 3, "gradient_checkpointing": False,
-        "report_to": "none", "disable_tqdm": True, "eval_strategy": "steps", "eval_steps": 6,
+        "report_to": "none", "disable_tqdm": True, "eval_strategy": "steps", "eval_steps": 20,
     }  # fmt: skip
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(settings))
@@ -102,29 +100,189 @@ def wait_for(condition, child=None, seconds=60):
 
 
 def test_ten_kills_and_the_run_ends_as_if_there_had_been_none(recipe, whole, tmp_path):
-    rng, out, kills = random.Random(0), tmp_path / "out", {"at random": 0, "while saving": 0}
-    staging = out / STAGING
-    while sum(kills.values()) < 10:
+    rng, out = random.Random(0), tmp_path / "out"
+    staging, passed = out / STAGING, []
+    for kill in range(10):
         child = launch(recipe, out, "--resume_from_checkpoint=true")
-        if rng.random() < 0.5:
-            for _ in range(rng.randint(1, 2)):
-                wait_for(staging.exists, child)
-            time.sleep(rng.random() * 0.03)
-            kind = "while saving"
-        else:
-            child.join(rng.random() * 4)
-            kind = "at random"
-        if child.is_alive():
-            os.kill(child.pid, signal.SIGKILL)
-            kills[kind] += 1
+        wait_for(staging.exists, child)
+        if kill % 2:  # some time after a save, else during one
+            wait_for(lambda: not staging.exists(), child)
+        time.sleep(rng.random() * (0.2 if kill % 2 else 0.02))
+        os.kill(child.pid, signal.SIGKILL)
         child.join()
-        if child.exitcode == 0:  # it came through: once more from the start
-            shutil.rmtree(out)
-        for checkpoint in out.glob("checkpoint-*"):
-            assert why_torn(checkpoint) is None
+        assert child.exitcode == -signal.SIGKILL, "it had ended before"
+        assert [why_torn(checkpoint) for checkpoint in out.glob("checkpoint-*")] == [None] * len(list(out.glob("c*-*")))
+        passed.append(staging.exists())
+    assert any(passed), "no kill came while saving"
+    assert not (out / "train_results.json").exists()
     child = launch(recipe, out, "--resume_from_checkpoint=true")
     child.join()
     assert child.exitcode == 0, Path(f"{out}.log").read_text()[-3000:]
-    assert min(kills.values()) > 0
     assert_same_run(whole, out)
     assert not staging.exists()
+
+
+def test_sigterm_saves_and_exits_0(recipe, whole, tmp_path):
+    out = tmp_path / "out"
+    child = launch(recipe, out, "--save_steps=1000")
+    wait_for(lambda: "'loss'" in Path(f"{out}.log").read_text() if Path(f"{out}.log").exists() else False, child)
+    begun = time.monotonic()
+    os.kill(child.pid, signal.SIGTERM)
+    child.join(30)
+    assert child.exitcode == 0 and time.monotonic() - begun < 30
+    (checkpoint,) = out.glob("checkpoint-*")
+    assert why_torn(checkpoint) is None
+    assert f"{checkpoint.name} is written" in Path(f"{out}.log").read_text()
+    assert not (out / "train_results.json").exists()
+    child = launch(recipe, out, "--resume_from_checkpoint=true")
+    child.join()
+    assert child.exitcode == 0
+    assert_same_run(whole, out)
+
+
+class TermAt(TrainerCallback):
+    """Sends SIGTERM to its own process at a moment of the run."""
+
+    def __init__(self, moment, when):
+        def send(args, state, control, **kwargs):
+            if when(state):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        setattr(self, moment, send)
+
+
+@pytest.mark.parametrize(
+    ("moment", "step", "left"),
+    [("on_substep_end", 4, 4), ("on_step_end", 5, 5), ("on_prediction_step", 6, 6), ("on_substep_end", 0, None)],
+)
+def test_a_stop_at_any_moment_loses_nothing(tmp_path, moment, step, left):
+    settings = {
+        "max_steps": 9, "gradient_accumulation_steps": 4, "per_device_train_batch_size": 1, "logging_steps": 4,
+        "save_strategy": "steps", "save_steps": 100, "eval_strategy": "steps", "eval_steps": 3, "num_train_epochs": 2,
+        "disable_dropout": False,
+    }  # fmt: skip
+    rows, held_out = reward_rows(24), reward_rows(3)
+    runs = [make_trainer(tmp_path / name, rows, eval_rows=held_out, **settings) for name in ("whole", "out", "out")]
+    runs[0].train()
+    runs[1].add_callback(TermAt(moment, lambda state: state.global_step == step))
+    with pytest.raises(SystemExit) as exit_code:
+        runs[1].train()
+    assert exit_code.value.code == 0
+    assert runs[1].state.global_step == step
+    found = sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*"))
+    assert found == ([f"checkpoint-{left}"] if left else [])
+    if left:
+        runs[2].train(resume_from_checkpoint=str(tmp_path / "out" / found[0]))
+        for key in ("loss", "logps/chosen", "grad_norm", "num_input_tokens_seen"):
+            assert logged(runs[2], key) == logged(runs[0], key), key
+        for one, other in zip(runs[0].model.parameters(), runs[2].model.parameters(), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_a_torn_checkpoint_is_passed_over_with_a_line(recipe, whole, tmp_path, caplog):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    for name in ("train_results.json", "adapter_model.safetensors"):
+        (out / name).unlink()
+    steps = sorted(int(path.name[11:]) for path in out.glob("checkpoint-*"))
+    newest, second, third = (out / f"checkpoint-{step}" for step in reversed(steps))
+    with (newest / "optimizer.pt").open("r+b") as stream:
+        stream.truncate(1000)
+    (second / MARKER).unlink()
+    with caplog.at_level(logging.WARNING):
+        align([str(recipe), f"--output_dir={out}", "--resume_from_checkpoint=true"], NCATrainer, pairs=False)
+    assert f"{newest} is passed over, it is torn: optimizer.pt is not as it was written" in caplog.text
+    assert f"{second} is passed over, it is torn: it has no {MARKER}" in caplog.text
+    assert f"Going on from {third}" in caplog.text
+    assert_same_run(whole, out)
+    (newest / "trainer_state.json").write_text("{}")
+    with pytest.raises(UserError, match=f"{newest.name} is torn: trainer_state.json is not as it was written"):
+        align([str(recipe), f"--output_dir={out}", f"--resume_from_checkpoint={newest}"], NCATrainer, pairs=False)
+
+
+def test_what_a_seal_covers(tmp_path):
+    (tmp_path / "deep").mkdir()
+    for name in ("one", "deep/two"):
+        (tmp_path / name).write_text(name)
+    seal(tmp_path)
+    assert why_torn(tmp_path) is None
+    (tmp_path / "deep/two").write_text("owt")
+    assert why_torn(tmp_path) == "deep/two is not as it was written"
+    (tmp_path / "deep/two").unlink()
+    assert why_torn(tmp_path) == "deep/two is missing"
+    (tmp_path / MARKER).write_text('{"files"')
+    assert why_torn(tmp_path) == f"it has no {MARKER}"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 600 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a file system")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(recipe, whole, small_disk, tmp_path):
+    out = small_disk / "out"
+    flags = [str(recipe), f"--output_dir={out}", "--save_total_limit=20", "--resume_from_checkpoint=true"]
+    with pytest.raises(UserError, match="a checkpoint cannot be written: .*No space left.* Mend that; .*--resume"):
+        align(flags, NCATrainer, pairs=False)
+    found = list(out.glob("checkpoint-*"))
+    assert found and all(why_torn(checkpoint) is None for checkpoint in found)
+    assert not (out / STAGING).exists()
+    subprocess.run(["mount", "-o", "remount,size=50m", small_disk], check=True)
+    align(flags, NCATrainer, pairs=False)
+    assert_same_run(whole, out)
+
+
+def test_a_read_only_folder_is_found_before_the_model_is_loaded(recipe, small_disk):
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(UserError, match=f"output_dir: {small_disk}/out cannot be written .{small_disk} is read-only"):
+        align([str(recipe), f"--output_dir={small_disk}/out", "--model_name_or_path=nowhere"], NCATrainer, pairs=False)
+
+
+def bad_rows(*bad):
+    """Rows of which some have a score that makes their loss NaN."""
+    rows = reward_rows(12)
+    return Dataset.from_list(
+        [row | {"scores": [float("nan")] * len(row["scores"]), "where": f"line {i}"} if i in bad else
+         row | {"where": f"line {i}"} for i, row in enumerate(rows)]
+    )  # fmt: skip
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_its_row_named(tmp_path, caplog):
+    settings = {"max_steps": 3, "train_sampling_strategy": "sequential"}
+    trainer = make_trainer(tmp_path, bad_rows(5), **settings)
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    assert "Step 2: the loss of line 5 is not finite; the step is left out (1 of max_nan_steps 3)" in caplog.text
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+    assert logged(trainer, "rewards/chosen")[2] != 0, "the other steps count"
+
+
+def test_too_many_of_them_end_the_run_with_the_last_good_checkpoint(tmp_path):
+    settings = {"max_steps": 3, "train_sampling_strategy": "sequential", "save_strategy": "steps", "save_steps": 1}
+    trainer = make_trainer(tmp_path, bad_rows(5, 7, 9), max_nan_steps=2, **settings)
+    with pytest.raises(
+        RunStopped, match="Step 3: the loss of line 9 is not finite, for 2 steps in a row .max_nan_steps 2"
+    ):
+        trainer.train()
+    assert (tmp_path / "checkpoint-2").exists() and not (tmp_path / "checkpoint-3").exists()
+    weights = load_file(tmp_path / "checkpoint-2" / "adapter_model.safetensors")
+    assert all(torch.isfinite(value).all() for value in weights.values())
+
+
+def test_a_run_that_blows_up_names_rows_and_keeps_no_broken_weights(recipe, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="not finite"):
+        align(
+            [str(recipe), f"--output_dir={out}", "--learning_rate=1e38", "--max_grad_norm=0", "--optim=sgd"],
+            NCATrainer, pairs=False,
+        )  # fmt: skip
+    for checkpoint in out.glob("checkpoint-*"):
+        weights = load_file(checkpoint / "adapter_model.safetensors")
+        assert all(torch.isfinite(value).all() for value in weights.values())

@@ -1,7 +1,7 @@
 """Checkpoints on disk that are complete or absent: written beside, sealed with hashes, then renamed.
 
-A kill at any moment leaves the folder `_saving` at most, which the next save removes. A machine that loses its power may
-leave a torn `checkpoint-N`, which its hashes tell.
+A kill at any moment leaves the folder `_saving` at most, which the next save removes. A machine that loses its power
+may leave a torn `checkpoint-N`, which its hashes tell.
 """
 
 import json
@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 MARKER = "complete.json"
 #: In the output folder: where a checkpoint is written. Uploads to the Hub leave out what begins with an underscore.
 STAGING = "_saving"
+GO_ON = "the last complete checkpoint is untouched, --resume_from_checkpoint=true goes on from it"
 
 
 class RunStopped(RuntimeError):
@@ -75,10 +76,7 @@ def staged(output_dir: str) -> Iterator[str]:
         reason = why_unwritable(error)
         if reason is None:
             raise
-        raise RunStopped(
-            f"{output_dir}: a checkpoint cannot be written: {reason}. Older ones are untouched; mend that, and go on with "
-            "--resume_from_checkpoint=true"
-        ) from error
+        raise RunStopped(f"{output_dir}: a checkpoint cannot be written: {reason}. Mend that; {GO_ON}") from error
     state.wait_for_everyone()
 
 

@@ -89,8 +89,8 @@ class NCAConfig(DPOConfig):
     max_nan_steps: int = field(
         default=3,
         metadata={
-            "help": "Optimizer steps in a row whose loss or gradient is not finite, after which the run ends. Each is left "
-            "out, and its rows are named; the last good checkpoint stays."
+            "help": "Optimizer steps in a row whose loss or gradient is not finite, after which the run ends. Each is "
+            "left out, and its rows are named; the last good checkpoint stays."
         },
     )
     include_num_input_tokens_seen: str = field(

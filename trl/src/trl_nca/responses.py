@@ -101,8 +101,9 @@ class ResponseTokenizer:
 
         Returns:
             `prompt_ids` (ints), `response_ids` (K lists of ints), `scores`, `length` (tokens of the packed group),
-            `where` (as given); and what was done to fit them: `prompt_trimmed` (bool), `responses_cut` (count), `mended` (bool: one of these,
-            or the row came with a `mended` that is not empty), `dropped` (a reason, or "" for a row to train on).
+            `where` (as given); and what was done to fit them: `prompt_trimmed` (bool), `responses_cut` (count),
+            `mended` (bool: one of these, or the row came with a `mended` that is not empty), `dropped` (a reason, or ""
+            for a row to train on).
         """
         prompt, responses, dropped = row["prompt"], row["responses"], ""
         try:

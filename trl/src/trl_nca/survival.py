@@ -24,7 +24,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 from trl import DPOTrainer
 
-from trl_nca.checkpoints import RunStopped, staged
+from trl_nca.checkpoints import GO_ON, RunStopped, staged
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ class SurvivingTrainer(DPOTrainer):
         if self.accelerator.reduce(torch.as_tensor(num_bad, device=self.accelerator.device)).item():
             raise RunStopped(
                 f"Step {self.state.global_step}: weights are not finite, and no checkpoint is written of them. Lower "
-                "learning_rate; the last complete checkpoint is untouched, --resume_from_checkpoint=true goes on from it"
+                f"learning_rate; {GO_ON}"
             )
 
 
@@ -187,8 +187,9 @@ class Survival(TrainerCallback):
         _set_random_states(start["random"])
         trainer._tr_loss.copy_(start["tr_loss"])
         trainer.current_flos, state.num_input_tokens_seen = start["flos"], start["tokens"]
-        for name, values in trainer._metrics["train"].items():
-            del values[start["metrics"].get(name, 0) :]
+        kept = {name: trainer._metrics["train"][name][:length] for name, length in start["metrics"].items()}
+        trainer._metrics["train"].clear()
+        trainer._metrics["train"].update(kept)
         control.should_training_stop = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -253,9 +254,8 @@ class Survival(TrainerCallback):
         # DeepSpeed has made its step inside the backward pass: it cannot be left out.
         if self.num_bad >= args.max_nan_steps or self.trainer.is_deepspeed_enabled:
             raise RunStopped(
-                f"{step}, for {self.num_bad} steps in a row (max_nan_steps {args.max_nan_steps}). Look at these rows, or "
-                "lower learning_rate; the last complete checkpoint is untouched, --resume_from_checkpoint=true goes on "
-                "from it"
+                f"{step}, for {self.num_bad} steps in a row (max_nan_steps {args.max_nan_steps}). Look at these rows, "
+                f"or lower learning_rate; {GO_ON}"
             )
         logger.warning("!!! %s; the step is left out (%d of max_nan_steps %d)", step, self.num_bad, args.max_nan_steps)
         if self.trainer.accelerator.scaler is None:  # the scaler of float16 leaves such steps out by itself
