@@ -31,6 +31,7 @@ from trl_nca.losses import LOSSES, SEPARABLE, reward_targets
 from trl_nca.metrics import group_metrics
 from trl_nca.reference import cache_file, describe_reference, reference_logps
 from trl_nca.responses import TOKENIZED_FEATURES, group_length, tokenize_dataset
+from trl_nca.router import RouterLoss, check_router
 from trl_nca.sampler import SeededLengthSampler
 from trl_nca.survival import SurvivingTrainer
 
@@ -41,7 +42,8 @@ class NCATrainer(SurvivingTrainer):
     """Aligns a model with K >= 2 scored responses a prompt; K may differ by row.
 
     The loss of a step is the mean over the prompts of the global batch, exactly: whatever the number of processes, the
-    accumulation steps, and the size of the last batch.
+    accumulation steps, and the size of the last batch. A mixture of experts is also trained by `router_aux_loss_coef`
+    (None: the model's own) times its load-balancing loss, averaged likewise; it is logged as `aux_loss`, not in `loss`.
 
     Args:
         model: Name or folder of a model, or a model.
@@ -82,6 +84,7 @@ class NCATrainer(SurvivingTrainer):
         kwargs["data_collator"] = kwargs.get("data_collator") or GroupCollator()
         args = args or NCAConfig(output_dir="nca-run")
         super().__init__(model, ref_model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+        check_router(self.model, self.aux_loss_enabled)
 
     def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: NCAConfig, dataset_name: str) -> Dataset:
         if "where" not in dataset.column_names:
@@ -173,8 +176,8 @@ class NCATrainer(SurvivingTrainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return SeededLengthSampler(rows["length"][:], global_batch, seed)
 
-    def _run(self, model: nn.Module) -> Callable[[Batch], Tensor]:
-        return functools.partial(response_logps, model, shared_prompt=self._shared_prompt)
+    def _run(self, model: nn.Module, router: RouterLoss | None = None) -> Callable[[Batch], Tensor]:
+        return functools.partial(response_logps, model, shared_prompt=self._shared_prompt, router=router)
 
     def _chunks(self, inputs: Batch) -> list[Batch]:
         return split_batch(inputs, self.args.max_tokens_per_forward, self._shared_prompt)
@@ -210,11 +213,7 @@ class NCATrainer(SurvivingTrainer):
         return batches, self.accelerator.reduce(num_prompts, reduction="sum")
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | None = None,
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Tensor | None = None
     ) -> Any:
         self._num_prompts = num_items_in_batch
         return super().compute_loss(model, inputs, return_outputs)
@@ -225,11 +224,13 @@ class NCATrainer(SurvivingTrainer):
         if ref_logps is None:
             ref_logps = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
         targets = self._targets(scores, mask)
+        router = RouterLoss(inputs, self.router_aux_loss_coef if self.aux_loss_enabled else None)
 
         def losses_of(logps: Tensor) -> tuple[Tensor, Tensor]:
             """Losses, shape (B,), and implicit rewards, shape (B, K), of log-probs of shape (B, K)."""
             rewards = self.beta * (logps - ref_logps)
-            return LOSSES[self.args.loss_type](rewards, targets.to(rewards.dtype), mask), rewards
+            losses = LOSSES[self.args.loss_type](rewards, targets.to(rewards.dtype), mask)
+            return losses + router.spend(), rewards
 
         def average(losses: Tensor) -> Tensor:
             if self._num_prompts is None:
@@ -237,7 +238,7 @@ class NCATrainer(SurvivingTrainer):
             # Gradients are averaged over processes; times their number, that is the sum over all prompts.
             return losses.sum() * self.accelerator.num_processes / self._num_prompts
 
-        run, chunks = self._run(model), self._chunks(inputs)
+        run, chunks = self._run(model, router), self._chunks(inputs)
         if torch.is_grad_enabled():
             logps = logps_for_training(
                 run,
@@ -250,9 +251,8 @@ class NCATrainer(SurvivingTrainer):
         else:
             logps = logps_without_gradient(run, chunks, self._agree)
         losses, rewards = losses_of(logps)
-        self._record(group_metrics(losses, rewards, logps, scores, mask), inputs["where"])
-        loss = average(losses)
-        return (loss, {"rewards": rewards}) if return_outputs else loss
+        self._record(router.metrics | group_metrics(losses, rewards, logps, scores, mask), inputs["where"])
+        return (average(losses), {"rewards": rewards}) if return_outputs else average(losses)
 
     def _record(self, metrics: dict[str, Tensor], where: list[str]) -> None:
         """Notes one value a prompt, from all processes: upstream's `log` averages them, so every prompt counts once."""

@@ -17,7 +17,6 @@ UNSUPPORTED = [
     ("f_divergence_type", "reverse_kl"),
     ("label_smoothing", 0.0),
     ("use_weighting", False),
-    ("router_aux_loss_coef", None),
     ("truncation_mode", "keep_start"),
 ]
 

@@ -14,6 +14,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 
+from trl_nca.router import load_balancing_loss
+
 #: Logits held at a time, in elements: 64 MiB of float32. Larger gains nothing, smaller loses matrix-product speed.
 LOGITS_AT_ONCE = 2**24
 
@@ -23,7 +25,8 @@ def fuse_head(model: nn.Module) -> None:
 
     `targets`, shape (R,), are token ids, and `positions`, shape (R,), the places in the flattened (batch x length) rows
     that predict them; the result is their log-probs, shape (R,). Only these positions meet the LM head. Without
-    `targets` the model runs as before. To be called on the bare model; wrapped by PEFT, DDP, FSDP or DeepSpeed it
+    `targets` the model runs as before. With `output_router_logits` a mixture of experts returns its load-balancing loss
+    too. To be called on the bare model; wrapped by PEFT, DDP, FSDP or DeepSpeed it
     takes the two arguments all the same.
     """
     if hasattr(model.forward, "is_fused"):
@@ -38,10 +41,14 @@ def fuse_head(model: nn.Module) -> None:
         if targets is None:
             return original(*args, **kwargs)
         # Looked up at each call: wrappers replace modules after this function has run.
-        hidden = self.base_model(*args, **kwargs).last_hidden_state
+        outputs = self.base_model(*args, **kwargs)
+        hidden = outputs.last_hidden_state.flatten(0, 1)[positions]
         head = self.get_output_embeddings()
         rows = max(1, LOGITS_AT_ONCE // self.config.get_text_config().vocab_size)
-        return target_logps(lambda h: to_logits(head(h)), head, hidden.flatten(0, 1)[positions], targets, rows)
+        logps = target_logps(lambda h: to_logits(head(h)), head, hidden, targets, rows)
+        if kwargs.get("output_router_logits"):
+            return logps, load_balancing_loss(self, outputs.router_logits, kwargs.get("attention_mask"))
+        return logps
 
     forward.is_fused = True
     model.forward = types.MethodType(forward, model)

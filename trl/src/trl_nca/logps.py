@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from trl_nca.head import fuse_head
+from trl_nca.router import RouterLoss
 from trl_nca.shared_prompt import GroupLayout, base_model, share_prompts
 
 Batch = dict[str, Any]  # tensors, and the rows' places
@@ -35,7 +36,7 @@ def prepare(models: Sequence[nn.Module], shared_prompt: str = "auto") -> bool:
     return share_prompts(models, shared_prompt)
 
 
-def response_logps(model: nn.Module, batch: Batch, shared_prompt: bool) -> Tensor:
+def response_logps(model: nn.Module, batch: Batch, shared_prompt: bool, router: RouterLoss | None = None) -> Tensor:
     r"""Log-prob of each response given its prompt, summed over the response's tokens.
 
     .. math:: \log \pi(y | x) = \sum_t \log \pi(y_t | x, y_{<t})
@@ -45,12 +46,18 @@ def response_logps(model: nn.Module, batch: Batch, shared_prompt: bool) -> Tenso
         batch: Packed groups from `GroupCollator`.
         shared_prompt: What `prepare` said. True: run packed, each prompt once. False: every response is run in a padded
             row of its own, behind its own copy of the prompt.
+        router: Where it is enabled, the load-balancing loss of this forward is added to it.
 
     Returns:
         Log-probs in nats, float32 or wider, 0 for padded responses. Shape (B, K).
     """
     inputs, positions = (_packed if shared_prompt else _padded)(batch)
+    if router is not None and router.enabled:
+        inputs["output_router_logits"] = True
     per_token_logps = model(**inputs, use_cache=False, positions=positions, targets=batch["targets"])  # (R,)
+    if router is not None and router.enabled:
+        per_token_logps, balance = per_token_logps
+        router.add(batch, balance)
     lengths = batch["response_lengths"].flatten()  # (B * K,)
     owners = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)  # (R,), b * K + k
     logps = per_token_logps.new_zeros(len(lengths)).index_add(0, owners, per_token_logps)
