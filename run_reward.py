@@ -30,6 +30,7 @@ from alignment.data import DataConfig, check_rows, load_groups
 from alignment.data_report import data_report, summary
 from alignment.errors import UserError
 from alignment.evaluate import sample_and_score
+from alignment.launch import settle_cpu_launch
 from alignment.models import PolicyConfig, load_tokenizer, model_init_kwargs
 from alignment.plan import plan_run, set_global_batch
 from alignment.recipe import RunConfig, parse_recipe
@@ -53,6 +54,7 @@ def align(argv: Sequence[str], trainer_class: type[NCATrainer], pairs: bool) -> 
     configs = parse_recipe(argv, [DataConfig, PolicyConfig, RunConfig, NCAConfig])
     data_config, policy_config, run_config, args = configs
     set_global_batch(args, run_config)
+    settle_cpu_launch()
     is_main = PartialState().is_main_process
     resume = (args.output_dir, args.resume_from_checkpoint, run_config.overwrite_output_dir, why_torn)
     (checkpoint,) = broadcast_object_list([output.resume_point(*resume) if is_main else None])
