@@ -7,10 +7,13 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -22,8 +25,9 @@ from alignment import errors
 from alignment.errors import UserError
 from nca_trainer import NCATrainer
 from run_reward import align
+from tests.conftest import ROOT
 from tests.test_trainer import logged, make_trainer, reward_rows
-from trl_nca.checkpoints import MARKER, STAGING, RunStopped, seal, why_torn
+from trl_nca.checkpoints import MARKER, STAGING, RunStopped, rotate, seal, why_torn
 
 # Children are forked from a server that has the slow imports behind it.
 CHILDREN = multiprocessing.get_context("forkserver")
@@ -198,6 +202,72 @@ def test_a_torn_checkpoint_is_passed_over_with_a_line(recipe, whole, tmp_path, c
     (newest / "trainer_state.json").write_text("{}")
     with pytest.raises(UserError, match=f"{newest.name} is torn: trainer_state.json is not as it was written"):
         align([str(recipe), f"--output_dir={out}", f"--resume_from_checkpoint={newest}"], NCATrainer, pairs=False)
+
+
+def test_all_steps_done_inside_an_epoch_means_none_more(tmp_path):
+    runs = [make_trainer(tmp_path, reward_rows(24), max_steps=4, save_strategy="steps", save_steps=4) for _ in range(2)]
+    runs[0].train()
+    runs[1].train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert runs[1].state.global_step == 4
+    for one, other in zip(runs[0].model.parameters(), runs[1].model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_best_checkpoint_is_named_by_its_place_and_kept(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 4}
+    trainer = make_trainer(
+        tmp_path, reward_rows(24), eval_rows=reward_rows(3), save_total_limit=2, metric_for_best_model="logps/rejected",
+        load_best_model_at_end=True, greater_is_better=False, **settings
+    )  # fmt: skip
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.parent == tmp_path and why_torn(best) is None
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-4", best.name} | (
+        {"checkpoint-3"} if best.name == "checkpoint-4" else set()
+    )
+    state = json.loads((best / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(best)
+
+
+def test_rotation_keeps_the_one_just_written(tmp_path):
+    for step in (2, 4, 6, 99):  # the last is torn, from before a resume
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    rotate(str(tmp_path), None, {"checkpoint-6"})
+    assert len(list(tmp_path.iterdir())) == 4
+    rotate(str(tmp_path), 3, {"checkpoint-6", ""})
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-4", "checkpoint-6", "checkpoint-99"}
+    rotate(str(tmp_path), 1, {"checkpoint-6", ""})
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-6"}
+
+
+def test_a_killed_worker_ends_all_processes_and_the_run_goes_on(recipe, tmp_path):
+    flags = ["--lora_dropout=0", "--disable_dropout=true", "--logging_steps=1"]
+    align([str(recipe), f"--output_dir={tmp_path}/one", *flags], NCATrainer, pairs=False)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file",
+               "alignment-handbook/recipes/accelerate_configs/multi_gpu.yaml", "--num_processes=2",
+               f"--main_process_port={port}", "run_reward.py", str(recipe), f"--output_dir={out}",
+               "--resume_from_checkpoint=true", *flags]  # fmt: skip
+    with open(tmp_path / "log", "w") as log, subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log) as launcher:
+        wait_for(lambda: any(out.glob("checkpoint-*")), seconds=120)
+        workers = [p for p in psutil.Process(launcher.pid).children(recursive=True) if "run_reward.py" in p.cmdline()]
+        assert len(workers) == 2
+        workers[1].kill()
+        assert launcher.wait(60) != 0
+    assert not any(worker.is_running() for worker in workers)
+    assert "another process of this run has died" in (tmp_path / "log").read_text()
+    assert all(why_torn(checkpoint) is None for checkpoint in out.glob("checkpoint-*"))
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "Going on from" in again.stdout
+    losses = [[entry["loss"] for entry in history(folder) if "loss" in entry] for folder in (tmp_path / "one", out)]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    one, other = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "one", out))
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, rtol=0, atol=1e-4)
 
 
 def test_what_a_seal_covers(tmp_path):

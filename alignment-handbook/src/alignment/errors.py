@@ -59,8 +59,8 @@ def run(main: Callable[[], None], exit_on_sigterm: bool = False) -> None:
         if "WORLD_SIZE" in os.environ and any(sign in str(error) for sign in _LOST_PEER):
             traceback.print_exc()
             print(
-                f"error: another process of this run has died ({_one_line(error)}); the newest checkpoint is untouched, "
-                "--resume_from_checkpoint=true goes on from it",
+                f"error: another process of this run has died ({_one_line(error)}); the newest checkpoint is "
+                "untouched, --resume_from_checkpoint=true goes on from it",
                 file=sys.stderr,
             )
             sys.exit(1)
@@ -68,7 +68,7 @@ def run(main: Callable[[], None], exit_on_sigterm: bool = False) -> None:
 
 
 def _leave(number: int, frame: Any) -> NoReturn:
-    print("Stopped by SIGTERM; there was nothing to save", flush=True)
+    print("Stopped by SIGTERM, outside of training: nothing had to be saved", flush=True)
     sys.exit(0)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from alignment.errors import UserError
+from alignment.recipe import PLAN_KEYS
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +31,8 @@ def resume_point(
 ) -> str | None:
     """Where to go on: a checkpoint, or None for a run from the start.
 
-    `true` is the newest complete checkpoint, or the start where there is none: a run that dies may die before its first,
-    and what launches it again need not look.
+    `true` is the newest complete checkpoint, or the start where there is none: a run that dies may die before its
+    first, and what launches it again need not look.
 
     Args:
         output_dir: Folder of the run; it need not exist.
@@ -80,6 +81,16 @@ def has_started(output_dir: str) -> bool:
     return (Path(output_dir) / STARTED).is_file()
 
 
+def make_folder(output_dir: str) -> None:
+    """Makes the folder where it is not there.
+
+    Raises:
+        UserError: It cannot be.
+    """
+    _check_writable(Path(output_dir))
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+
+
 def resolve(configs: Sequence[Any]) -> dict[str, Any]:
     """The recipe with all its defaults, as plain values; it can be run again, and holds no token."""
     resolved: dict[str, Any] = {}
@@ -87,7 +98,8 @@ def resolve(configs: Sequence[Any]) -> dict[str, Any]:
         as_given = config.to_dict() if hasattr(config, "to_dict") else dataclasses.asdict(config)
         resolved |= {key: value for key, value in as_given.items() if value not in (None, [], {})}
     given = resolved.pop("given", ())
-    for key in ("overwrite_output_dir", "resume_from_checkpoint", "hub_token"):  # of that launch, not of the run
+    of_launch = ("overwrite_output_dir", "resume_from_checkpoint", "hub_token", *PLAN_KEYS)
+    for key in of_launch:  # and not of the run
         resolved.pop(key, None)
     if "global_batch_size" in resolved and "gradient_accumulation_steps" not in given:
         del resolved["gradient_accumulation_steps"]  # it follows, on another number of GPUs too

@@ -80,6 +80,20 @@ def staged(output_dir: str) -> Iterator[str]:
     state.wait_for_everyone()
 
 
+def rotate(output_dir: str, limit: int | None, kept: set[str]) -> None:
+    """Removes the oldest checkpoints above a limit. (Upstream would take a torn one of a later step for the newest.)
+
+    Args:
+        output_dir: Folder of the run.
+        limit: Checkpoints to keep; None for all.
+        kept: Names of those to keep whatever the limit is.
+    """
+    found = [folder for folder in Path(output_dir).glob("checkpoint-*") if folder.name[11:].isdigit()]
+    rest = sorted((folder for folder in found if folder.name not in kept), key=lambda folder: int(folder.name[11:]))
+    for folder in rest[: max(len(found) - (limit or len(found)), 0)]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def why_unwritable(error: Exception) -> str | None:
     """What keeps files from being written, if that is what an error says; None for any other error."""
     if isinstance(error, OSError):

@@ -124,6 +124,8 @@ class NCAConfig(DPOConfig):
         self.include_num_input_tokens_seen = "all" if counts_tokens else "no"  # packed: all tokens are real
         if not torch.accelerator.is_available():  # recipes are written for GPUs; on a CPU they run there, in float32
             self.use_cpu, self.bf16, self.dataloader_pin_memory = True, bool(self.bf16), False
+        if self.ddp_find_unused_parameters is None:  # each step uses all that is trained: no need to look
+            self.ddp_find_unused_parameters = False
         super().__post_init__()
         self.loss_type = by_lower[str(self.loss_type[0]).lower()]  # upstream makes a list of it
         for tracker in set(self.report_to) - set(get_available_reporting_integrations()):

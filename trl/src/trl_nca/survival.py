@@ -21,10 +21,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import rotate_checkpoints
 from trl import DPOTrainer
 
-from trl_nca.checkpoints import GO_ON, RunStopped, staged
+from trl_nca.checkpoints import GO_ON, RunStopped, rotate, staged
 
 logger = logging.getLogger(__name__)
 
@@ -76,9 +75,8 @@ class SurvivingTrainer(DPOTrainer):
                     self.state.save_to_json(str(best / TRAINER_STATE_NAME))
         self._staging = None
         if self.args.should_save:
-            rotate_checkpoints(
-                self.args.output_dir, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
-            )
+            kept = {f"checkpoint-{self.state.global_step}", Path(self.state.best_model_checkpoint or "").name}
+            rotate(self.args.output_dir, self.args.save_total_limit, kept)
 
     @torch.no_grad()
     def _check_weights(self) -> None:
@@ -136,12 +134,12 @@ class Survival(TrainerCallback):
             self.asked = True
 
         before = signal.signal(signal.SIGTERM, note)
-        try:
-            yield
-            if self.stopped:
-                self.leave()
-        finally:
-            signal.signal(signal.SIGTERM, before)
+        yield
+        if self.stopped:
+            self.leave()
+        # Not after an error: where one process of several fails, the launcher sends the others SIGTERM, and what
+        # they have to say of it is not to be cut short.
+        signal.signal(signal.SIGTERM, before)
 
     def leave(self) -> NoReturn:
         """Ends the program."""
