@@ -108,6 +108,26 @@ def test_pairs_have_the_better_one_first(row):
     assert read(row, pairs=True) == [PAIR | {"scores": [1.0, 0.0]}]
 
 
+def test_a_pair_of_actions_in_a_reasoning_tree():
+    """UltraInteract's rows: turns with the environment's answers, and two actions that may come next."""
+    said_then = [
+        {"from": "user", "value": "Simplify (-3-2i)-(1+4i)."},
+        {"from": "assistant", "value": "-3 + 1"},
+        {"from": "user", "value": "Out: -2. Your answer is wrong."},
+    ]
+    row = {"id": "d1_2_1", "parent_id": "d1", "task": "Math_PoT", "dataset": "MATH", "chosen": "-4", "rejected": "-2"}
+    (group,) = read(row | {"trajectory": said_then}, pairs=True)
+    assert [m["role"] for m in group["prompt"]] == ["user", "assistant", "user"]
+    assert [m["content"] for m in group["prompt"]] == [turn["value"] for turn in said_then]
+    assert (group["responses"], group["scores"]) == (["-4", "-2"], [1.0, 0.0])
+    sharegpt = [turn | {"from": {"user": "human", "assistant": "gpt"}[turn["from"]]} for turn in said_then]
+    assert read(row | {"trajectory": sharegpt}, pairs=True) == [group]
+    with pytest.raises(BadRow, match="bad_messages"):
+        read(row | {"trajectory": [{"from": "user"}]}, pairs=True)
+    with pytest.raises(BadRow, match="no_prompt"):
+        read(row | {"trajectory": []}, pairs=True)
+
+
 def test_the_unit_of_the_scores_is_no_matter_of_pairs_without_any():
     pair = {"prompt": "Capital of France?", "chosen": "Paris", "rejected": "Rome"}
     settings_ = {"score_range": [1, 10], "tie_margin": 1.5}

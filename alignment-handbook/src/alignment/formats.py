@@ -3,7 +3,7 @@
 - list form: `prompt` (text or messages), `responses` (texts or message lists), `scores` (or `rewards`);
 - the 2024 form: `A0`, `A1`, ... (texts or message lists) and `score_A0`, `score_A1`, ...;
 - pairs: `chosen`, `rejected` (texts or message lists), with `prompt` or with it inside them, and for reward data
-  `score_chosen`, `score_rejected`;
+  `score_chosen`, `score_rejected`; UltraInteract's have `trajectory`, the turns before, in place of `prompt`;
 - UltraFeedback as it was released: `instruction`, `completions` (see `alignment.ultrafeedback`);
 - long form, a row a response: `prompt` or `prompt_id`, `response`, `score` (or `reward`);
 - unpaired, TRL's KTO form: `prompt`, `completion`, `label`: scores 1 and 0.
@@ -20,6 +20,8 @@ from alignment.rules import BadRow
 
 Row = dict[str, Any]
 Messages = list[dict[str, str]]
+
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 
 @dataclass
@@ -74,7 +76,7 @@ def to_group(row: Row, pairs: bool = False, score: str = "overall") -> Group:
     """
     mended: list[str] = []
     ranked = False
-    prompt = row.get("prompt")
+    prompt = row.get("prompt") or row.get("trajectory")
     if "responses" in row and ("scores" in row or "rewards" in row):
         responses, scores = row["responses"], row.get("scores", row.get("rewards"))
     elif "A0" in row and "score_A0" in row:
@@ -122,15 +124,24 @@ def _split_prompt(prompt: Any, responses: list[Any]) -> tuple[Messages, list[Any
 
 
 def messages_of(value: Any, what: str) -> Messages:
-    """A value as messages; a text is one turn of the user's.
+    """A value as messages; a text is one turn of the user's. Turns may be spelt ShareGPT's way, as `from` and `value`.
 
     Raises:
         BadRow: It is neither; names it by `what`.
     """
     if isinstance(value, str):
         return [{"role": "user", "content": value}]
-    if not isinstance(value, list) or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
-    ):
+    turns = [_turn(m) for m in value] if isinstance(value, list) else [None]
+    if None in turns:
         raise BadRow("bad_messages", f"{what} is neither text nor messages with 'role' and 'content'")
-    return [{"role": m["role"], "content": m["content"]} for m in value]
+    return turns
+
+
+def _turn(message: Any) -> dict[str, str] | None:
+    """A message with its role and content; None for anything else."""
+    if not isinstance(message, dict):
+        return None
+    role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+    if not isinstance(role, str) or not isinstance(content, str):
+        return None
+    return {"role": _SHAREGPT_ROLES.get(role, role), "content": content}
