@@ -1,4 +1,4 @@
-"""Adapters merged into their base, rounds of on-policy alignment, and the table that they end with."""
+"""Rounds of on-policy alignment, and the table that they end with."""
 
 import json
 import os
@@ -6,64 +6,11 @@ import subprocess
 import sys
 
 import pytest
-import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from alignment.errors import UserError
-from alignment.merge import merge_adapter
 from alignment.report import rounds_table
 from tests.conftest import ROOT
-from tests.test_sample import save_stopping_model, script
-from tests.tiny import CHATML, save_tiny_model, tiny_config, tiny_tokenizer
-
-
-def save_adapter(base, folder, **lora):
-    """Writes an adapter that changes what the base says, with its tokenizer."""
-    torch.manual_seed(1)
-    config = LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False, **lora)
-    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
-def test_merged_is_the_adapter_on_its_base(tiny_model, tmp_path):
-    adapter = save_adapter(tiny_model, tmp_path / "adapter", target_modules=["q_proj", "down_proj"])
-    assert merge_adapter(adapter, str(tmp_path / "merged")) < 1e-5
-    base, merged = (AutoModelForCausalLM.from_pretrained(name) for name in (tiny_model, tmp_path / "merged"))
-    ids = torch.arange(3, 40)[None]
-    with torch.no_grad():
-        at_base, at_merged = base(ids).logits, merged(ids).logits
-        at_adapter = PeftModel.from_pretrained(base, adapter)(ids).logits
-    assert torch.allclose(at_merged, at_adapter, atol=1e-5)
-    assert not torch.allclose(at_base, at_adapter, atol=0.1)
-    assert (tmp_path / "merged" / "model.safetensors").exists()
-    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == CHATML
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "merged"]
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's, of what is shown here
-def test_a_merge_that_changes_the_model_is_refused(tmp_path):
-    base = save_tiny_model(tmp_path / "base")
-    LlamaForCausalLM(tiny_config(tie_word_embeddings=True)).save_pretrained(base)
-    adapter = save_adapter(base, tmp_path / "adapter", target_modules=["lm_head"])
-    with pytest.raises(UserError, match="merged, it gives other logits"):
-        merge_adapter(adapter, str(tmp_path / "merged"))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
-
-
-def test_the_merge_script(tiny_model, tmp_path, monkeypatch, capsys):
-    adapter = save_adapter(tiny_model, tmp_path / "adapter", target_modules=["v_proj"])
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "notes.txt").write_text("precious")
-    (tmp_path / "empty").mkdir()
-    assert script(monkeypatch, "merge.py", adapter, "--output", tmp_path / "full") == 2
-    assert "full is not empty; name a new folder" in capsys.readouterr().err
-    assert script(monkeypatch, "merge.py", tiny_model, "--output", tmp_path / "new") == 2
-    assert "no adapter_config.json" in capsys.readouterr().err
-    assert script(monkeypatch, "merge.py", adapter, "--output", tmp_path / "empty") == 0
-    assert (tmp_path / "empty" / "model.safetensors").exists()
-    assert not (tmp_path / "new").exists()
+from tests.test_sample import save_stopping_model
 
 
 def scored(means, first="p0"):

@@ -1,0 +1,77 @@
+"""The model card of what a run made: what it was trained on, how, and what that did."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+CITATION = """@inproceedings{chen2024noise,
+    title  = {{Noise Contrastive Alignment of Language Models with Explicit Rewards}},
+    author = {Huayu Chen and Guande He and Lifan Yuan and Ganqu Cui and Hang Su and Jun Zhu},
+    year   = 2024,
+    url    = {https://arxiv.org/abs/2402.05369},
+}"""
+_RESULTS = {
+    "eval_loss": "held-out loss",
+    "eval_rewards/accuracies": "reward accuracy",
+    "eval_rewards/margins": "reward margin",
+    "eval_rewards/chosen": "implicit reward of the best response",
+    "eval_rewards/rejected": "implicit reward of the others",
+}
+
+
+def write_card(folder: Path, run: str, base: str) -> None:
+    """Writes README.md beside a model, and the run's figures where there are some.
+
+    Args:
+        folder: Of the model.
+        run: Output folder of the run that trained it; what is not there is left out.
+        base: The model that was aligned.
+    """
+    figures = sorted((Path(run) / "figures").glob("*.png"))
+    for figure in figures:
+        (folder / "figures").mkdir(exist_ok=True)
+        shutil.copyfile(figure, folder / "figures" / figure.name)
+    recipe = _read(run, "recipe.yaml")
+    head = yaml.safe_dump({"base_model": base, "library_name": "transformers", "tags": ["trl", "nca", "alignment"]})
+    parts = [
+        f"---\n{head}---",
+        f"# {folder.name.removeprefix('.').removesuffix('.partial')}",
+        f"`{base}`, aligned with explicit rewards"
+        + (f" by the {recipe['loss_type']} loss." if recipe.get("loss_type") else "."),
+        _results(_read(run, "eval_results.json"), _read(run, "train_results.json")),
+        "\n\n".join(f"![{figure.stem}](figures/{figure.name})" for figure in figures),
+        _data(_read(run, "data_report.json")),
+        f"## Recipe\n\n```yaml\n{yaml.safe_dump(recipe, sort_keys=False)}```" if recipe else "",
+        f"## Citation\n\nThe losses:\n\n```bibtex\n{CITATION}\n```",
+    ]
+    (folder / "README.md").write_text("\n\n".join(filter(None, parts)) + "\n")
+
+
+def _results(evaluation: dict[str, Any], training: dict[str, Any]) -> str:
+    held_out, samples = evaluation.get("eval") or {}, evaluation.get("samples") or {}
+    rows = [(name, f"{held_out[key]:.4f}") for key, name in _RESULTS.items() if key in held_out]
+    if samples:
+        low, high = samples["score_difference_interval"]
+        rows.append(("held-out score", f"{samples['score_before']:.3f} -> {samples['score_after']:.3f}"))
+        rows.append(("its difference (95 %)", f"{samples['score_difference']:.3f} [{low:.3f}, {high:.3f}]"))
+    if training.get("seconds"):
+        rows.append(("seconds of the run", f"{training['seconds']:.0f}"))
+    return "\n".join(["## Results\n", "| | |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows)]) if rows else ""
+
+
+def _data(report: dict[str, Any]) -> str:
+    if not report:
+        return ""
+    dropped = ", ".join(f"{reason} {n}" for reason, n in (report.get("dropped_by_reason") or {}).items()) or "none"
+    kept = f"{report.get('rows_kept', '?')} of {report.get('rows_in', '?')} rows kept (dropped: {dropped})"
+    return f"## Data\n\n{kept}; {report.get('responses', '?')} responses."
+
+
+def _read(run: str, name: str) -> dict[str, Any]:
+    file = Path(run) / name
+    if not file.is_file():
+        return {}
+    return (yaml.safe_load if name.endswith(".yaml") else json.loads)(file.read_text()) or {}
