@@ -31,13 +31,16 @@ from alignment.data_report import data_report, summary
 from alignment.errors import UserError
 from alignment.evaluate import sample_and_score
 from alignment.launch import settle_cpu_launch
+from alignment.layouts import refuse
 from alignment.models import PolicyConfig, load_tokenizer, model_init_kwargs
 from alignment.plan import plan_run, set_global_batch
+from alignment.planning import show_plan
 from alignment.recipe import RunConfig, parse_recipe
 from alignment.report import compare_samples, final_table, peak_memory_gb
 from alignment.rules import actions
 from alignment.score import load_reward_function
 from nca_trainer import NCAConfig, NCATrainer
+from trl_nca import memory
 from trl_nca.checkpoints import RunStopped, why_torn
 from trl_nca.responses import describe_group, tokenize_dataset
 
@@ -53,7 +56,10 @@ def align(argv: Sequence[str], trainer_class: type[NCATrainer], pairs: bool) -> 
     started = time.monotonic()
     configs = parse_recipe(argv, [DataConfig, PolicyConfig, RunConfig, NCAConfig])
     data_config, policy_config, run_config, args = configs
-    set_global_batch(args, run_config)
+    if run_config.plan:
+        return show_plan(configs, pairs, prepare, memory)
+    refuse(policy_config, args)
+    set_global_batch(args, run_config, args.world_size)
     settle_cpu_launch()
     is_main = PartialState().is_main_process
     resume = (args.output_dir, args.resume_from_checkpoint, run_config.overwrite_output_dir, why_torn)
@@ -67,7 +73,7 @@ def align(argv: Sequence[str], trainer_class: type[NCATrainer], pairs: bool) -> 
         return
     if "eval" not in rows:
         args.eval_strategy = "no"
-    plan = plan_run(args, rows["train"]["length"][:])
+    plan = plan_run(args, args.world_size, len(rows["train"]), sum(rows["train"]["length"][:]))
     if is_main:
         print(summary("train", report), plan, sep="\n", flush=True)
     args.model_init_kwargs = {**model_init_kwargs(policy_config), **(args.model_init_kwargs or {})}

@@ -14,9 +14,9 @@ from tests.conftest import ROOT
 LAUNCHES = ROOT / "alignment-handbook" / "recipes" / "accelerate_configs"
 
 
-def make_args(processes=8, per_device=1, accumulation=1, **changes):
+def make_args(per_device=1, accumulation=1, **changes):
     settings = {
-        "world_size": processes, "per_device_train_batch_size": per_device, "gradient_accumulation_steps": accumulation,
+        "per_device_train_batch_size": per_device, "gradient_accumulation_steps": accumulation,
         "dataloader_drop_last": False, "max_steps": -1, "num_train_epochs": 1, "get_warmup_steps": lambda n: n // 10,
     }  # fmt: skip
     return SimpleNamespace(**settings | changes)
@@ -24,7 +24,7 @@ def make_args(processes=8, per_device=1, accumulation=1, **changes):
 
 def run_config(size, *given):
     config = RunConfig(global_batch_size=size)
-    config.given = frozenset(given)
+    config.given = {key: [f"--{key}=1"] for key in given}
     return config
 
 
@@ -32,10 +32,10 @@ def run_config(size, *given):
     ("processes", "per_device", "accumulation"), [(8, 1, 4), (2, 1, 16), (4, 2, 4), (1, 1, 32), (32, 1, 1), (1, 32, 1)]
 )
 def test_accumulation_follows_from_the_global_batch(processes, per_device, accumulation):
-    args = make_args(processes, per_device)
-    set_global_batch(args, run_config(32))
+    args = make_args(per_device)
+    set_global_batch(args, run_config(32), processes)
     assert args.gradient_accumulation_steps == accumulation
-    assert plan_run(args, [10] * 320).global_batch_size == 32
+    assert plan_run(args, processes, 320, 3200).global_batch_size == 32
 
 
 @pytest.mark.parametrize(
@@ -48,36 +48,36 @@ def test_accumulation_follows_from_the_global_batch(processes, per_device, accum
     ],
 )
 def test_an_impossible_split_names_the_nearest(processes, per_device, message):
-    args = make_args(processes, per_device, accumulation=7)
+    args = make_args(per_device, accumulation=7)
     with pytest.raises(UserError, match=f"global_batch_size: 32 prompts cannot be split over {processes}.*{message}"):
-        set_global_batch(args, run_config(32))
+        set_global_batch(args, run_config(32), processes)
 
 
 def test_by_hand_wins_and_is_loud(caplog):
-    args = make_args(processes=4, accumulation=4)
+    args = make_args(accumulation=4)
     with caplog.at_level(logging.WARNING):
-        set_global_batch(args, run_config(32, "gradient_accumulation_steps"))
+        set_global_batch(args, run_config(32, "gradient_accumulation_steps"), 4)
     assert args.gradient_accumulation_steps == 4
     assert "a step sees 16 prompts, not the recipe's 32" in caplog.text
     caplog.clear()
-    args = make_args(processes=8, accumulation=4)
-    set_global_batch(args, run_config(32, "gradient_accumulation_steps"))
+    args = make_args(accumulation=4)
+    set_global_batch(args, run_config(32, "gradient_accumulation_steps"), 8)
     assert not caplog.text
 
 
 def test_without_a_global_batch_nothing_changes():
-    args = make_args(processes=3, accumulation=7)
-    set_global_batch(args, run_config(None))
+    args = make_args(accumulation=7)
+    set_global_batch(args, run_config(None), 3)
     assert args.gradient_accumulation_steps == 7
     with pytest.raises(UserError, match="at least 1"):
-        set_global_batch(args, run_config(0))
+        set_global_batch(args, run_config(0), 3)
 
 
 def test_steps_and_tokens():
-    plan = plan_run(make_args(2, 2, 2, num_train_epochs=2), [3, 5] * 10)
+    plan = plan_run(make_args(2, 2, num_train_epochs=2), 2, 20, 80)
     assert (plan.num_prompts, plan.num_steps, plan.global_batch_size, plan.warmup_steps) == (20, 6, 8, 0)
     assert plan.num_tokens == 2 * 80
-    assert plan_run(make_args(2, 2, 2, max_steps=1), [4] * 24).num_tokens == 32
+    assert plan_run(make_args(2, 2, max_steps=1), 2, 24, 96).num_tokens == 32
     assert "2 per device x 2 accumulation x 2 processes = 8 prompts a step" in str(plan)
 
 

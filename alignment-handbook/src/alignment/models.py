@@ -1,15 +1,27 @@
 """Tokenizer and model settings of a run, and models to sample from. Upstream loads what it trains, in the trainer."""
 
+import difflib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+import yaml
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from trl import ModelConfig
 
 from alignment.errors import UserError
+
+#: Configs of well-known models, without their weights.
+SHIPPED_CONFIGS = Path(__file__).resolve().parents[2] / "recipes" / "model_configs"
 
 
 @dataclass
@@ -29,6 +41,8 @@ class PolicyConfig(ModelConfig):
             raise ValueError("model_name_or_path: no model given; set a folder or a Hub id")
         if (self.load_in_4bit or self.load_in_8bit) and not self.use_peft:
             raise ValueError("load_in_4bit: quantized weights cannot be trained; set use_peft: true")
+        if isinstance(self.lora_target_modules, str) and self.lora_target_modules.isidentifier():
+            self.lora_target_modules = [self.lora_target_modules]  # upstream takes a single name for a pattern
         if self.load_in_4bit and self.dtype in (None, "auto"):
             self.dtype = "bfloat16"  # bitsandbytes wants a name for the type it computes in
 
@@ -54,9 +68,31 @@ def load_tokenizer(config: PolicyConfig, trust_remote_code: bool = False) -> Pre
     return tokenizer
 
 
+def load_config(config: PolicyConfig, trust_remote_code: bool = False) -> tuple[PretrainedConfig, str | None]:
+    """The model's config, for planning: from its folder or the Hub, else from `SHIPPED_CONFIGS`.
+
+    Returns:
+        The config, and a line to print where it is a shipped one.
+
+    Raises:
+        UserError: There is no such model, and no config of that name is shipped.
+    """
+    name = config.model_name_or_path
+    try:
+        revision = {"revision": config.model_revision, "trust_remote_code": trust_remote_code}
+        return AutoConfig.from_pretrained(name, **revision), None
+    except (OSError, ValueError) as error:
+        names = yaml.safe_load((SHIPPED_CONFIGS / "names.yaml").read_text())
+        if name not in names:
+            known = difflib.get_close_matches(name, names, n=3, cutoff=0) if names else []
+            raise UserError(f"{no_such_model(name, error)}; sizes are at hand for {', '.join(known)}") from error
+        file = SHIPPED_CONFIGS / names[name]
+        return AutoConfig.from_pretrained(file), f"{name} is not here: planned with the sizes in {file.name}"
+
+
 def model_init_kwargs(config: PolicyConfig) -> dict[str, Any]:
-    """Keyword arguments of `from_pretrained` for policy and reference."""
-    kwargs = {"revision": config.model_revision, "dtype": config.dtype}
+    """Keyword arguments of `from_pretrained` for policy and reference. Weights that unpickle code are not loaded."""
+    kwargs = {"revision": config.model_revision, "dtype": config.dtype, "use_safetensors": True}
     if config.attn_implementation is not None:
         kwargs["attn_implementation"] = config.attn_implementation
     return kwargs
@@ -65,6 +101,10 @@ def model_init_kwargs(config: PolicyConfig) -> dict[str, Any]:
 def no_such_model(name: str, error: Exception) -> UserError:
     """What to tell of a model that cannot be loaded."""
     reason = str(error).split("\n")[0]
+    if "custom code" in reason:
+        return UserError(
+            f"model_name_or_path: {name} brings code of its own; read it, then set trust_remote_code: true"
+        )
     return UserError(
         f"model_name_or_path: {name!r} is neither a folder with a model nor a Hub id that can be had ({reason}); check "
         "the path (for models/SmolLM2-135M-Instruct, run `make setup`)"
@@ -104,9 +144,13 @@ def load_trained_model(name: str, dtype: str = "auto") -> PreTrainedModel:
         UserError: It cannot be loaded.
     """
     auto = AutoModelForCausalLM
+    kwargs = {"dtype": dtype, "device_map": "auto" if torch.cuda.is_available() else None, "use_safetensors": True}
     if adapter_base(name) is not None:
         from peft import AutoPeftModelForCausalLM as auto
+
+        if not (Path(name) / "adapter_model.safetensors").is_file():  # peft would unpickle an adapter_model.bin
+            raise UserError(f"{name}: no adapter_model.safetensors; only safetensors are loaded")
     try:
-        return auto.from_pretrained(name, dtype=dtype, device_map="auto" if torch.cuda.is_available() else None)
+        return auto.from_pretrained(name, **kwargs)
     except (OSError, ValueError) as error:
         raise no_such_model(name, error) from error

@@ -27,7 +27,7 @@ class RunConfig:
     """What a script does around the training.
 
     Attributes:
-        given: Keys that the recipe or the command line gives a value.
+        given: Keys that the recipe or the command line gives a value, each with the flags that give it.
     """
 
     global_batch_size: int | None = field(
@@ -54,7 +54,50 @@ class RunConfig:
     max_eval_prompts: int = field(default=64, metadata={"help": "Held-out prompts to sample from, at most."})
     max_new_tokens: int = field(default=256, metadata={"help": "Most tokens of a sample."})
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the samples; 0 is greedy."})
-    given: frozenset[str] = field(default=frozenset(), init=False)
+    plan: bool = field(
+        default=False,
+        metadata={
+            "help": "Print what the run would take, batch, steps and memory, write it to output_dir/plan.json, and "
+            "stop. Needs neither weights nor GPU."
+        },
+    )
+    num_processes: int | None = field(
+        default=None,
+        metadata={"help": "With plan: plan for so many processes, one a GPU. None: as many as were launched."},
+    )
+    gpu_memory_gb: float | None = field(
+        default=None,
+        metadata={
+            "help": "With plan: memory of a GPU, in GB (1e9 bytes). None: that of the GPU here, of this machine where "
+            "the recipe says use_cpu, else 80."
+        },
+    )
+    parallel: str | None = field(
+        default=None,
+        metadata={
+            "help": "With plan: how the run is spread over processes. None: as it was launched.",
+            "choices": ["ddp", "zero2", "zero3", "fsdp2"],
+        },
+    )
+    num_prompts: int | None = field(
+        default=None,
+        metadata={"help": "With plan: rows to plan for, where the data is not at hand. None: those of the data."},
+    )
+    given: dict[str, list[str]] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        if not self.plan and self.num_processes is not None:
+            raise ValueError(
+                f"num_processes: only a plan can ask for {self.num_processes} processes (--plan); to run on as many, "
+                f"launch with `accelerate launch --num_processes={self.num_processes}`"
+            )
+        for key in ("num_processes", "gpu_memory_gb", "num_prompts"):
+            if getattr(self, key) is not None and not getattr(self, key) > 0:
+                raise ValueError(f"{key}: must be above 0, got {getattr(self, key)}")
+
+
+#: Keys of a plan, which are of one launch and not of the run.
+PLAN_KEYS = ("plan", "num_processes", "gpu_memory_gb", "parallel", "num_prompts")
 
 
 #: Keys of the 2024 scripts and of alignment-handbook -> today's key, or None for a key that has no effect any more.
@@ -149,7 +192,7 @@ def parse_recipe(argv: Sequence[str], config_types: Sequence[type]) -> tuple[Any
         raise UserError(f"{path}: {error}") from error
     for config in configs:
         if isinstance(config, RunConfig):
-            config.given = frozenset(recipe_flags | flags)
+            config.given = recipe_flags | flags
     return configs
 
 
