@@ -22,7 +22,8 @@ class PartFile:
     """The finished batches of a file to be.
 
     Args:
-        output: The file that is written at the end, a `.jsonl`. Nothing is written before the first batch is finished.
+        output: The file that is written at the end, see `write_rows`. Nothing is written before the first batch is
+            finished.
         header: What the values depend on, fit for JSON.
         overwrite: Replace `output`, and drop the batches of another header.
 
@@ -30,15 +31,15 @@ class PartFile:
         entries: The finished batches, in the order in which they were added.
 
     Raises:
-        UserError: `output` exists already or is no `.jsonl`, or there are batches of another header.
+        UserError: `output` exists already or has another ending, or there are batches of another header.
     """
 
     def __init__(self, output: str, header: Entry, overwrite: bool = False):
         self.output = Path(output)
         self.path = self.output.with_name(f"{self.output.name}.part")
         self._header: Entry = json.loads(json.dumps(header))
-        if self.output.suffix != ".jsonl" or self.output.is_dir():
-            raise UserError(f"--output: {output}: rows are written as JSON lines; name a .jsonl file")
+        if self.output.suffix not in (".jsonl", ".json") or self.output.is_dir():
+            raise UserError(f"--output: {output}: rows are written as JSON; name a .jsonl file, or a .json for a list")
         if self.output.exists() and not overwrite:
             raise UserError(f"--output: {output} exists already; name another file, or give --overwrite")
         self._size, self.entries = self._read(overwrite)
@@ -78,15 +79,23 @@ class PartFile:
         self.entries.append(entry)
 
     def finish(self, rows: Iterable[Entry]) -> None:
-        """Writes the rows to the output, beside it first so that it is never there in part, and drops the batches."""
-        self.output.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.output.with_name(f"{self.output.name}.tmp")
-        with beside.open("w", encoding="utf-8", newline="") as file:
-            file.writelines(map(_line, rows))
-            file.flush()
-            os.fsync(file.fileno())  # or a power cut could leave an empty file and no batches
-        beside.replace(self.output)
+        """Writes the rows to the output and drops the batches."""
+        write_rows(self.output, rows)
         self.path.unlink(missing_ok=True)
+
+
+def write_rows(path: Path, rows: Iterable[Entry]) -> None:
+    """Writes rows as JSON lines, or to a `.json` as one list; beside it first, so that it is never there in part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.tmp")
+    with beside.open("w", encoding="utf-8", newline="") as file:
+        if path.suffix == ".json":
+            json.dump(list(rows), file, ensure_ascii=False, indent=2)
+        else:
+            file.writelines(map(_line, rows))
+        file.flush()
+        os.fsync(file.fileno())  # or a power cut could leave an empty file and no batches
+    beside.replace(path)
 
 
 def content_hash(value: Any) -> str:

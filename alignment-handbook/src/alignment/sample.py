@@ -4,6 +4,7 @@ Every batch has its own seed and stands for itself, so that work which was stopp
 come out the same. B prompts in a batch, S samples of each, L tokens of the longest prompt in the batch.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,6 +13,9 @@ from tqdm.auto import tqdm
 
 from alignment.errors import UserError
 from alignment.formats import Messages
+
+# A private-use character stands for each special token's text inside a message while the template runs.
+_FIRST_STAND_IN = 0xF0000
 
 
 class Sample(NamedTuple):
@@ -121,10 +125,29 @@ def sample_batch(
 
 
 def encode_prompt(tokenizer, messages: Messages) -> list[int]:
-    """Token ids of the prompt, up to where the assistant begins to speak. Without a chat template: of the one turn."""
-    if tokenizer.chat_template is None and len(messages) == 1:
-        return tokenizer(messages[0]["content"])["input_ids"]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    """Token ids of the prompt, up to where the assistant begins to speak. Without a chat template: of the one turn.
+
+    Text inside a message that spells a special token ("</s>") stays text and never becomes that token, as in training.
+    """
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    specials = sorted(added | set(tokenizer.all_special_tokens), key=len, reverse=True)
+    stand_ins = {text: chr(_FIRST_STAND_IN + i) for i, text in enumerate(specials)}
+    for text, stand_in in stand_ins.items():
+        messages = [{**message, "content": message["content"].replace(text, stand_in)} for message in messages]
+    is_plain = tokenizer.chat_template is None and len(messages) == 1
+    if is_plain:
+        rendering = messages[0]["content"]
+    else:
+        rendering = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    literals = {stand_in: text for text, stand_in in stand_ins.items()}
+    ids: list[int] = []
+    for piece in re.split(f"([{''.join(literals)}])", rendering) if literals else [rendering]:
+        if piece in literals:
+            ids += tokenizer(literals[piece], add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        elif piece:
+            ids += tokenizer(piece, add_special_tokens=is_plain and not ids)["input_ids"]
+    ends_itself = is_plain and ids and ids[-1] == tokenizer.eos_token_id  # some tokenizers add one to any text
+    return ids[:-1] if ends_itself else ids
 
 
 def _generate(model, prompt_ids: list[list[int]], num_samples: int, settings: dict[str, Any]) -> torch.Tensor:

@@ -11,6 +11,7 @@ from jinja2 import TemplateError
 from tqdm.auto import tqdm
 
 from alignment.errors import UserError
+from alignment.formats import Messages
 from alignment.models import adapter_base, load_trained_model, load_trained_tokenizer
 from alignment.prompts import Row, read_prompts
 from alignment.resumable import Entry, PartFile, content_hash, fingerprint
@@ -129,14 +130,23 @@ def _max_lora_rank(name: str) -> int:
     return next(size for size in (16, 32, 64, 128, 256, 320, 512) if size >= rank)
 
 
+def encode_row(tokenizer, prompt: Messages, name: str, where: str) -> list[int]:
+    """As `encode_prompt`.
+
+    Raises:
+        UserError: The chat template of the model `name` refuses the prompt, which stands at `where`.
+    """
+    try:
+        return encode_prompt(tokenizer, prompt)
+    except (TemplateError, ValueError) as error:  # ValueError: there is no template
+        raise UserError(f"{where}: the chat template of {name} refuses the prompt: {error}") from error
+
+
 def _encode_prompts(name: str, rows: list[Row], places: list[str], max_new_tokens: int) -> list[list[int]]:
     tokenizer, most = load_trained_tokenizer(name)
     encoded = []
     for row, where in zip(rows, places, strict=True):
-        try:
-            encoded.append(encode_prompt(tokenizer, row["prompt"]))
-        except (TemplateError, ValueError) as error:  # ValueError: there is no template
-            raise UserError(f"{where}: the chat template of {name} refuses the prompt: {error}") from error
+        encoded.append(encode_row(tokenizer, row["prompt"], name, where))
         if most is not None and len(encoded[-1]) + max_new_tokens > most:
             raise UserError(
                 f"{where}: the prompt has {len(encoded[-1])} tokens, and with --max_new_tokens {max_new_tokens} more "
