@@ -39,6 +39,7 @@ from alignment.recipe import RunConfig, parse_recipe
 from alignment.report import compare_samples, final_table, peak_memory_gb
 from alignment.rules import actions
 from alignment.score import load_reward_function
+from alignment.watch import Watch, write_report
 from nca_trainer import NCAConfig, NCATrainer
 from trl_nca import memory
 from trl_nca.checkpoints import RunStopped, why_torn
@@ -89,6 +90,7 @@ def align(argv: Sequence[str], trainer_class: type[NCATrainer], pairs: bool) -> 
         )
     except (OSError, ImportError, ValueError) as error:  # what upstream says of weights, packages and modules
         raise UserError(f"{policy_config.model_name_or_path}: cannot be trained as the recipe says: {error}") from error
+    trainer.add_callback(Watch(lambda: trainer._metrics["eval"]))
     if is_main and (checkpoint is None or not output.has_started(args.output_dir)):
         output.start(args.output_dir, configs, plan.as_dict(), report, run_config.overwrite_output_dir)
 
@@ -125,6 +127,7 @@ def align(argv: Sequence[str], trainer_class: type[NCATrainer], pairs: bool) -> 
             "output_dir": args.output_dir,
         }
         output.finish(args.output_dir, results)
+        write_report(args.output_dir)
         print("\n" + final_table(results))
     if args.push_to_hub:
         trainer.push_to_hub()

@@ -106,6 +106,7 @@ def describe(columns: Columns, alpha: float | None = None) -> dict[str, Any]:
         "rows_with_tied_best": int((np.add.reduceat(scores == best[owner], starts) > 1).sum()),
         "length_correlation": _correlation_in_rows(scores, columns.response_lengths.astype(float), starts, ks),
         "histogram": {"edges": edges.tolist(), "counts": np.histogram(scores, edges)[0].tolist()},
+        "length_by_score": _length_by_score(scores, columns.response_lengths),
     }
     warnings = []
     if alpha is not None:
@@ -136,6 +137,15 @@ def _correlation_in_rows(a: np.ndarray, b: np.ndarray, starts: np.ndarray, ks: n
     spread = np.sqrt(_within(a, a, starts, ks) * _within(b, b, starts, ks))
     varies = spread > 0
     return float((_within(a, b, starts, ks)[varies] / spread[varies]).mean()) if varies.any() else None
+
+
+def _length_by_score(scores: np.ndarray, lengths: np.ndarray) -> dict[str, list[float]]:
+    """Mean score and mean length of each tenth of the responses by score; equal scores stay together."""
+    tenths = np.unique(np.quantile(scores, np.linspace(0, 1, 11)))
+    which = np.searchsorted(tenths[1:-1], scores, side="right")
+    parts = [which == part for part in np.unique(which)]
+    means = {"score": scores, "length": lengths}
+    return {name: [float(values[part].mean()) for part in parts] for name, values in means.items()}
 
 
 def _count_distinct(scores: np.ndarray, owner: np.ndarray, num_rows: int) -> np.ndarray:
@@ -261,16 +271,12 @@ def _range(histogram: dict[str, int]) -> str:
 
 def draw(report: dict[str, Any], file: Path) -> None:
     """Draws the scores and the rows by K as a PNG."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from alignment.figures import draw_ks, draw_scores, tidy
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    histogram = report["scores"]["histogram"]
-    left.stairs(histogram["counts"], histogram["edges"], fill=True)
-    left.set(xlabel="score", ylabel="responses")
-    right.bar(list(report["k_histogram"]), list(report["k_histogram"].values()))
-    right.set(xlabel="responses in a row", ylabel="rows")
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    for axes, draw_part in zip(figure.subplots(1, 2), (draw_scores, draw_ks), strict=True):
+        tidy(axes)
+        draw_part(axes, report)
     figure.savefig(file, dpi=150)
-    pyplot.close(figure)

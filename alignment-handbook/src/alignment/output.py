@@ -22,7 +22,7 @@ FINISHED = "train_results.json"
 STARTED = "recipe.yaml"
 _WRITTEN = (
     f"{STARTED} plan.json data_report.json samples_before.json samples_after.json trainer_state.json eval_results.json "
-    f"{FINISHED} README.md"
+    f"{FINISHED} held_out.json report.html README.md"
 ).split()
 
 
@@ -116,11 +116,12 @@ def start(
             shutil.rmtree(checkpoint)
         for name in _WRITTEN:
             (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder / "figures", ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     resolved = resolve(configs)
     write_json(output_dir, "plan.json", plan)
     write_json(output_dir, "data_report.json", data_report)
-    _write(folder / STARTED, yaml.safe_dump(resolved, sort_keys=False))
+    write_text(folder / STARTED, yaml.safe_dump(resolved, sort_keys=False))
 
 
 def finish(output_dir: str, results: dict[str, Any]) -> None:
@@ -131,18 +132,19 @@ def finish(output_dir: str, results: dict[str, Any]) -> None:
 
 def write_json(output_dir: str, name: str, value: Any) -> None:
     """Writes a file of the output folder, whole or not at all."""
-    _write(Path(output_dir) / name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(Path(output_dir) / name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(output_dir: str, name: str) -> Any | None:
     """Reads a file of the output folder; None if it is not there."""
     path = Path(output_dir) / name
-    return json.loads(path.read_text()) if path.is_file() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Writes a file, whole or not at all."""
     beside = path.with_name(f".{path.name}.partial")
-    beside.write_text(text)
+    beside.write_text(text, encoding="utf-8")
     beside.replace(path)
 
 

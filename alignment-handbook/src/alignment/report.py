@@ -1,7 +1,8 @@
-"""The short table at the end of a run: what alignment changed, by how much, at what cost."""
+"""Tables: what alignment changed, by how much, at what cost; of a run, of rounds, of runs side by side."""
 
 import resource
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 
 from alignment.errors import UserError
 from alignment.evaluate import bootstrap_interval, mean_length, prompt_means
+from alignment.runs import Run, alarm
 
 
 def peak_memory_gb() -> float:
@@ -74,9 +76,53 @@ def rounds_table(rounds: list[list[dict[str, Any]]]) -> str:
         if number == 1:
             table.append(("start", start, "", ""))
         table.append((str(number), now, gain, verdict(compared).partition(":")[0]))
+    return _aligned(table)
+
+
+def _aligned(table: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def key_figures(run: Run) -> dict[str, str]:
+    """What is to be known of a run at a glance; "-" is what it has not told (yet).
+
+    Losses and rewards are those of the newest evaluation; without held-out rows, of the last logged window of training,
+    and the row `measured on` says so.
+    """
+    part = "" if run.last("eval_loss") is None else "eval_"
+    best, rates = run.last(f"{part}rewards/chosen"), run.speed()[1]
+    training = (run.results or {}).get("train") or {}
+
+    def number(key: str, form: str) -> str:
+        value = run.last(part + key)
+        return "-" if value is None else format(value, form)
+
+    return {
+        "loss": str(run.recipe.get("loss_type", "-")),
+        "beta": f"{run.beta:g}",
+        "alpha": f"{run.recipe['alpha']:g}" if "alpha" in run.recipe else "-",
+        "steps": f"{run.step} of {run.plan.get('num_steps') or '?'}",
+        "measured on": "held-out" if part else "training",
+        "loss value": number("loss", ".4f"),
+        "best (nats)": "-" if best is None else f"{best / run.beta:+.2f}",
+        "best": number("rewards/chosen", "+.4f"),
+        "others": number("rewards/rejected", "+.4f"),
+        "margin": number("rewards/margins", "+.4f"),
+        "accuracy": number("rewards/accuracies", ".3f"),
+        "score of samples": " -> ".join(f"{prompt_means(s).mean():.3f}" for s in (run.before, run.after) if s) or "-",
+        "tokens/s": f"{np.median(rates):.0f}" if len(rates) else "-",
+        "training (s)": f"{training['train_runtime']:.0f}" if "train_runtime" in training else "-",
+    }
+
+
+def runs_table(runs: Sequence[Run]) -> str:
+    """Runs side by side, a column each, and a line for each alarm."""
+    figures = [key_figures(run) for run in runs]
+    table = [["run", *(run.name for run in runs)], *([name, *(f[name] for f in figures)] for name in figures[0])]
+    lines = [_aligned(table), *(f"ALARM, {run.name}: {found}" for run in runs if (found := alarm(run)))]
+    return "\n".join(lines)
 
 
 def final_table(results: dict[str, Any]) -> str:
