@@ -26,8 +26,9 @@ from alignment.errors import UserError
 from nca_trainer import NCATrainer
 from run_reward import align
 from tests.conftest import ROOT
-from tests.test_trainer import logged, make_trainer, reward_rows
+from tests.test_trainer import LORA, logged, make_trainer, reward_rows
 from trl_nca.checkpoints import MARKER, STAGING, RunStopped, rotate, seal, why_torn
+from trl_nca.survival import CARRIED
 
 # Children are forked from a server that has the slow imports behind it.
 CHILDREN = multiprocessing.get_context("forkserver")
@@ -136,7 +137,7 @@ def test_sigterm_saves_and_exits_0(recipe, whole, tmp_path):
     assert child.exitcode == 0 and time.monotonic() - begun < 30
     (checkpoint,) = out.glob("checkpoint-*")
     assert why_torn(checkpoint) is None
-    assert f"{checkpoint.name} is written" in Path(f"{out}.log").read_text()
+    assert f"{checkpoint.name} is there" in Path(f"{out}.log").read_text()
     assert not (out / "train_results.json").exists()
     child = launch(recipe, out, "--resume_from_checkpoint=true")
     child.join()
@@ -155,19 +156,33 @@ class TermAt(TrainerCallback):
         setattr(self, moment, send)
 
 
+@pytest.mark.parametrize("evaluated", ["steps", "epoch"])
 @pytest.mark.parametrize(
     ("moment", "step", "left"),
-    [("on_substep_end", 4, 4), ("on_step_end", 5, 5), ("on_prediction_step", 6, 6), ("on_substep_end", 0, None)],
+    [
+        ("on_substep_end", 4, 4),
+        ("on_substep_end", 6, 6),  # the first step of an epoch
+        ("on_step_end", 5, 5),
+        ("on_step_end", 6, 6),  # the last of an epoch
+        ("on_prediction_step", 6, 6),
+        ("on_substep_end", 0, None),
+    ],
 )
-def test_a_stop_at_any_moment_loses_nothing(tmp_path, moment, step, left):
+def test_a_stop_at_any_moment_loses_nothing(tmp_path, monkeypatch, moment, step, left, evaluated):
+    monkeypatch.setitem(LORA, "lora_dropout", 0.3)
     settings = {
         "max_steps": 9, "gradient_accumulation_steps": 4, "per_device_train_batch_size": 1, "logging_steps": 4,
-        "save_strategy": "steps", "save_steps": 100, "eval_strategy": "steps", "eval_steps": 3, "num_train_epochs": 2,
-        "disable_dropout": False,
+        "save_strategy": "steps", "save_steps": 100, "eval_strategy": evaluated, "eval_steps": 3, "num_train_epochs": 2,
+        "per_device_eval_batch_size": 1, "disable_dropout": False,
     }  # fmt: skip
     rows, held_out = reward_rows(24), reward_rows(3)
-    runs = [make_trainer(tmp_path / name, rows, eval_rows=held_out, **settings) for name in ("whole", "out", "out")]
+
+    def make(name):  # sets the seed
+        return make_trainer(tmp_path / name, rows, eval_rows=held_out, **settings)
+
+    runs = [make("whole")]
     runs[0].train()
+    runs.append(make("out"))
     runs[1].add_callback(TermAt(moment, lambda state: state.global_step == step))
     with pytest.raises(SystemExit) as exit_code:
         runs[1].train()
@@ -176,11 +191,16 @@ def test_a_stop_at_any_moment_loses_nothing(tmp_path, moment, step, left):
     found = sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*"))
     assert found == ([f"checkpoint-{left}"] if left else [])
     if left:
+        runs.append(make("out"))
         runs[2].train(resume_from_checkpoint=str(tmp_path / "out" / found[0]))
-        for key in ("loss", "logps/chosen", "grad_norm", "num_input_tokens_seen"):
+        for key in ("loss", "logps/chosen", "grad_norm", "eval_loss", "num_input_tokens_seen"):
             assert logged(runs[2], key) == logged(runs[0], key), key
         for one, other in zip(runs[0].model.parameters(), runs[2].model.parameters(), strict=True):
             assert torch.equal(one, other)
+        state = json.loads((tmp_path / "out" / found[0] / "trainer_state.json").read_text())
+        before = 4 * logged(runs[0])[0] + state["stateful_callbacks"][CARRIED]["tr_loss"]
+        rest = (9 * logged(runs[0], "train_loss")[0] - before) / (9 - step)
+        assert logged(runs[2], "train_loss")[-1] == pytest.approx(rest, abs=1e-5), "of this launch's steps"
 
 
 def test_a_torn_checkpoint_is_passed_over_with_a_line(recipe, whole, tmp_path, caplog):

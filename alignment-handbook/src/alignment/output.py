@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -103,11 +104,21 @@ def resolve(configs: Sequence[Any]) -> dict[str, Any]:
         resolved.pop(key, None)
     if "global_batch_size" in resolved and "gradient_accumulation_steps" not in given:
         del resolved["gradient_accumulation_steps"]  # it follows, on another number of GPUs too
-    return json.loads(json.dumps(resolved, default=str))
+    return _without_secrets(json.loads(json.dumps(resolved, default=str)))
+
+
+def _without_secrets(value: Any) -> Any:
+    """A JSON value without the keys, at any depth, that hold a credential."""
+    if isinstance(value, list):
+        return [_without_secrets(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    is_secret = re.compile(r"(^|_)(token|password|secret|api_key)$")
+    return {key: _without_secrets(item) for key, item in value.items() if not is_secret.search(key)}
 
 
 def start(
-    output_dir: str, configs: Sequence[Any], plan: dict[str, Any], data_report: dict[str, Any], overwrite: bool
+    output_dir: str, recipe: dict[str, Any], plan: dict[str, Any], data_report: dict[str, Any], overwrite: bool
 ) -> None:
     """Makes the folder, clears an earlier run's files if asked, and writes resolved recipe, plan and data report."""
     folder = Path(output_dir)
@@ -118,10 +129,9 @@ def start(
             (folder / name).unlink(missing_ok=True)
         shutil.rmtree(folder / "figures", ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    resolved = resolve(configs)
     write_json(output_dir, "plan.json", plan)
     write_json(output_dir, "data_report.json", data_report)
-    write_text(folder / STARTED, yaml.safe_dump(resolved, sort_keys=False))
+    write_text(folder / STARTED, yaml.safe_dump(recipe, sort_keys=False))
 
 
 def finish(output_dir: str, results: dict[str, Any]) -> None:

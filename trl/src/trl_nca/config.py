@@ -1,6 +1,7 @@
 """The settings of a run."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers.integrations import get_available_reporting_integrations
@@ -95,6 +96,17 @@ class NCAConfig(DPOConfig):
     include_num_input_tokens_seen: str = field(
         default="true", metadata={"help": "Count the tokens that were trained on, and log them: true or false."}
     )
+
+    #: The resolved recipe, for experiment trackers: they log what `to_dict` gives.
+    recipe: dict[str, Any] = field(default_factory=dict, init=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        return super().to_dict() | ({"recipe": self.recipe} if self.recipe else {})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What the Trainer pickles beside each checkpoint: no credentials."""
+        kwargs = {key: value for key, value in (self.model_init_kwargs or {}).items() if key != "token"}
+        return self.__dict__ | {"hub_token": None, "model_init_kwargs": kwargs}
 
     def __post_init__(self) -> None:
         by_lower = {name.lower(): name for name in LOSSES}

@@ -10,6 +10,7 @@ import os
 import random
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -116,7 +117,8 @@ class Survival(TrainerCallback):
         self.asked = self.stopped = False
         self.num_bad = 0
         self._is_bad, self._bad_rows = False, []  # of the step that runs
-        self._saved_step = 0
+        self._first_step = self._saved_step = 0
+        self._cut_short = self._evaluating = False
 
     # Stopping
 
@@ -144,15 +146,16 @@ class Survival(TrainerCallback):
     def leave(self) -> NoReturn:
         """Ends the program."""
         step = self.trainer.state.global_step
-        saved = f"checkpoint-{step} is written" if self._saved_step == step > 0 else "no step is done yet"
+        saved = f"checkpoint-{step} is there" if step else "nothing to save yet"
         logger.warning("Stopped by SIGTERM after step %d: %s; --resume_from_checkpoint=true goes on", step, saved)
         raise SystemExit(0)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Goes on with the losses and metrics since the last logged step."""
+        """Goes on with the losses and metrics since the last logged step, and with an evaluation that was cut short."""
         carried, trainer = state.stateful_callbacks.get(CARRIED), self.trainer
+        self._first_step = self._saved_step = state.global_step  # where this launch goes on from is saved
         if not carried:
             return
         trainer._tr_loss += carried["tr_loss"]
@@ -160,6 +163,15 @@ class Survival(TrainerCallback):
         trainer._globalstep_last_logged = carried["last_logged"]
         for name, values in carried["metrics"].items():
             trainer._metrics["train"][name] += values
+        if carried["evaluating"]:
+            control.should_evaluate = True
+            trainer._maybe_log_save_evaluate(trainer._tr_loss, None, trainer.model_wrapped, None, 0, None, time.time())
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Notes the random state before the epoch's order is drawn: upstream goes on from there, at an epoch's begin."""
+        self._epoch_random = _random_states()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -168,7 +180,7 @@ class Survival(TrainerCallback):
         trainer = self.trainer
         self._is_bad, self._bad_rows = False, []
         self._start = {
-            "random": _random_states(),
+            "random": self._epoch_random if float(state.epoch).is_integer() else _random_states(),
             "tr_loss": trainer._tr_loss.clone(),
             "flos": trainer.current_flos,
             "tokens": state.num_input_tokens_seen,
@@ -188,7 +200,7 @@ class Survival(TrainerCallback):
         kept = {name: trainer._metrics["train"][name][:length] for name, length in start["metrics"].items()}
         trainer._metrics["train"].clear()
         trainer._metrics["train"].update(kept)
-        control.should_training_stop = True
+        self._cut_short = control.should_training_stop = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stops, once this step is logged and saved."""
@@ -198,17 +210,18 @@ class Survival(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Where upstream comes by after a stop: the last chance to save, and no time to evaluate."""
+        """Where upstream comes by after a stop: the last chance to save, and an evaluation only where one is due."""
         if self.stopped:
-            control.should_save = state.global_step not in (0, self._saved_step)
-            control.should_evaluate = False
+            control.should_save = state.global_step != self._saved_step
+            control.should_evaluate &= float(state.epoch).is_integer() and not self._cut_short
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leaves an evaluation, which is between two steps."""
+        """Leaves an evaluation, which is between two steps, to the run that goes on."""
         if self.stopped:
-            if state.global_step not in (0, self._saved_step):
+            if state.global_step != self._first_step:
+                self._evaluating = True
                 self.trainer._save_checkpoint(self.trainer.model, trial=None)
             self.leave()
 
@@ -221,6 +234,7 @@ class Survival(TrainerCallback):
         trainer.state.stateful_callbacks[CARRIED] = {
             "tr_loss": trainer.accelerator.gather(trainer._tr_loss.detach()).mean().item(),
             "last_logged": trainer._globalstep_last_logged,
+            "evaluating": self._evaluating,
             "metrics": {name: list(values) for name, values in trainer._metrics["train"].items() if values},
         }
 
