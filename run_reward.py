@@ -77,6 +77,7 @@ def align(argv: Sequence[str], trainer_class: type[NCATrainer], pairs: bool) -> 
     plan = plan_run(args, args.world_size, len(rows["train"]), sum(rows["train"]["length"][:]))
     if is_main:
         print(summary("train", report), plan, sep="\n", flush=True)
+    args.recipe = output.resolve(configs)
     args.model_init_kwargs = {**model_init_kwargs(policy_config), **(args.model_init_kwargs or {})}
     try:
         trainer = trainer_class(
@@ -92,7 +93,7 @@ def align(argv: Sequence[str], trainer_class: type[NCATrainer], pairs: bool) -> 
         raise UserError(f"{policy_config.model_name_or_path}: cannot be trained as the recipe says: {error}") from error
     trainer.add_callback(Watch(lambda: trainer._metrics["eval"]))
     if is_main and (checkpoint is None or not output.has_started(args.output_dir)):
-        output.start(args.output_dir, configs, plan.as_dict(), report, run_config.overwrite_output_dir)
+        output.start(args.output_dir, args.recipe, plan.as_dict(), report, run_config.overwrite_output_dir)
 
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # one process then cannot sample by itself
 
