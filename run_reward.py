@@ -16,18 +16,17 @@ Any key of a recipe is a flag: `--help` lists them. Bad input ends with exit cod
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 from trl import get_peft_config, get_quantization_config
 
 from alignment import errors, output
-from alignment.data import DataConfig, check_rows, load_groups
-from alignment.data_report import data_report, summary
+from alignment.data import DataConfig
+from alignment.data_report import summary
 from alignment.errors import UserError
 from alignment.evaluate import sample_and_score
 from alignment.launch import settle_cpu_launch
@@ -35,15 +34,17 @@ from alignment.layouts import refuse
 from alignment.models import PolicyConfig, load_tokenizer, model_init_kwargs
 from alignment.plan import plan_run, set_global_batch
 from alignment.planning import show_plan
+from alignment.prepare import prepare_rows
 from alignment.recipe import RunConfig, parse_recipe
 from alignment.report import compare_samples, final_table, peak_memory_gb
-from alignment.rules import actions
 from alignment.score import load_reward_function
 from alignment.watch import Watch, write_report
 from nca_trainer import NCAConfig, NCATrainer
 from trl_nca import memory
 from trl_nca.checkpoints import RunStopped, why_torn
 from trl_nca.responses import describe_group, tokenize_dataset
+
+prepare = partial(prepare_rows, tokenize=tokenize_dataset)
 
 
 def align(argv: Sequence[str], trainer_class: type[NCATrainer], pairs: bool) -> None:
@@ -132,26 +133,6 @@ def align(argv: Sequence[str], trainer_class: type[NCATrainer], pairs: bool) -> 
         print("\n" + final_table(results))
     if args.push_to_hub:
         trainer.push_to_hub()
-
-
-def prepare(
-    config: DataConfig, args: NCAConfig, tokenizer: PreTrainedTokenizerBase, pairs: bool
-) -> tuple[dict[str, Dataset], dict[str, Dataset], dict[str, Any]]:
-    """The rows as texts and as token ids, by data set name, and the report on them, for data_report.json.
-
-    Raises:
-        UserError: They cannot be trained on; see `load_groups`.
-    """
-    control_tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    raw, counts = load_groups(config, pairs, control_tokens, args.dataset_num_proc)
-    check_rows(raw["train"], only_pairs=args.loss_type in ("DPO", "biasedNCA"), template=tokenizer.chat_template)
-    limits = (args.max_length, args.max_prompt_length, actions(config.row_rules)["over_long"] == "mend")
-    rows, reports = {}, {}
-    for name, dataset in raw.items():
-        how = (*limits, args.dataset_num_proc, f"Tokenizing {name}")
-        rows[name], tokenized = tokenize_dataset(dataset, tokenizer, *how)
-        reports[name] = data_report(name, config, counts[name], tokenized, rows[name], None if pairs else args.alpha)
-    return raw, rows, reports["train"] | {"eval": reports.get("eval")}
 
 
 if __name__ == "__main__":

@@ -170,7 +170,7 @@ class Survival(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Notes the random state before the epoch's order is drawn: upstream goes on from there, at an epoch's begin."""
+        """Notes the random state before the order of the epoch is drawn: an epoch is resumed from there."""
         self._epoch_random = _random_states()
 
     def on_step_begin(
