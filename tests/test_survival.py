@@ -354,6 +354,12 @@ def test_a_step_that_is_not_finite_is_left_out_and_its_row_named(tmp_path, caplo
     assert logged(trainer, "rewards/chosen")[2] != 0, "the other steps count"
 
 
+def test_only_steps_in_a_row_are_too_many(tmp_path):
+    trainer = make_trainer(tmp_path, bad_rows(1, 9), max_nan_steps=2, max_steps=3, train_sampling_strategy="sequential")
+    trainer.train()
+    assert trainer.state.global_step == 3
+
+
 def test_too_many_of_them_end_the_run_with_the_last_good_checkpoint(tmp_path):
     settings = {"max_steps": 3, "train_sampling_strategy": "sequential", "save_strategy": "steps", "save_steps": 1}
     trainer = make_trainer(tmp_path, bad_rows(5, 7, 9), max_nan_steps=2, **settings)
