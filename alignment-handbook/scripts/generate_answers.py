@@ -10,6 +10,7 @@ model is a folder, a Hub id or the folder of a PEFT adapter. A run that was kill
 evaluation.md tells where the questions come from.
 """
 
+import argparse
 from pathlib import Path
 
 from alignment import errors
@@ -20,21 +21,7 @@ from alignment.sample import SamplingConfig
 
 def main() -> None:
     """Reads the command line and answers."""
-    parser = errors.ArgumentParser(__doc__.splitlines()[0])
-    parser.add_argument("--benchmark", choices=["mt_bench", "alpaca_eval"], required=True, help="whose files to write")
-    parser.add_argument("--questions", required=True, help="FastChat's question.jsonl; for AlpacaEval .json or .jsonl "
-                        "rows with instruction and dataset")  # fmt: skip
-    parser.add_argument("--model_name_or_path", required=True, help="folder, Hub id, or an adapter's folder")
-    parser.add_argument("--output_dir", required=True, help="folder to write in")
-    parser.add_argument("--model_id", help="name of the model in the files; by default the last part of its path")
-    parser.add_argument("--max_new_tokens", type=int, default=1024, help="longest answer to a turn, in tokens")
-    parser.add_argument("--temperature", type=float, help="of AlpacaEval, 0.7 by default; MT-bench's is the category's")
-    parser.add_argument("--batch_size", type=int, default=16, help="answers written at once")
-    parser.add_argument("--seed", type=int, default=0, help="batch i has the seed SEED + i")
-    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
-                        help="type of the weights; auto: as they were saved")  # fmt: skip
-    parser.add_argument("--overwrite", action="store_true", help="replace the answers if they exist")
-    args = parser.parse_args()
+    args = _parse()
     model_id = args.model_id or Path(args.model_name_or_path).name
     if not model_id or Path(model_id).name != model_id:
         raise UserError(f"--model_id: {model_id!r} is to name a file; give a name without slashes")
@@ -53,6 +40,24 @@ def main() -> None:
         answer, output = answer_alpaca_eval, Path(args.output_dir) / model_id / "model_outputs.json"
     model = args.model_name_or_path
     print(answer(args.questions, model, str(output), model_id, config, args.dtype, args.overwrite))
+
+
+def _parse() -> argparse.Namespace:
+    parser = errors.ArgumentParser(__doc__.splitlines()[0])
+    parser.add_argument("--benchmark", choices=["mt_bench", "alpaca_eval"], required=True, help="whose files to write")
+    parser.add_argument("--questions", required=True, help="FastChat's question.jsonl; for AlpacaEval .json or .jsonl "
+                        "rows with instruction and dataset")  # fmt: skip
+    parser.add_argument("--model_name_or_path", required=True, help="folder, Hub id, or an adapter's folder")
+    parser.add_argument("--output_dir", required=True, help="folder to write in")
+    parser.add_argument("--model_id", help="name of the model in the files; by default the last part of its path")
+    parser.add_argument("--max_new_tokens", type=int, default=1024, help="longest answer to a turn, in tokens")
+    parser.add_argument("--temperature", type=float, help="of AlpacaEval, 0.7 by default; MT-bench's is the category's")
+    parser.add_argument("--batch_size", type=int, default=16, help="answers written at once")
+    parser.add_argument("--seed", type=int, default=0, help="batch i has the seed SEED + i")
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
+                        help="type of the weights; auto: as they were saved")  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true", help="replace the answers if they exist")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
