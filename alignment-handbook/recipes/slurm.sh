@@ -22,11 +22,11 @@ export PATH="$PWD/.venv/bin:$PATH"
 config="alignment-handbook/recipes/accelerate_configs/$1.yaml" script=$2 recipe=$3
 shift 3
 
-first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 launch=(
     accelerate launch --config_file "$config" --num_machines="$SLURM_NNODES"
     --num_processes=$((SLURM_NNODES * ${SLURM_GPUS_ON_NODE:-8}))
-    --main_process_ip="$first_node" --main_process_port=$((20000 + SLURM_JOB_ID % 10000))
+    --main_process_ip="${nodes[0]}" --main_process_port=$((20000 + SLURM_JOB_ID % 10000))
 )
 # The rank is known on the node alone. exec: the signal reaches accelerate itself.
 srun --kill-on-bad-exit=1 bash -c 'exec "${@:2:$1}" --machine_rank="$SLURM_NODEID" "${@:$1 + 2}"' bash \
