@@ -107,7 +107,7 @@ def sample_batch(
     Returns:
         S samples for each of the B prompts.
     """
-    settings = _generation_settings(model, tokenizer, config)
+    settings = generation_settings(model, tokenizer, config)
     devices = [model.device] if model.device.type == "cuda" else []
     was_training = model.training
     model.eval()  # this also rests gradient checkpointing, which would forbid the key cache
@@ -178,7 +178,7 @@ def _generate(model, prompt_ids: list[list[int]], num_samples: int, settings: di
     return sequences[:, length:]
 
 
-def _generation_settings(model, tokenizer, config: SamplingConfig) -> dict[str, Any]:
+def generation_settings(model, tokenizer, config: SamplingConfig) -> dict[str, Any]:
     """Returns the arguments of `generate`; each default of the model's that would bend the distribution is off."""
     stops = model.generation_config.eos_token_id
     # A base model with a chat template stops at the template's token, which its own configuration need not know.

@@ -1,0 +1,52 @@
+"""Talk to a model in the terminal; base and aligned side by side on request.
+
+    python alignment-handbook/scripts/chat.py runs/reward_cpu --both
+
+MODEL is a folder, a Hub id, or the folder of a PEFT adapter, whose base then answers too after `/both`; of a merged
+model `--base` names it. Each keeps its own side of the conversation. Lines may also come from a pipe.
+"""
+
+import sys
+from collections.abc import Iterator
+
+from alignment import errors
+from alignment.chat import HELP, chat, speakers
+from alignment.sample import SamplingConfig
+
+
+def typed() -> Iterator[str]:
+    """Lines from the terminal behind a prompt, or from a pipe."""
+    if not sys.stdin.isatty():
+        yield from sys.stdin
+        return
+    import readline  # noqa: F401  arrows and history at the prompt
+
+    print(HELP)
+    while True:
+        try:
+            yield input("> ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+
+
+def main() -> None:
+    """Reads the command line and talks."""
+    parser = errors.ArgumentParser(__doc__.splitlines()[0])
+    parser.add_argument("model", help="folder of a model or an adapter, or a Hub id")
+    parser.add_argument("--base", help="the model that MODEL was made of, where it is not an adapter")
+    parser.add_argument("--both", action="store_true", help="base and aligned answer from the start on")
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer, in tokens")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token at every step")
+    parser.add_argument("--top_p", type=float, default=1.0, help="share of the probability mass to sample from")
+    parser.add_argument("--seed", type=int, default=0, help="of the whole conversation")
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
+                        help="type of the weights; auto: as they were saved")  # fmt: skip
+    args = parser.parse_args()
+    config = SamplingConfig(1, args.max_new_tokens, args.temperature, args.top_p, 1, args.seed)
+    who, tokenizer = speakers(args.model, args.base, args.dtype)
+    chat(typed(), who, tokenizer, config, args.both)
+
+
+if __name__ == "__main__":
+    errors.run(main)
