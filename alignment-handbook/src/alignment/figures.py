@@ -35,7 +35,7 @@ def draw_all(runs: Sequence[Run], folder: Path) -> list[tuple[str, Path]]:
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
     for name, title, draw in _FIGURES[len(runs) == 1]:
-        axes = new_axes(names_fit=len(runs) == 1)
+        axes = new_axes() if len(runs) == 1 else new_axes(right=0.74)
         draw(axes, runs)
         file = folder / f"{name}.png"
         if axes.has_data():
@@ -46,18 +46,16 @@ def draw_all(runs: Sequence[Run], folder: Path) -> list[tuple[str, Path]]:
     return drawn
 
 
-def new_axes(names_fit: bool) -> Axes:
+def new_axes(right: float = 0.89) -> Axes:
     """Empty axes, of a width that a phone shows without shrinking the text below what can be read.
 
+    Margins are fixed: matplotlib takes three times as long to find them, too long for a run that draws as it goes.
+
     Args:
-        names_fit: Whether there is room enough beside the axes for what is written there. If not, the margins are
-            found by matplotlib, which takes three times as long: too long for a run that draws as it goes.
+        right: Where the axes end, in parts of the figure's width: names of lines stand beside them.
     """
-    if names_fit:
-        figure = Figure(figsize=(4.7, 3.2))
-        figure.subplots_adjust(left=0.17, right=0.89, bottom=0.155, top=0.91)
-    else:
-        figure = Figure(figsize=(4.7, 3.2), layout="constrained")
+    figure = Figure(figsize=(4.7, 3.2))
+    figure.subplots_adjust(left=0.17, right=right, bottom=0.155, top=0.91)
     axes = figure.add_subplot()
     tidy(axes)
     return axes
@@ -90,8 +88,8 @@ def name_lines(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> Non
     for x, y, name, colour in sorted(ends, key=lambda end: end[1]):
         above = max(y, above + least)
         axes.annotate(
-            name, (x, above), xytext=(5, 0), textcoords="offset points", va="center", color=colour, fontsize=9,
-            parse_math=False, annotation_clip=False,
+            name if len(name) <= 16 else f"{name[:15]}…", (x, above), xytext=(5, 0), textcoords="offset points",
+            va="center", color=colour, fontsize=9, parse_math=False, annotation_clip=False,
         )  # fmt: skip
     axes.set_ylim(low, max(high, above))
 
@@ -220,7 +218,7 @@ def _lengths(axes: Axes, runs: Sequence[Run]) -> None:
         return
     axes.plot(bins["score"], bins["length"], color=_BEST, marker="o", markersize=4, linewidth=1.2)
     axes.set_ylim(bottom=0)
-    axes.set(xlabel="score (mean of a tenth of the responses)", ylabel=f"mean length ({report['lengths']['unit']})")
+    axes.set(xlabel="score", ylabel=f"mean length ({report['lengths']['unit']})")
     correlation = report["scores"].get("length_correlation")
     if correlation is not None:
         title = f"correlation inside a row: {correlation:+.2f}"

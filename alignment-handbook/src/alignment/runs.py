@@ -33,7 +33,8 @@ class Run:
         data_report: As in data_report.json.
         before, after: Scored samples, see `alignment.evaluate.sample_and_score`.
         results: As in train_results.json; None until the run is finished.
-        held_out: `step`, and of each held-out prompt at that step `rewards/chosen` and `rewards/rejected`.
+        held_out: `step`, and of each held-out prompt at that step `rewards/chosen`, `rewards/rejected` and
+            `rewards/accuracies`.
     """
 
     name: str

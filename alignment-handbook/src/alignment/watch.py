@@ -37,7 +37,8 @@ class Watch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Holds on to the lists: upstream lets go of them before `on_evaluate`, when it has averaged them."""
-        self._held_out = {key: self._values().get(key, []) for key in ("rewards/chosen", "rewards/rejected")}
+        names = ("rewards/chosen", "rewards/rejected", "rewards/accuracies")
+        self._held_out = {name: self._values().get(name, []) for name in names}
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keeps the rewards of the held-out prompts, and reports."""

@@ -1,0 +1,308 @@
+"""The report on a run: made from the folder alone, one page that needs nothing else, and its alarm."""
+
+import json
+import logging
+import re
+import runpy
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from alignment import watch
+from alignment.data_report import Columns, describe
+from alignment.errors import UserError
+from alignment.figures import draw_all
+from alignment.html_report import report_comparison, report_run
+from alignment.report import key_figures, runs_table
+from alignment.runs import Run, alarm, read_run
+from alignment.watch import Watch, write_report
+from tests.conftest import ROOT
+
+EVIL = "<script>alert('x')</script> & $x^{2$ <img src=https://example.org/a.png>"
+
+
+def history(best=0.02, steps=10):
+    """A line of training a step, an evaluation every other one; the best responses move by `best` a step."""
+    lines = []
+    for step in range(1, steps + 1):
+        reward, rest = best * step, (best - 0.03) * step
+        at = {"step": step, "epoch": step / 10}
+        metrics = {"loss": 1.38 - 0.01 * step, "rewards/chosen": reward, "rewards/rejected": rest,
+                   "rewards/margins": reward - rest, "rewards/accuracies": 0.7, "rewards/rank_0": reward,
+                   "rewards/rank_1": rest}  # fmt: skip
+        lines.append(at | metrics | {"learning_rate": 1e-3, "grad_norm": 2.0, "num_input_tokens_seen": 100 * step,
+                                     "train_runtime": 0.5 * step})  # fmt: skip
+        if step % 2 == 0:
+            lines.append(at | {f"eval_{key}": value for key, value in metrics.items()})
+    return lines
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Output folder of a finished run."""
+    return write_run(tmp_path / "my-run")
+
+
+def write_run(folder, loss="NCA", best=0.02, **recipe):
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    columns = Columns(rng.random(40), rng.integers(5, 50, 40), rng.integers(5, 9, 10), np.full(10, 4), "tokens")
+    counts = {"rows_in": 10, "rows_kept": 10, "rows_dropped": 0, "dropped_by_reason": {}, "mended_by_reason": {}}
+    recipe = {"model_name_or_path": "models/some-model", "loss_type": loss, "beta": 0.1, "alpha": 0.5} | recipe
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    files = {
+        "trainer_state.json": {"log_history": history(best)},
+        "plan.json": {"num_steps": 10, "global_batch_size": 4},
+        "data_report.json": counts | {"responses": 40} | describe(columns, 0.5),
+        "held_out.json": {"step": 10, "rewards/chosen": [best * 10 + 0.01, best * 10 - 0.01] * 3,
+                          "rewards/rejected": [0.0] * 6},
+        "train_results.json": {"seconds": 80.0, "train": {"train_runtime": 60.0}},
+        **{f"samples_{when}.json": [{"prompt": [{"role": "user", "content": f"Question {i}"}],
+                                     "samples": [f"Answer {i} {when}"], "scores": [0.5]} for i in range(5)]
+           for when in ("before", "after")},
+    }  # fmt: skip
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Drawing takes time, and not all tests look at what is drawn."""
+    monkeypatch.setattr("alignment.html_report.draw_all", lambda runs, folder: [])
+
+
+class Page(HTMLParser):
+    """What a page holds: text, tags, and what its attributes point to."""
+
+    def __init__(self, file):
+        super().__init__()
+        self.text, self.tags, self.targets = "", [], []
+        self.feed(Path(file).read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.targets += [value for name, value in attrs if name in ("src", "href", "action", "data", "srcset")]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_a_page_with_all_parts_from_the_folder_alone(folder):
+    report_run(folder)
+    page = Page(folder / "report.html")
+    for part in ("my-run", "Finished, 80 s", "Answer 2 before", "Answer 2 after", "global_batch_size", "some-model",
+                 "train: 10 of 10 rows kept", "0.7 ", "+2.00"):  # fmt: skip
+        assert part.strip() in page.text, part
+    assert "Answer 3" not in page.text, "three prompts are shown"
+    assert "Alarm" not in page.text
+    drawn = {file.stem for file in (folder / "figures").iterdir()}
+    assert drawn == {"rewards", "margin", "ranks", "accuracy", "loss", "learning_rate", "grad_norm", "speed", "lengths",
+                     "sampled_lengths", "scores", "responses"}  # fmt: skip
+    assert page.tags.count("img") == len(drawn)
+    # It needs nothing else.
+    assert {target.partition(",")[0] for target in page.targets} == {"data:image/png;base64"}
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    source = (folder / "report.html").read_text()
+    assert not re.search(r"https?://|file://|@import|url\(", source)
+
+
+def test_texts_of_data_and_recipes_are_never_markup(tmp_path):
+    folder = write_run(tmp_path / "a&b $x^{2$", model_name_or_path=EVIL, note=EVIL)
+    (folder / "samples_before.json").unlink()
+    samples = [{"prompt": [{"role": "user", "content": EVIL}], "samples": [EVIL], "scores": [1.0]}]
+    (folder / "samples_after.json").write_text(json.dumps(samples))
+    report = json.loads((folder / "data_report.json").read_text())
+    (folder / "data_report.json").write_text(json.dumps(report | {"warnings": [EVIL], "examples": {"why": [EVIL]}}))
+    report_run(folder)
+    page = Page(folder / "report.html")
+    assert page.text.count(EVIL) == 6, "prompt, answer, warning, example, two keys"
+    assert "script" not in page.tags
+    other = write_run(tmp_path / "<b>$x^{2$", loss=EVIL)
+    report_comparison([read_run(folder), read_run(other)], tmp_path / "both.html")
+    assert not {"script", "b"} & set(Page(tmp_path / "both.html").tags)
+
+
+def test_an_unfinished_run_tells_what_it_has(folder, no_figures):
+    for file in folder.glob("*.json"):
+        if file.name != "plan.json":
+            file.unlink()
+    report_run(folder)
+    assert "Nothing is logged yet" in Page(folder / "report.html").text
+    for step in (4, 10):  # the newest by number, not by name
+        (folder / f"checkpoint-{step}").mkdir()
+        state = {"log_history": history(steps=step)}
+        (folder / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps(state))
+    run = report_run(folder)
+    assert run.step == 10
+    assert "Unfinished: step 10 of 10" in Page(folder / "report.html").text
+    assert read_run(folder, history(steps=6)).step == 6, "what is logged and not yet written is told by the caller"
+
+
+@pytest.mark.parametrize(
+    ("rewards", "fires"),
+    [
+        ([-0.2, -0.1, -0.3, -0.2], True),
+        ([0.2, 0.1, 0.3, 0.2], False),
+        ([-0.9, 0.8, -0.7, 0.6], False),  # below zero by less than the noise
+        ([-0.2], False),  # of one prompt no noise is known
+        ([float("nan")] * 4, False),
+    ],
+)
+def test_the_alarm(rewards, fires):
+    run = Run("r", {"beta": 0.1, "loss_type": "DPO"}, [], held_out={"step": 7, "rewards/chosen": rewards})
+    found = alarm(run)
+    assert (found is not None) == fires
+    if fires:
+        assert "by 2 +- 0.41 nats" in found, "the implicit reward over beta"
+        assert "4 held-out prompts, step 7" in found
+
+
+def test_the_alarm_goes_by_the_last_windows_where_nothing_is_held_out():
+    falling = [{"step": s, "epoch": s, "rewards/chosen": 1.0 if s < 6 else -0.1 - 0.001 * s} for s in range(11)]
+    assert "the last 5 logged windows of training" in alarm(Run("r", {"beta": 0.1}, falling))
+    rising = [{"step": s, "epoch": s, "rewards/chosen": -1.0 if s < 6 else 0.1 + 0.001 * s} for s in range(11)]
+    assert alarm(Run("r", {"beta": 0.1}, rising)) is None
+
+
+def test_the_alarm_is_on_the_page_and_in_the_log(tmp_path, caplog, no_figures):
+    folder = write_run(tmp_path / "falling", loss="DPO", best=-0.05)
+    write_report(str(folder))
+    assert "Alarm" in Page(folder / "report.html").text
+    (line,) = [record.message for record in caplog.records]
+    assert line.startswith("!!! The likelihood of the best responses is below its start, by 5 +- ")
+
+
+def test_a_failure_to_draw_is_one_warning_line(folder, caplog, monkeypatch):
+    def fail(*args):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("alignment.html_report.draw_all", fail)
+    write_report(str(folder))
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "No space left on device" in record.message
+
+
+def test_speed_is_that_of_each_window():
+    lines = [(1, 100, 1.0), (2, 300, 2.0), (3, 350, 0.5), (4, 450, 1.0)]  # the third is the first of another launch
+    names = ("epoch", "num_input_tokens_seen", "train_runtime")
+    epochs, rates = Run("r", {}, [dict(zip(names, line, strict=True)) for line in lines]).speed()
+    assert epochs.tolist() == [1, 2, 4]
+    assert rates.tolist() == [100, 200, 200]
+
+
+def test_runs_side_by_side(tmp_path):
+    runs = [read_run(write_run(tmp_path / "one")), read_run(write_run(tmp_path / "two", loss="DPO", best=-0.05))]
+    table = runs_table(runs)
+    cells = {line.split("  ")[0]: re.split(r"\s{2,}", line)[1:] for line in table.splitlines()}
+    assert cells["run"] == ["one", "two"]
+    assert cells["loss"] == ["NCA", "DPO"]
+    assert cells["best"] == ["+0.2000", "-0.5000"]
+    assert cells["best (nats)"] == ["+2.00", "-5.00"]
+    assert cells["margin"] == ["+0.3000", "+0.3000"]
+    assert cells["tokens/s"] == ["200", "200"]
+    assert "ALARM, two: The likelihood" in table
+    assert "ALARM, one" not in table
+    report_comparison(runs, tmp_path / "new" / "page.html")
+    page = Page(tmp_path / "new" / "page.html")
+    assert page.tags.count("img") == 9
+    assert "Alarm, two" in page.text
+    assert "loss_type" in page.text, "what differs in the recipes"
+    assert "some-model" not in page.text.partition("What differs")[2], "and nothing else of them"
+
+
+def test_figures_of_runs_without_evaluations_and_ragged_ranks(tmp_path):
+    runs = [Run(name, {"beta": 0.1, "loss_type": "NCA"}, history()[:2]) for name in ("a", "b")]
+    runs[1].history[0] = runs[1].history[0] | {"rewards/rank_2": -0.5}
+    assert len(draw_all(runs, tmp_path)) == 9
+    assert key_figures(Run("a", {"beta": 0.1}, history()[:1]))["measured on"] == "training"
+    assert draw_all([Run("c", {"beta": 0.1}, [])], tmp_path) == []
+    assert not list(tmp_path.glob("loss.png")), "no figure of an earlier run is left"
+
+
+def test_length_by_score_keeps_equal_scores_together():
+    def found(scores, lengths):
+        columns = Columns(np.array(scores), np.array(lengths), np.array([3]), np.array([len(scores)]), "tokens")
+        return describe(columns)["scores"]["length_by_score"]
+
+    assert found([0.5, 1.0, 0.5], [10, 40, 20]) == {"score": [0.5, 1.0], "length": [15, 40]}
+    assert found([0.5] * 4, [1, 2, 3, 4]) == {"score": [0.5], "length": [2.5]}
+    many = found([*range(50)] + [7] * 50, [*range(50)] + [7] * 50)
+    assert 5 < len(many["score"]) <= 10
+    assert many["score"] == many["length"]
+    assert 7 < many["score"][1] < 8, "all responses of score 7 are in one part"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("recipe.yaml", None, "holds no run .no recipe.yaml.; give the output_dir of one"),
+        ("recipe.yaml", "loss_type: NCA", "has no beta"),
+        ("plan.json", "{", "plan.json: not valid JSON"),
+    ],
+)
+def test_a_folder_that_is_no_run(folder, no_figures, name, content, message):
+    (folder / name).unlink() if content is None else (folder / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        report_run(folder)
+
+
+def test_the_script(folder, tmp_path, capsys, no_figures, monkeypatch):
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["report.py", *map(str, words)])
+        runpy.run_path(str(ROOT / "alignment-handbook/scripts/report.py"), run_name="__main__")
+
+    run(folder)
+    assert (folder / "report.html").exists()
+    run(folder, folder, "--output", tmp_path / "c.html")
+    assert (tmp_path / "c.html").exists()
+    assert "measured on" in capsys.readouterr().out
+    for words in ([tmp_path / "nowhere"], [folder, "--output", tmp_path], [], [folder, "--outptu=x"]):
+        with pytest.raises(SystemExit) as ended:
+            run(*words)
+        assert ended.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ")
+
+
+def test_a_run_is_watched(tmp_path, tiny_model, monkeypatch):
+    from nca_trainer import NCATrainer
+    from run_reward import align
+
+    steps = []
+    draw = watch.write_report
+    monkeypatch.setattr(
+        watch, "write_report", lambda out, lines=None: (steps.append(lines[-1]["step"]), draw(out, lines))
+    )
+    rows = [{"prompt": f"Name {i}", "responses": ["Paris is", "Rome"], "scores": [1.0, 0.5]} for i in range(8)]
+    for name, part in (("train", rows[:5]), ("eval", rows[5:])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)))
+    recipe = {"model_name_or_path": tiny_model, "train_file": str(tmp_path / "train.jsonl"), "beta": 0.1,
+              "eval_file": str(tmp_path / "eval.jsonl"), "output_dir": str(tmp_path / "out"), "max_steps": 4,
+              "eval_strategy": "steps", "eval_steps": 2, "report_to": "none", "save_strategy": "no",
+              "per_device_eval_batch_size": 2, "disable_tqdm": True}  # fmt: skip
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    align([str(tmp_path / "r.yaml"), "--use_peft=true", "--lora_target_modules=q_proj"], NCATrainer, pairs=False)
+    assert steps == [2, 4], "at each evaluation, before trainer_state.json is there"
+    run = read_run(tmp_path / "out")
+    assert run.held_out["step"] == 4
+    assert len(run.held_out["rewards/chosen"]) == 3, "each held-out prompt once"
+    assert np.mean(run.held_out["rewards/chosen"]) == pytest.approx(run.results["eval"]["eval_rewards/chosen"])
+    assert "Finished" in Page(tmp_path / "out" / "report.html").text, "and at the end"
+
+
+def test_without_held_out_rows_checkpoints_are_reported(folder, no_figures):
+    from types import SimpleNamespace
+
+    (folder / "held_out.json").unlink()
+    seen = Watch(dict)
+    state = SimpleNamespace(is_world_process_zero=True, log_history=history())
+    for strategy, written in (("steps", False), ("no", True)):
+        seen.on_train_begin()
+        seen.on_save(SimpleNamespace(output_dir=str(folder), eval_strategy=strategy), state, None)
+        assert (folder / "report.html").exists() == written
