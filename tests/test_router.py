@@ -18,7 +18,7 @@ from tests.test_trainer import DEFAULTS, logged, pair_rows, reward_rows
 from tests.tiny import SIZES, rows_of, tiny_config, tiny_tokenizer
 from trl_nca.collate import GroupCollator
 from trl_nca.logps import prepare, response_logps
-from trl_nca.router import RouterLoss, check_router
+from trl_nca.router import RouterLoss, check_router, load_balancing_loss
 
 EXPERTS = {"num_experts_per_tok": 2, "bos_token_id": 1, "eos_token_id": 2}
 FAMILIES = [
@@ -171,6 +171,13 @@ def test_a_model_without_experts_is_refused(tmp_path):
     torch.manual_seed(0)
     with pytest.raises(ValueError, match="not a Mixture-of-Experts model"):
         make_trainer(tmp_path, reward_rows(4), model=LlamaForCausalLM(tiny_config()), router_aux_loss_coef=0.1)
+
+
+def test_a_model_that_fsdp2_has_given_another_class_keeps_its_loss():
+    model = tiny_moe()
+    model.__class__ = type("FSDPMixtral", (model.__class__,), {"__module__": "torch.distributed.fsdp"})
+    check_router(model, enabled=True)
+    assert load_balancing_loss(model, (torch.zeros(6, 4),), None) == 2.0
 
 
 def test_experts_without_a_known_loss_are_refused(monkeypatch):

@@ -54,8 +54,9 @@ def check_router(model: nn.Module, enabled: bool) -> None:
 
 
 def _function_of(model: nn.Module) -> Any:
-    """transformers gives each family a copy of the function, beside the model's class."""
-    return getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
+    """transformers gives each family a copy of the function, beside the model's class, from which FSDP2 derives one."""
+    modules = [sys.modules[family.__module__] for family in type(model).__mro__]
+    return next((m.load_balancing_loss_func for m in modules if hasattr(m, "load_balancing_loss_func")), None)
 
 
 class RouterLoss:
