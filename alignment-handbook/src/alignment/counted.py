@@ -60,7 +60,7 @@ class Counted:
         return layouts.Footprint(
             weights=self.weights(computes if layout.startswith("zero") else self.setup.dtype),
             moments=moments,
-            optim=self._optim,
+            optim=layouts.optimizer_name(args),
             mixed=self.setup.autocast is not None,
             frozen_copy=full and not args.precompute_ref_log_probs,
             loads_copy=full,
@@ -71,7 +71,10 @@ class Counted:
     def kept(self, checkpointing: bool) -> int:
         """Bytes of the activations at the end of a forward, with gradient checkpointing or without."""
         is_on = self.setup.checkpointing is not None
-        return self.step(self.setup.dtype, same=checkpointing == is_on).kept
+        if checkpointing == is_on:
+            return self.step(self.setup.dtype).kept
+        setup = dataclasses.replace(self.setup, checkpointing=None if is_on else {})
+        return self.engine.trace_step(setup, self.batch, backward=False).kept
 
     @property
     def notes(self) -> list[str]:
@@ -82,8 +85,9 @@ class Counted:
                 f"Only {weights.quantized / layouts.GB:.1f} of {weights.base / layouts.GB:.1f} GB of weights are "
                 "quantized: transformers quantizes linear layers, and no experts that are one tensor"
             )
-        if self._optim not in layouts.OPTIMIZERS and self._optim != "adafactor":
-            notes.append(f"The state of optim: {self._optim} is not known here, and planned as AdamW's")
+        optim = layouts.optimizer_name(self.args)
+        if optim not in layouts.OPTIMIZERS and optim != "adafactor":
+            notes.append(f"The state of optim: {optim} is not known here, and planned as AdamW's")
         return notes
 
     def largest_budget(self, layout: str, num_processes: int, limit: float) -> int | None:
@@ -102,10 +106,6 @@ class Counted:
             low, high = (middle, high) if fits(middle * _GRAIN) else (low, middle)
         return low * _GRAIN if low * _GRAIN >= self.longest else None
 
-    @property
-    def _optim(self) -> str:
-        return str(getattr(self.args.optim, "value", self.args.optim))
-
     def _computes(self, layout: str) -> torch.dtype:
         """The type that weights are gathered in: where they are spread, that of the mixed precision."""
         spread = layout in ("zero2", "zero3", "fsdp2") and self.setup.autocast is not None
@@ -114,17 +114,18 @@ class Counted:
     def _weights(self, dtype: torch.dtype) -> Any:
         return self.engine.weights_of(dataclasses.replace(self.setup, dtype=dtype))
 
-    def _step(self, dtype: torch.dtype, times: int = 1, same: bool = True) -> Any:
-        setup = dataclasses.replace(self.setup, dtype=dtype)
-        if not same:
-            setup = dataclasses.replace(setup, checkpointing={} if setup.checkpointing is None else None)
-        if times > 1:  # a micro-batch that is cut into chunks
-            setup = dataclasses.replace(setup, accumulates=True)
+    def _step(self, dtype: torch.dtype, times: int = 1, accumulates: bool | None = None) -> Any:
+        accumulates = self.setup.accumulates if accumulates is None else accumulates
+        setup = dataclasses.replace(self.setup, dtype=dtype, accumulates=accumulates)
         return self.engine.trace_step(setup, self.engine.repeated(self.batch, times) if times > 1 else self.batch)
 
     def _moments(self, dtype: torch.dtype, tokens: float) -> dict[str, dict[str, float]]:
-        """Those of a forward of so many tokens of the same kind, by the line through two and four times the batch."""
-        less, more = self.step(dtype, times=2), self.step(dtype, times=4)
+        """Those of a forward of so many tokens of the same kind, by the line through once and twice the batch.
+
+        It is one of several forwards, as where `max_tokens_per_forward` cuts a micro-batch.
+        """
+        less = self.step(dtype) if self.setup.accumulates else self.step(dtype, accumulates=True)
+        more = self.step(dtype, times=2, accumulates=True)
         share = (tokens - less.tokens) / (more.tokens - less.tokens)
         return {
             moment: {kind: max(low + share * (more.moments[moment][kind] - low), 0) for kind, low in parts.items()}

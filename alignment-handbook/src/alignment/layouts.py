@@ -87,6 +87,11 @@ class Footprint:
     on_gpu: bool
 
 
+def optimizer_name(args: TrainingArguments) -> str:
+    """`optim` as a recipe spells it; upstream makes an enum of it."""
+    return str(getattr(args.optim, "value", args.optim))
+
+
 def launched_layout(num_processes: int, environ: Mapping[str, str] = os.environ) -> str:
     """The layout that accelerate launched: its environment says so."""
     if environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
@@ -109,9 +114,9 @@ def refusals(policy: PolicyConfig, args: TrainingArguments, layout: str) -> list
 
     if layout == "fsdp2":
         # bitsandbytes::optimizer_update_32bit: "does not have a sharding strategy registered" for DTensor.
-        if str(args.optim) in BITSANDBYTES:
+        if optimizer_name(args) in BITSANDBYTES:
             refuse(
-                f"optim: {args.optim} with fsdp2",
+                f"optim: {optimizer_name(args)} with fsdp2",
                 "bitsandbytes' optimizers do not take sharded weights",
                 "--optim=adamw_torch",
             )

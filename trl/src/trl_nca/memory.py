@@ -120,14 +120,15 @@ def weights_of(setup: Setup) -> Weights:
     )
 
 
-def trace_step(setup: Setup, batch: Batch) -> Step:
+def trace_step(setup: Setup, batch: Batch, backward: bool = True) -> Step:
     """Counts what a forward and backward pass over a batch keep alive. About a second.
 
     Args:
         setup: Of the run.
         batch: From `batch_to_plan`.
+        backward: False for the forward alone.
     """
-    shallow, deeper = (_trace(setup, depth, batch) for depth in _DEPTHS)
+    shallow, deeper = (_trace(setup, depth, batch, backward) for depth in _DEPTHS)
     more = setup.config.get_text_config().num_hidden_layers - _DEPTHS[0]
 
     def extrapolate(low: int, high: int) -> int:
@@ -140,7 +141,7 @@ def trace_step(setup: Setup, batch: Batch) -> Step:
     return Step(batch["input_ids"].shape[1], extrapolate(shallow.kept, deeper.kept), moments)
 
 
-def _trace(setup: Setup, depth: int, batch: Batch) -> Step:
+def _trace(setup: Setup, depth: int, batch: Batch, backward: bool) -> Step:
     model = build(setup, depth)
     inputs = _prepare(setup, model, batch)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
@@ -159,7 +160,8 @@ def _trace(setup: Setup, depth: int, batch: Batch) -> Step:
             with torch.autocast("cpu", dtype=setup.autocast or torch.bfloat16, enabled=enabled):
                 logps = model(**inputs)
             forward_end = timeline.now
-            logps.sum().backward()
+            if backward:
+                logps.sum().backward()
             end = timeline.now
         timeline.sort(forward_end, [p.grad for p in trained if p.grad is not None])
     last, first = (marks[0], marks[-1]) if marks else (forward_end, forward_end)

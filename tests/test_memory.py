@@ -1,0 +1,322 @@
+"""What `--plan` says of memory: against real training, against known models, and by how it grows."""
+
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+
+from alignment import layouts
+from alignment.data import DataConfig
+from alignment.errors import UserError
+from alignment.models import SHIPPED_CONFIGS, PolicyConfig
+from alignment.planning import describe, make_plan, show_plan
+from alignment.recipe import PLAN_KEYS, RunConfig, parse_recipe
+from benchmarks.plan import LORA, SMALL, Case, measured, planned
+from nca_trainer import NCAConfig
+from run_reward import prepare
+from tests.conftest import ROOT
+from tests.tiny import tiny_config
+from trl_nca import memory
+from trl_nca.planned_model import Setup
+
+RECIPES = sorted((ROOT / "yamls").glob("*.yaml"))
+SHORT = {"lengths": (50, 50)}
+
+CASES = [
+    *(Case(kind, checkpointing, **SHORT) for kind in ("full", "lora", "4bit") for checkpointing in (False, True)),
+    Case("full", True, "bf16", lengths=(30, 20)),
+    Case("lora", False, "bf16", lengths=(12, 6)),
+    Case("full", False, prompts=2, **SHORT),
+    Case("lora", False, max_tokens=200, **SHORT),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_plan_is_what_training_takes(case):
+    plan, peak = planned(case), measured(case)
+    assert abs(plan["total"] / peak - 1) < 0.05, (plan, peak)  # 15 % is what is promised
+
+
+def setup_of(name="mistralai--Mistral-7B-v0.1", **changes):
+    config = AutoConfig.from_pretrained(SHIPPED_CONFIGS / f"{name}.json")
+    return Setup(config, torch.bfloat16, autocast=torch.bfloat16, **changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("mistralai--Mistral-7B-v0.1", 7.242),
+        ("mistralai--Mixtral-8x7B-v0.1", 46.703),
+        ("meta-llama--Llama-2-70b-hf", 68.977),
+        ("meta-llama--Llama-3.1-70B", 70.554),
+        ("meta-llama--Llama-3.1-8B", 8.030),
+    ],
+)
+def test_shipped_configs_have_the_published_sizes(name, billions):
+    weights = memory.weights_of(setup_of(name))
+    assert weights.num_trained == pytest.approx(billions * 1e9, rel=1e-4)
+    assert weights.base == weights.trained == 2 * weights.num_trained
+
+
+def test_quantization_takes_linear_layers_and_no_experts():
+    mistral = memory.weights_of(setup_of(quantization="4bit", peft_config=LORA))
+    num_linear = 32 * (4096 * 4096 * 2 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+    assert mistral.quantized == num_linear * (1 / 2 + 4 / 64)
+    assert mistral.adapter == 2 * 41_943_040  # bfloat16, where without quantization it is float32
+    assert memory.weights_of(setup_of(peft_config=LORA)).adapter == 4 * 41_943_040
+    lora = LoraConfig(r=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    mixtral = memory.weights_of(setup_of("mistralai--Mixtral-8x7B-v0.1", quantization="4bit", peft_config=lora))
+    assert mixtral.quantized < 0.01 * mixtral.base
+
+
+def small_setup(num_layers=2, **changes):
+    return Setup(LlamaConfig(**SMALL | {"num_hidden_layers": num_layers}), torch.float32, **changes)
+
+
+def test_layers_are_counted_by_two_and_three(monkeypatch):
+    batch, _ = memory.batch_to_plan([(30, [40] * 2)], None)
+    setup = small_setup(4, peft_config=LORA, checkpointing={"use_reentrant": False})
+    by_line = memory.trace_step(setup, batch)
+    monkeypatch.setattr(memory, "_DEPTHS", (4, 5))
+    assert memory.trace_step(setup, batch) == by_line
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_memory_grows_with_the_tokens_and_not_their_square(device):
+    kept = []
+    for length in (200, 800):
+        batch, _ = memory.batch_to_plan([(length, [length] * 4)], None)
+        kept.append(
+            memory.trace_step(small_setup(device=device), batch, backward=False).kept / batch["targets"].numel()
+        )
+    assert kept[1] < 1.01 * kept[0]
+
+
+def test_a_budget_cuts_the_batch():
+    batch, num_chunks = memory.batch_to_plan([(101, [50] * 8)], 300)
+    assert num_chunks == 2 and batch["input_ids"].shape == (1, 300)
+    assert memory.repeated(batch, 3)["input_ids"].shape == (1, 900)
+
+
+def footprint(**changes):
+    weights = SimpleNamespace(
+        base=1000.0, adapter=0, trained=1000.0, num_trained=500.0, num_factors=50.0, largest_trained=100.0,
+        largest_layer=100.0, ends=50.0, quantized=0,
+    )  # fmt: skip
+    moment = {"activations": 3000.0, "gradients": 100.0, "logits": 7.0, "working": 5.0}
+    settings = {
+        "weights": weights, "moments": {"head": moment}, "optim": "adamw_torch", "mixed": True, "frozen_copy": True,
+        "loads_copy": True, "spreads_quantized": False, "on_gpu": False,
+    }  # fmt: skip
+    return layouts.Footprint(**settings | changes)
+
+
+def test_one_process_and_ddp():
+    moment, parts = layouts.memory(footprint(), "single", 1)
+    assert moment == "head"
+    assert parts == {
+        "weights": 1000, "adapter": 0, "gradients": 100, "optimizer": 2000, "activations": 3000, "logits": 7,
+        "reference": 1000, "working": 5, "overhead": 0, "total": 7112,
+    }  # fmt: skip
+    assert layouts.memory(footprint(), "ddp", 2)[1]["gradients"] == 1100  # DDP's buckets
+    small = footprint(moments={"head": dict.fromkeys(("activations", "gradients", "logits", "working"), 0.0)})
+    assert layouts.memory(small, "single", 1)[0] == "optimizer step"
+
+
+def test_sharding_divides_by_the_processes():
+    for layout, shared in [("zero2", 1000), ("zero3", 1000 / 8), ("fsdp2", 4 * 500 / 8)]:
+        parts = layouts.memory(footprint(moments={}, frozen_copy=False, loads_copy=False), layout, 8)[1]
+        assert parts["weights"] == shared
+        assert parts["optimizer"] == (12 if "zero" in layout else 8) * 500 / 8
+    whole = layouts.memory(footprint(moments={}), "fsdp2", 8)  # TRL gathers the reference whole
+    assert whole[0] == "reference" and whole[1]["working"] == 1000
+
+
+@pytest.mark.parametrize(
+    ("optim", "state"), [("adamw_torch", 2000), ("paged_adamw_32bit", 4000), ("adamw_bnb_8bit", 1000), ("sgd", 0),
+                         ("adafactor", 200)],
+)  # fmt: skip
+def test_optimizer_states(optim, state):
+    assert layouts.memory(footprint(optim=optim), "single", 1)[1]["optimizer"] == state
+
+
+def policy(**changes):
+    return PolicyConfig(model_name_or_path="m", **changes)
+
+
+@pytest.mark.parametrize(
+    ("layout", "settings", "optim", "what"),
+    [
+        ("fsdp2", {"load_in_8bit": True, "use_peft": True}, "adamw_torch", "load_in_8bit with fsdp2"),
+        ("zero3", {"load_in_8bit": True, "use_peft": True}, "adamw_torch", "load_in_8bit with zero3"),
+        ("zero3", {"load_in_4bit": True, "use_peft": True}, "adamw_torch", "load_in_4bit with zero3"),
+        ("fsdp2", {}, "paged_adamw_32bit", "optim: paged_adamw_32bit with fsdp2"),
+        ("fsdp2", {}, "adamw_bnb_8bit", "optim: adamw_bnb_8bit with fsdp2"),
+        ("fsdp2", {"load_in_4bit": True, "use_peft": True, "bnb_4bit_quant_storage": "float16"}, "adamw_torch",
+         "bnb_4bit_quant_storage: float16 with fsdp2"),
+        ("fsdp2", {"load_in_4bit": True, "use_peft": True, "bnb_4bit_quant_storage": "bfloat16"}, "adamw_torch", None),
+        ("fsdp2", {"load_in_4bit": True, "use_peft": True}, "adamw_torch", None),
+        ("zero2", {"load_in_4bit": True, "use_peft": True}, "paged_adamw_32bit", None),
+        ("ddp", {"load_in_8bit": True, "use_peft": True}, "paged_adamw_8bit", None),
+    ],
+)  # fmt: skip
+def test_refused_combinations(layout, settings, optim, what, monkeypatch):
+    args = SimpleNamespace(optim=optim, bf16=True, fp16=False, world_size=2)
+    found = layouts.refusals(policy(**settings), args, layout)
+    assert [refusal["what"] for refusal in found] == ([what] if what else [])
+    environ = {"zero": "ACCELERATE_USE_DEEPSPEED", "fsdp": "ACCELERATE_USE_FSDP"}
+    for name in environ.values():
+        monkeypatch.delenv(name, raising=False)
+    if layout[:4] in environ:
+        monkeypatch.setenv(environ[layout[:4]], "true")
+        monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", layout[-1])
+    assert layouts.launched_layout(2) == layout
+    if what:  # a real run ends too
+        with pytest.raises(UserError, match=what):
+            layouts.refuse(policy(**settings), args)
+    else:
+        layouts.refuse(policy(**settings), args)
+
+
+class Stub:
+    """An engine that counts nothing."""
+
+    Setup = Setup
+    batch_to_plan = staticmethod(memory.batch_to_plan)
+    repeated = staticmethod(memory.repeated)
+
+    @staticmethod
+    def weights_of(setup):
+        return footprint().weights
+
+    @staticmethod
+    def trace_step(setup, batch, backward=True):
+        tokens = batch["input_ids"].shape[1]
+        parts = dict.fromkeys(("activations", "gradients", "logits", "working"), 1e6 * tokens)
+        return memory.Step(tokens, 10**6 * tokens, {"head": parts})
+
+
+def plan_of(recipe, *flags, engine=memory):
+    argv = [str(recipe), "--plan", "--num_prompts=1000", *flags]
+    configs = parse_recipe(argv, [DataConfig, PolicyConfig, RunConfig, NCAConfig])
+    return make_plan(configs, recipe.stem.startswith("preference"), prepare, engine)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+@pytest.mark.parametrize("num_processes", [1, 2, 4, 8, 16])
+def test_every_recipe_plans_on_any_number_of_processes(recipe, num_processes, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    try:
+        plan, facts, _ = plan_of(recipe, f"--num_processes={num_processes}", engine=Stub)
+    except UserError as error:
+        assert "cannot be split over" in str(error) and recipe.stem.endswith("_cpu") and num_processes > 1
+        return
+    assert plan.num_processes == num_processes and plan.num_steps > 0
+    assert plan.global_batch_size == num_processes * plan.gradient_accumulation_steps * plan.per_device_train_batch_size
+    assert facts["parallel"] == ("ddp" if num_processes > 1 else "single")
+
+
+#: What recipes say they run on; the rest are like one of these, or small.
+FITS = {
+    "reward_qlora": ("ddp", 8, 24), "reward_lora": ("ddp", 8, 40),
+    "reward_full": ("zero3", 8, 80), "preference_eurus": ("zero3", 8, 80), "reward_mixtral": ("fsdp2", 8, 80),
+    "reward_70b": ("fsdp2", 16, 80),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_recipes_fit_where_they_say(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    layout, num_processes, gpu = FITS[name]
+    flags = [f"--parallel={layout}", f"--num_processes={num_processes}", f"--gpu_memory_gb={gpu}"]
+    plan, facts, notes = plan_of(ROOT / "yamls" / f"{name}.yaml", "--max_length=96", "--max_prompt_length=48", *flags)
+    parts = dict(facts["memory_per_gpu_gb"])
+    assert parts.pop("total") == pytest.approx(sum(parts.values()))
+    assert set(parts) == set(layouts.PARTS)
+    assert facts["fits"] and not facts["refused"] and facts["largest_max_tokens_per_forward"]
+    assert set(facts["layouts"]) == set(layouts.LAYOUTS)
+    text = describe(plan, facts, notes)
+    assert "prompts a step" in text and "fits" in text
+
+
+def test_what_does_not_fit_says_so(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    recipe = ROOT / "yamls" / "reward_qlora.yaml"
+    flags = ["--num_processes=8", "--gpu_memory_gb=1", "--parallel=fsdp2"]
+    plan, facts, notes = plan_of(recipe, *flags, engine=Stub)
+    assert not facts["fits"] and facts["largest_max_tokens_per_forward"] is None
+    assert "REFUSED" in describe(plan, facts, notes) and "--optim=adamw_torch" in describe(plan, facts, notes)
+
+
+def run_plan(recipe, folder, *flags):
+    command = [sys.executable, "run_reward.py", str(recipe), "--plan", f"--output_dir={folder}", *flags]
+    return subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True
+    )
+
+
+def test_the_command_writes_a_plan_and_nothing_else(tmp_path):
+    """A folder with a config and nothing else is a model to plan for."""
+    tiny = tmp_path / "model"
+    tiny_config().save_pretrained(tiny)
+    recipe = tmp_path / "recipe.yaml"
+    rows = tmp_path / "rows.jsonl"
+    row = {"prompt": "a", "responses": ["b", "c"], "scores": [0.0, 1.0]}
+    rows.write_text("".join(json.dumps(row | {"prompt": f"a{i}"}) + "\n" for i in range(12)))
+    recipe.write_text(
+        f"model_name_or_path: {tiny}\ntrain_file: {rows}\nglobal_batch_size: 4\nper_device_train_batch_size: 1\n"
+        "use_cpu: true\nmax_length: 64\n"
+    )
+    out = tmp_path / "out"
+    done = run_plan(recipe, out, "--num_processes=2")
+    assert done.returncode == 0, done.stderr
+    assert [file.name for file in out.iterdir()] == ["plan.json"]
+    plan = json.loads((out / "plan.json").read_text())
+    assert (plan["num_processes"], plan["gradient_accumulation_steps"], plan["global_batch_size"]) == (2, 2, 4)
+    assert (plan["num_prompts"], plan["num_tokens"], plan["num_steps"]) == (12, None, 9)  # three epochs, no tokenizer
+    assert "no tokenizer" in done.stdout and "2 processes = 4 prompts a step" in done.stdout
+
+
+def test_a_run_keeps_its_plan(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "plan.json").write_text("{}")
+    (tmp_path / "recipe.yaml").write_text("seed: 1")
+    argv = ["yamls/reward_cpu.yaml", "--plan", "--num_prompts=100", f"--output_dir={tmp_path}"]
+    show_plan(parse_recipe(argv, [DataConfig, PolicyConfig, RunConfig, NCAConfig]), False, prepare, Stub)
+    printed = capsys.readouterr().out
+    assert "holds a run" in printed and "No GPU here" not in printed  # the recipe says use_cpu
+    assert (tmp_path / "plan.json").read_text() == "{}"
+
+
+def test_keys_of_a_plan(tmp_path):
+    types = [DataConfig, PolicyConfig, RunConfig, NCAConfig]
+    recipe = str(ROOT / "yamls" / "reward_qlora.yaml")
+    with pytest.raises(UserError, match="accelerate launch --num_processes=4"):
+        parse_recipe([recipe, "--num_processes=4"], types)
+    with pytest.raises(UserError, match="gpu_memory_gb: must be above 0"):
+        parse_recipe([recipe, "--plan", "--gpu_memory_gb=0"], types)
+    from alignment.output import resolve
+
+    resolved = resolve(parse_recipe([recipe, "--gpu_memory_gb=24"], types))
+    assert not set(PLAN_KEYS) & set(resolved)
+
+
+def test_a_real_4bit_model_is_as_large_as_planned(tmp_path):
+    """Weights, packed bits and scales, against bitsandbytes' own."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    from benchmarks.plan import _bytes
+
+    config = tiny_config(hidden_size=128, intermediate_size=256)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    for nested in (False, True):
+        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=nested)
+        real = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantization, dtype=torch.bfloat16)
+        weights = memory.weights_of(Setup(config, torch.bfloat16, LORA, "4bit", nested))
+        assert weights.base == pytest.approx(_bytes(real), rel=0.01)
