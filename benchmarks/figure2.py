@@ -94,7 +94,7 @@ def settings_of(arm: Arm, seed: int, steps: int, folder: Path) -> dict[str, Any]
 
 def command_of(arm: Arm, settings: dict[str, Any], folder: Path, runs: Path) -> list[str]:
     """The command of a run, which goes on where it was killed."""
-    every = max(settings["max_steps"] // 5, 1)
+    every = settings["max_steps"] // 5 + 1  # the last evaluation is that of the end
     around = {
         "output_dir": folder, "reward_function": "", "eval_strategy": "steps", "eval_steps": every,
         "logging_steps": max(every // 2, 1), "save_total_limit": 1, "precompute_ref_log_probs": "true",

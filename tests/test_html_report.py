@@ -122,7 +122,7 @@ def test_texts_of_data_and_recipes_are_never_markup(tmp_path):
     page = Page(folder / "report.html")
     assert page.text.count(EVIL) == 6, "prompt, answer, warning, example, two keys"
     assert "script" not in page.tags
-    other = write_run(tmp_path / "<b>$x^{2$", loss=EVIL)
+    other = write_run(tmp_path / "<b>", loss=f"$x^{{2$ {EVIL}")
     report_comparison([read_run(folder), read_run(other)], tmp_path / "both.html")
     assert not {"script", "b"} & set(Page(tmp_path / "both.html").tags)
 
@@ -137,6 +137,7 @@ def test_an_unfinished_run_tells_what_it_has(folder, no_figures):
         (folder / f"checkpoint-{step}").mkdir()
         state = {"log_history": history(steps=step)}
         (folder / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps(state))
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": history(steps=6)}))  # before it went on
     run = report_run(folder)
     assert run.step == 10
     assert "Unfinished: step 10 of 10" in Page(folder / "report.html").text
@@ -194,6 +195,15 @@ def test_speed_is_that_of_each_window():
     epochs, rates = Run("r", {}, [dict(zip(names, line, strict=True)) for line in lines]).speed()
     assert epochs.tolist() == [1, 2, 4]
     assert rates.tolist() == [100, 200, 200]
+
+
+def test_the_evaluation_at_the_end_counts(folder):
+    evaluation = {"epoch": 1.2, "eval_loss": 1.1, "eval_rewards/chosen": 0.7}
+    results = {"seconds": 1.0, "train": {}, "eval": evaluation}
+    (folder / "train_results.json").write_text(json.dumps(results))
+    run = read_run(folder)
+    assert run.last("eval_rewards/chosen") == 0.7
+    assert run.curve("eval_loss")[0].tolist() == [0.2, 0.4, 0.6, 0.8, 1.0, 1.2]
 
 
 def test_runs_side_by_side(tmp_path):
@@ -291,6 +301,7 @@ def test_a_run_is_watched(tmp_path, tiny_model, monkeypatch):
     assert steps == [2, 4], "at each evaluation, before trainer_state.json is there"
     run = read_run(tmp_path / "out")
     assert run.held_out["step"] == 4
+    assert len(run.curve("eval_loss")[0]) == 2, "the evaluation at the end repeats that of the last step"
     assert len(run.held_out["rewards/chosen"]) == 3, "each held-out prompt once"
     assert np.mean(run.held_out["rewards/chosen"]) == pytest.approx(run.results["eval"]["eval_rewards/chosen"])
     assert "Finished" in Page(tmp_path / "out" / "report.html").text, "and at the end"

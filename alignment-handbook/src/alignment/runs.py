@@ -95,15 +95,19 @@ def read_run(folder: str | Path, history: list[dict[str, float]] | None = None) 
     recipe = read_yaml(str(folder / output.STARTED))
     if not isinstance(recipe.get("beta"), int | float):
         raise UserError(f"{folder / output.STARTED}: has no beta; it is no resolved recipe of a run")
+    results = _read(folder, output.FINISHED)
+    history = _read_history(folder) if history is None else history
+    if results and results.get("eval"):  # the last evaluation comes after trainer_state.json
+        history = [*history, {"step": max((entry["step"] for entry in history), default=0), **results["eval"]}]
     return Run(
         name=folder.resolve().name,
         recipe=recipe,
-        history=_read_history(folder) if history is None else history,
+        history=history,
         plan=_read(folder, "plan.json") or {},
         data_report=_read(folder, "data_report.json"),
         before=_read(folder, "samples_before.json"),
         after=_read(folder, "samples_after.json"),
-        results=_read(folder, output.FINISHED),
+        results=results,
         held_out=_read(folder, HELD_OUT),
     )
 
