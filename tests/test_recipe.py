@@ -199,6 +199,7 @@ def documentation():
     """Every page, script and recipe that names commands, with commands of several lines joined."""
     paths = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("data/*.md"), *ROOT.glob("run_*.py")]
     paths += [*ROOT.glob("yamls/*.yaml"), *ROOT.glob("alignment-handbook/scripts/*.py")]
+    paths += [*ROOT.glob("alignment-handbook/recipes/*.sh"), *ROOT.glob("alignment-handbook/recipes/*/*.yaml")]
     return re.sub(r"\\\n[# ]*", " ", "\n".join(path.read_text() for path in paths))
 
 

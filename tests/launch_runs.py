@@ -1,0 +1,92 @@
+"""Runs of run_reward.py, several in the same processes: importing takes longer than any of them.
+
+    accelerate launch --config_file CONFIG --num_processes=2 tests/launch_runs.py RUNS.json
+    python tests/launch_runs.py --fork LAUNCHES.json
+
+RUNS.json is a list of command lines of run_reward.py. LAUNCHES.json is a list of [arguments of `accelerate launch`,
+RUNS.json]; accelerate sets each up as it always does, and its processes are then forked from this one, which has
+imported everything, in place of started anew.
+
+Each process leaves `rank_N.json` in a run's output folder: how it was launched, and how much of the policy it holds.
+"""
+
+import json
+import os
+import socket
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.run
+from accelerate.commands.launch import launch_command, launch_command_parser
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from nca_trainer import NCATrainer
+from run_reward import align
+
+
+class WatchedTrainer(NCATrainer):
+    """Writes down how it was launched, once trained."""
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().train(*args, **kwargs)
+        facts = {"type": self.accelerator.distributed_type.value, "processes": self.args.world_size} | held(self.model)
+        (Path(self.args.output_dir) / f"rank_{self.args.process_index}.json").write_text(json.dumps(facts))
+        return result
+
+
+def held(model: nn.Module) -> dict[str, int]:
+    """Numbers in the policy's parameters, and those that this process holds: fewer, where they are sharded."""
+    whole = local = 0
+    for parameter in model.parameters():
+        whole += getattr(parameter, "ds_numel", parameter.numel())
+        own = parameter.to_local() if isinstance(parameter, DTensor) else getattr(parameter, "ds_tensor", parameter)
+        local += own.numel()
+    return {"whole": whole, "local": local}
+
+
+def run(path: str) -> None:
+    """All runs of a file, with the flags that follow it on the command line."""
+    for argv in json.loads(Path(path).read_text()):
+        align([*argv, *sys.argv[2:]], WatchedTrainer, pairs=False)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def fork(args: Any) -> None:
+    """In place of `torch.distributed.run.run`: the processes of one machine."""
+    port, children = free_port(), []
+    for rank in range(int(args.nproc_per_node)):
+        child = os.fork()
+        if not child:
+            ranks = dict.fromkeys(["RANK", "LOCAL_RANK"], str(rank))
+            worlds = dict.fromkeys(["WORLD_SIZE", "LOCAL_WORLD_SIZE"], str(args.nproc_per_node))
+            os.environ |= ranks | worlds | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            try:
+                sys.argv[1:] = args.training_script_args
+                run(sys.argv[1])
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        children.append(child)
+    if any(os.waitpid(child, 0)[1] for child in children):
+        sys.exit(1)
+
+
+def main() -> None:
+    if sys.argv[1] != "--fork":
+        return run(sys.argv[1])
+    torch.distributed.run.run = fork
+    for launch, runs in json.loads(Path(sys.argv[2]).read_text()):
+        launch_command(launch_command_parser().parse_args([*launch, __file__, runs]))
+
+
+if __name__ == "__main__":
+    main()
