@@ -165,6 +165,7 @@ def _bytes(model: nn.Module) -> int:
 
 def compare(case: Case) -> tuple[float, float, dict[str, float]]:
     """Planned and measured peak in GB, and the plan by part."""
+    torch.set_num_threads(1)  # memory does not depend on it, and a second one waits on a busy machine
     plan = planned(case)
     return plan["total"] / layouts.GB, measured(case) / layouts.GB, plan
 
