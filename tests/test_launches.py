@@ -34,7 +34,7 @@ MIXED = ["--gradient_checkpointing=true", "--max_tokens_per_forward=70"]
 TOLERANCES = {"logps": 1e-3, "eval_logps": 1e-3}  # sums of some 20 log-probs, around -100
 NOT_COMPARED = ("runtime", "per_second", "total_flos")
 
-needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs `make deepspeed`")
 
 
 @pytest.fixture(scope="module")
