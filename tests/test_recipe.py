@@ -14,7 +14,7 @@ import yaml
 from alignment.data import DataConfig
 from alignment.errors import UserError
 from alignment.models import PolicyConfig
-from alignment.output import start
+from alignment.output import resolve, start
 from alignment.recipe import OLD_KEYS, RunConfig, parse_recipe
 from nca_trainer import NCAConfig
 from tests.conftest import ROOT
@@ -189,7 +189,7 @@ def test_no_recipe_and_missing_recipe():
 
 def test_resolved_recipe_parses_again(tmp_path):
     configs = parse(tmp_path, MINIMAL | {"output_dir": str(tmp_path / "out"), "alpha": 0.3})
-    start(str(tmp_path / "out"), configs, plan={}, data_report={}, overwrite=False)
+    start(str(tmp_path / "out"), resolve(configs), plan={}, data_report={}, overwrite=False)
     again = parse_recipe([str(Path(tmp_path) / "out" / "recipe.yaml")], TYPES)
     assert again[3].alpha == 0.3
     assert json.dumps(again[0].__dict__) == json.dumps(configs[0].__dict__)
@@ -215,6 +215,12 @@ def script_flags():
     for m in re.finditer(r"alignment-handbook/scripts/(\w+\.py)([^`\n]*)", documentation()):
         found[m.group(1)] |= set(re.findall(r"--\w+", m.group(2)))
     return {script: flags for script, flags in found.items() if flags}
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted(ROOT.glob("*/*.md"))], ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), target
 
 
 def test_the_readme_has_commands():
