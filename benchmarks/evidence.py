@@ -70,9 +70,9 @@ def claims(best: Mapping[str, np.ndarray], margins: Mapping[str, np.ndarray], ot
     kept_more, wider = estimate(best["NCA"] - best[other]), estimate(margins[other] - margins["NCA"])
     return [
         Claim(f"Under {other}, the best responses lose likelihood", loses.is_positive, estimate(best[other])),
-        # That nothing falls is shown by an interval that is not below zero: there is no more to be had.
-        Claim("Under NCA, they do not", NO if keeps.is_positive == NO else YES, keeps),
-        Claim(f"Under NCA, they keep more of it than under {other}", kept_more.is_positive, kept_more),
+        # No fall is all that is claimed: an interval that is not below zero will do.
+        Claim("Under NCA, the best responses do not lose likelihood", NO if keeps.is_positive == NO else YES, keeps),
+        Claim(f"The best responses keep more of it under NCA than under {other}", kept_more.is_positive, kept_more),
         Claim(f"The margin is larger under {other} than under NCA", wider.is_positive, wider),
     ]
 
@@ -82,5 +82,4 @@ def verdict(found: list[Claim]) -> str:
     failed = [claim for claim in found if claim.answer != YES]
     if not failed:
         return "Reproduced: each claim holds."
-    listed = "; ".join(f"{claim.text[0].lower()}{claim.text[1:]}: {claim.answer}" for claim in failed)
-    return f"NOT reproduced in full: {listed}."
+    return "NOT reproduced in full. " + " ".join(f"{claim.text}: {claim.answer}." for claim in failed)

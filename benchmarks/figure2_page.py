@@ -53,7 +53,7 @@ def write_figure2(found: Found, command: str, docs: Path) -> Path:
         "## Verdict",
         *(_verdict_on(data, found) for data in OTHER),
         "The margin is taken to the mean of the other responses. Intervals (95 %) are bootstraps that draw seeds and "
-        "held-out prompts, the same ones for both losses.",
+        "held-out prompts, the same ones for both losses; with one seed they say nothing of other seeds.",
         "## At the end of the runs",
         _table_of_ends(found),
     ]
@@ -109,9 +109,9 @@ def _draw_curves(found: Found) -> Figure:
             tidy(axes)
             axes.axhline(0, color=GREY, linewidth=1, linestyle=":")
             axes.set_title(f"{data}: {title}", fontsize=10, loc="left")
-            axes.set_xlim(left=0)
             ends = [_band(axes, runs, key, loss) for (of, loss), runs in found.items() if of == data]
             name_lines(axes, ends)
+            axes.set_xlim(left=0)
         row[0].set_ylabel("implicit reward, held-out")
     for axes in grid[-1]:
         axes.set_xlabel("epoch")

@@ -11,7 +11,7 @@ import yaml
 from alignment.errors import UserError
 from benchmarks import figure2
 from benchmarks.evidence import claims, estimate, verdict
-from benchmarks.figure2 import FIGURE2, Arm, command_of, finish, main, parse_sweep, settings_of
+from benchmarks.figure2 import FIGURE2, SETTINGS, Arm, command_of, finish, main, parse_sweep, settings_of
 from tests.conftest import ROOT
 
 SEEDS, PROMPTS = 3, 40
@@ -35,7 +35,10 @@ def test_the_papers_figure_is_reproduced():
 def test_what_does_not_reproduce_is_said():
     found, said = answers(-0.9, -0.5, 0.6, 1.1)
     assert found == ["yes", "no", "yes", "no"]
-    assert said.startswith("NOT reproduced in full: under NCA, they do not: no; the margin is larger under DPO")
+    assert said == (
+        "NOT reproduced in full. Under NCA, the best responses do not lose likelihood: no. "
+        "The margin is larger under DPO than under NCA: no."
+    )
     assert answers(0.5, 0.6, 1.1, 0.6)[0][0] == "no", "DPO's best responses gain"
 
 
@@ -118,9 +121,7 @@ def test_the_page_is_computed_from_the_runs_and_no_run_is_run_twice(tmp_path, fa
     ends["DPO"], ends["NCA"] = (0.3, 0.1), (-0.4, -1.5)
     call(tmp_path, "--seeds", "5", "6")
     page = (tmp_path / "docs" / "figure2.md").read_text()
-    assert (
-        "NOT reproduced in full: under DPO, the best responses lose likelihood: no; under NCA, they do not: no" in page
-    )
+    assert "NOT reproduced in full. Under DPO, the best responses lose likelihood: no. Under NCA, the best" in page
 
 
 def test_a_run_with_other_settings_is_not_taken_for_this_one(tmp_path, fake_runs):
@@ -141,14 +142,15 @@ def test_a_run_that_fails_says_why(tmp_path, monkeypatch):
 
 def test_a_sweep_changes_one_key_at_a_time(tmp_path, fake_runs):
     calls, _ = fake_runs
-    call(tmp_path, "--seeds", "1", "2", "--sweep", "beta=0.5,0.1", "num_responses=2,4")
+    beta = str(SETTINGS["beta"])
+    call(tmp_path, "--seeds", "1", "2", "--sweep", "beta=0.7,0.1", "num_responses=2,4")
     assert len(calls) == 2 * 2 * 4
     assert {(flags["beta"], flags.get("train_file", "").rpartition("/")[2]) for _, flags in calls} == {
-        ("0.5", ""), ("0.1", ""), ("0.1", "train_2.jsonl"), ("0.1", "train_4.jsonl"),
+        ("0.7", ""), ("0.1", ""), (beta, "train_2.jsonl"), (beta, "train_4.jsonl"),
     }  # fmt: skip
     assert not any("num_responses" in flags for _, flags in calls), "it would cut the held-out rows too"
     page = (tmp_path / "docs" / "sweep.md").read_text()
-    assert "| beta | 0.1 | 0.5 | NCA | -0.743 [" in page, "of 0.929 nats a fifth is left"
+    assert "| beta | 0.1 | 0.7 | NCA | -0.796 [" in page, "of 0.929 nats a seventh is left"
     assert "| num_responses | 2 | 4 | InfoNCA |" in page
     assert (tmp_path / "docs" / "figures" / "sweep.png").exists()
     assert not (tmp_path / "docs" / "figure2.md").exists()

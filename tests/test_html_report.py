@@ -1,5 +1,6 @@
 """The report on a run: made from the folder alone, one page that needs nothing else, and its alarm."""
 
+import base64
 import json
 import logging
 import re
@@ -106,6 +107,7 @@ def test_a_page_with_all_parts_from_the_folder_alone(folder):
     assert page.tags.count("img") == len(drawn)
     # It needs nothing else.
     assert {target.partition(",")[0] for target in page.targets} == {"data:image/png;base64"}
+    assert all(base64.b64decode(target.partition(",")[2]).startswith(b"\x89PNG") for target in page.targets)
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
     source = (folder / "report.html").read_text()
     assert not re.search(r"https?://|file://|@import|url\(", source)

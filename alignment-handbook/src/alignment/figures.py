@@ -91,7 +91,7 @@ def name_lines(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> Non
             name if len(name) <= 16 else f"{name[:15]}…", (x, above), xytext=(5, 0), textcoords="offset points",
             va="center", color=colour, fontsize=9, parse_math=False, annotation_clip=False,
         )  # fmt: skip
-    axes.set_ylim(low, max(high, above))
+    axes.set_ylim(low, max(high, above + least / 2))
 
 
 def _start(axes: Axes) -> None:
