@@ -121,8 +121,8 @@ def length_controlled(judged: list[Row]) -> str:
     try:
         import pandas
         from alpaca_eval.metrics import get_length_controlled_winrate
-    except ImportError:
-        return "length-controlled  needs the package alpaca_eval, which is not installed"
+    except ImportError as error:
+        return f"length-controlled  needs the package alpaca_eval ({error})"
     try:
         found = get_length_controlled_winrate(pandas.DataFrame(judged), save_weights_dir=None)
     except Exception as error:  # it loads its difficulties from the Hub; the verdicts must not be lost over that
