@@ -31,7 +31,7 @@ SCRIPTS = {
     "pairs": ("run_preference.py", "yamls/preference_cpu.yaml"),
     "rewards": ("run_reward.py", "yamls/reward_cpu.yaml"),
 }
-#: What the recipes do not say, or say otherwise. The rest of a run is as `make train` has it. So large a beta brings the
+#: What the recipes do not say, or say otherwise; the rest of a run is as `make train` has it. So large a beta brings
 #: implicit rewards to where the losses differ in so few steps: near 0 their gradients point the same way.
 SETTINGS: dict[str, Any] = {"beta": 0.5, "learning_rate": 3.0e-4, "max_steps": 40}
 #: Keys that a sweep may change.
