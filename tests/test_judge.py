@@ -87,7 +87,10 @@ def rate(body):
 
 
 def said(text, top=None):
-    top = None if top is None else {"content": [{"top_logprobs": [{"token": t, "logprob": p} for t, p in top.items()]}]}
+    """A completion; `top`: log-probs at its last token, before which it says something else."""
+    if top is not None:
+        last = {"top_logprobs": [{"token": token, "logprob": logprob} for token, logprob in top.items()]}
+        top = {"content": [{"top_logprobs": [{"token": "m", "logprob": 0.0}]}, last]}
     return {"message": {"role": "assistant", "content": text}, "logprobs": top}
 
 
