@@ -41,8 +41,8 @@ def fill(template: str, texts: dict[str, str], where: str | None = None) -> str:
         UserError: With `where`: the template has no place for one of the texts.
 
     Example:
-        >>> fill('{"output": {answer}}', {"answer": "{answer}"})
-        '{"output": {answer}}'
+        >>> fill('{"output": {answer}, "format": {json}}', {"answer": "{answer}"})
+        '{"output": {answer}, "format": {json}}'
     """
     missing = set(texts) - set(_PLACEHOLDER.findall(template))
     if missing and where:
