@@ -9,6 +9,7 @@ import math
 import os
 import random
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -136,12 +137,15 @@ class Survival(TrainerCallback):
             self.asked = True
 
         before = signal.signal(signal.SIGTERM, note)
-        yield
-        if self.stopped:
-            self.leave()
-        # Not after an error: where one process of several fails, the launcher sends the others SIGTERM, and what
-        # they have to say of it is not to be cut short.
-        signal.signal(signal.SIGTERM, before)
+        try:
+            yield
+            if self.stopped:
+                self.leave()
+        finally:
+            # Where one process of several fails, the launcher sends the others SIGTERM: what they have to say of it is
+            # not to be cut short.
+            if self.trainer.accelerator.num_processes == 1 or sys.exc_info()[0] in (None, SystemExit):
+                signal.signal(signal.SIGTERM, before)
 
     def leave(self) -> NoReturn:
         """Ends the program."""
