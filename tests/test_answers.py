@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignment import answers as module
@@ -142,6 +143,25 @@ def test_text_that_spells_a_token_stays_text(template):
         assert encode_prompt(tokenizer, prompt) == row["prompt_ids"]
         controls = row["prompt_ids"].count(tokenizer.eos_token_id)
         assert controls == (len(prompt) if template == "chatml" else 0)
+
+
+def test_a_tokenizer_that_ends_every_text_does_not_end_the_prompt():
+    tokenizer = tiny_tokenizer(None)
+    end = tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(f"$A {end}", special_tokens=[(end, 2)])
+    assert tokenizer("Hi.")["input_ids"][-1] == tokenizer.eos_token_id
+    row = ResponseTokenizer(tokenizer)({"prompt": "Hi.", "responses": ["a", "b"], "scores": [0, 1]})
+    assert encode_prompt(tokenizer, [{"role": "user", "content": "Hi."}]) == row["prompt_ids"]
+    assert tokenizer.eos_token_id not in row["prompt_ids"]
+
+
+def test_the_temperatures_are_fastchats():
+    alike = {t: {name for name in TEMPERATURES if TEMPERATURES[name] == t} for t in TEMPERATURES.values()}
+    assert alike == {
+        0.7: {"writing", "roleplay"},
+        0.1: {"stem", "humanities"},
+        0.0: {"extraction", "math", "coding", "reasoning"},
+    }
 
 
 @needs_model
