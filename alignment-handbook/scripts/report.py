@@ -20,7 +20,7 @@ def main() -> None:
     """Reads the folders, writes the page, prints the table."""
     parser = errors.ArgumentParser(__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output folders")
-    parser.add_argument("--output", help="page to write; for several runs (default: comparison.html beside the first)")
+    parser.add_argument("--output", help="page to write; None: comparison.html beside the first of several")
     args = parser.parse_args()
     runs = [read_run(folder) for folder in args.runs]
     try:
