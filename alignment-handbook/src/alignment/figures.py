@@ -57,6 +57,7 @@ def new_axes(right: float = 0.89) -> Axes:
     figure = Figure(figsize=(4.7, 3.2))
     figure.subplots_adjust(left=0.17, right=right, bottom=0.155, top=0.91)
     axes = figure.add_subplot()
+    axes.ticklabel_format(axis="y", scilimits=(-3, 4))  # a learning rate has no room for its zeros
     tidy(axes)
     return axes
 
