@@ -1,7 +1,9 @@
 """What the tests share: offline, one thread a process, where the shared data lies, and skips that say why."""
 
 import os
+import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,3 +31,17 @@ def tiny_model(tmp_path_factory) -> str:
     from tests.tiny import save_tiny_model
 
     return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny-llama")
+
+
+def draw_nothing(replace: Callable[..., None] = setattr) -> None:
+    """Runs write no report from here on: drawing one takes longer than a tiny run."""
+    for module in ("alignment.watch", "run_reward"):
+        if module in sys.modules:
+            replace(sys.modules[module], "write_report", lambda *args: None)
+
+
+@pytest.fixture(autouse=True)
+def _no_reports(request, monkeypatch):
+    """But in the tests of reports."""
+    if request.module.__name__ != "tests.test_html_report":
+        draw_nothing(monkeypatch.setattr)

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from nca_trainer import NCATrainer
 from run_reward import align
+from tests.conftest import draw_nothing
 
 
 class WatchedTrainer(NCATrainer):
@@ -49,6 +50,7 @@ def held(model: nn.Module) -> dict[str, int]:
 
 def run(path: str) -> None:
     """All runs of a file, with the flags that follow it on the command line."""
+    draw_nothing()
     for argv in json.loads(Path(path).read_text()):
         align([*argv, *sys.argv[2:]], WatchedTrainer, pairs=False)
 

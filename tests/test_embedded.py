@@ -66,7 +66,6 @@ def test_the_unpacked_tokenizer_splits_digits_and_ends_turns():
 
 @needs_model
 def test_the_unpacked_model_answers():
-    torch.set_num_threads(2)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(MODEL), AutoTokenizer.from_pretrained(MODEL)
     assert model.num_parameters() == 134_515_008
     prompt = [{"role": "user", "content": "What is the capital of France?"}]

@@ -25,7 +25,7 @@ from alignment import errors
 from alignment.errors import UserError
 from nca_trainer import NCATrainer
 from run_reward import align
-from tests.conftest import ROOT
+from tests.conftest import ROOT, draw_nothing
 from tests.test_trainer import LORA, logged, make_trainer, reward_rows
 from trl_nca.checkpoints import MARKER, STAGING, RunStopped, rotate, seal, why_torn
 from trl_nca.survival import CARRIED
@@ -69,6 +69,7 @@ def run_script(argv, log):
     with open(log, "a", buffering=1) as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
+        draw_nothing()
         errors.run(lambda: align(argv, NCATrainer, pairs=False), exit_on_sigterm=True)
 
 

@@ -92,12 +92,12 @@ def optimizer_name(args: TrainingArguments) -> str:
     return str(getattr(args.optim, "value", args.optim))
 
 
-def launched_layout(num_processes: int, environ: Mapping[str, str] = os.environ) -> str:
+def launched_layout(num_processes: int) -> str:
     """The layout that accelerate launched: its environment says so."""
-    if environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-        stage = environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
         return f"zero{stage}" if stage in ("2", "3") else "ddp"
-    if environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         return "fsdp2"
     return "ddp" if num_processes > 1 else "single"
 
