@@ -195,6 +195,7 @@ def slurm(folder, *arguments):
     return shell([SLURM, *arguments], PATH=path, SLURM_JOB_ID=str(os.getpid()), **job)
 
 
+@pytest.mark.slow
 def test_two_nodes_under_slurm_with_fsdp2(work, one_process, tmp_path):
     """Each run is also told to go on with the newest checkpoint, and has none."""
     slurm(tmp_path, "fsdp2", "tests/launch_runs.py", write_runs(work, "slurm", tmp_path))

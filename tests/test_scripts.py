@@ -128,12 +128,11 @@ def test_resumed_equals_uninterrupted(recipe, tmp_path):
     assert (tmp_path / "third" / "recipe.yaml").exists()
 
 
-@pytest.mark.parametrize("script", ["run_reward.py", "run_preference.py"])
-def test_two_processes_equal_one(recipe, tmp_path, data, script):
-    pairs = "_pairs" if script == "run_preference.py" else ""
-    files = [f"--train_file={data}/train{pairs}.jsonl", f"--eval_file={data}/eval{pairs}.jsonl"]
+def test_two_processes_equal_one(recipe, tmp_path, data):
+    """Of pairs, under `accelerate launch`; tests/test_launches.py has rewards."""
+    files = [f"--train_file={data}/train_pairs.jsonl", f"--eval_file={data}/eval_pairs.jsonl"]
     files += ["--eval_strategy=steps", "--eval_steps=3", "--per_device_eval_batch_size=2"]
-    (preference if pairs else reward)(recipe, *files)
+    preference(recipe, *files)
     with socket.socket() as free:  # not a random number: the run above has set the seed, in every worker alike
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -141,7 +140,7 @@ def test_two_processes_equal_one(recipe, tmp_path, data, script):
               "alignment-handbook/recipes/accelerate_configs/multi_gpu.yaml", "--num_processes=2",
               f"--main_process_port={port}"]  # fmt: skip
     engine = ["--max_tokens_per_forward=60", "--precompute_ref_log_probs=true", f"--ref_logps_dir={tmp_path}/ref"]
-    run = shell([*launch, script, str(recipe), *files, f"--output_dir={tmp_path}/two",
+    run = shell([*launch, "run_preference.py", str(recipe), *files, f"--output_dir={tmp_path}/two",
                  "--per_device_train_batch_size=1", "--gradient_accumulation_steps=2", *engine])  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
     assert "1 per device x 2 accumulation x 2 processes = 4 prompts a step" in run.stdout
