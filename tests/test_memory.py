@@ -2,16 +2,19 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
+from huggingface_hub import constants
 from peft import LoraConfig
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
-from alignment import layouts
+from alignment import layouts, planning
 from alignment.data import DataConfig
 from alignment.errors import UserError
 from alignment.models import SHIPPED_CONFIGS, PolicyConfig
@@ -281,6 +284,17 @@ def test_the_command_writes_a_plan_and_nothing_else(tmp_path):
     assert (plan["num_processes"], plan["gradient_accumulation_steps"], plan["global_batch_size"]) == (2, 2, 4)
     assert (plan["num_prompts"], plan["num_tokens"], plan["num_steps"]) == (12, None, 9)  # three epochs, no tokenizer
     assert "no tokenizer" in done.stdout and "2 processes = 4 prompts a step" in done.stdout
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_a_plan_asks_a_hub_that_is_not_there_for_nothing(monkeypatch, found):
+    for module in (constants, datasets.config):
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(planning, "getproxies", dict)
+    error = socket.gaierror("Name or service not known")
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args: [] if found else (_ for _ in ()).throw(error))
+    planning._settle_offline()
+    assert (constants.is_offline_mode(), datasets.config.HF_HUB_OFFLINE) == (not found, not found)
 
 
 def test_a_run_keeps_its_plan(tmp_path, capsys, monkeypatch):

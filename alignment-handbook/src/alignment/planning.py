@@ -4,14 +4,19 @@ A real run prints and writes the arithmetic of steps alone: counting memory take
 will soon know.
 """
 
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
+from urllib.parse import urlparse
+from urllib.request import getproxies
 
+import datasets
 import psutil
 import torch
 from accelerate import PartialState
 from datasets import Dataset
+from huggingface_hub import constants
 from transformers import PretrainedConfig
 
 from alignment import layouts, output
@@ -39,6 +44,7 @@ def show_plan(configs: Sequence[Any], pairs: bool, prepare: Callable[..., Any], 
     """
     if not PartialState().is_main_process:
         return
+    _settle_offline()
     plan, facts, notes = make_plan(configs, pairs, prepare, engine)
     print(describe(plan, facts, notes), flush=True)
     folder = configs[3].output_dir
@@ -47,6 +53,16 @@ def show_plan(configs: Sequence[Any], pairs: bool, prepare: Callable[..., Any], 
     else:
         output.make_folder(folder)
         output.write_json(folder, "plan.json", plan.as_dict() | facts | {"notes": notes})
+
+
+def _settle_offline() -> None:
+    """Asks the Hub for nothing, where its name cannot be found: each of its clients would try for half a minute."""
+    if getproxies():
+        return  # behind which names are found elsewhere
+    try:
+        socket.getaddrinfo(urlparse(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
 
 
 def make_plan(
