@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from alignment import errors
 from alignment.errors import UserError
 from nca_trainer import NCATrainer, PairwiseNCATrainer
 from run_reward import align
@@ -230,21 +231,17 @@ def test_mistakes_end_the_run_before_anything_is_written(recipe, flags, message)
     assert not (recipe.parent / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        (None, "error: command line: unknown key 'los_type'; did you mean 'loss_type'?"),
-        (
-            '{"prompt": "p", "responses": ["a", "b"], "scores": [1, null]}',
-            "bad.jsonl, line 1: 1 usable response (after missing_score)",
-        ),
-    ],
-)
-def test_exit_code_two_and_one_line(recipe, tmp_path, row, message):
-    (tmp_path / "bad.jsonl").write_text(row or "")
-    flag = "--los_type=NCA" if row is None else f"--train_file={tmp_path}/bad.jsonl"
-    run = shell([sys.executable, "run_reward.py", str(recipe), flag])
+def test_exit_code_two_and_one_line(recipe):
+    run = shell([sys.executable, "run_reward.py", str(recipe), "--los_type=NCA"])
     assert run.returncode == 2
-    assert len(run.stderr.strip().splitlines()) == 1
-    assert message in run.stderr
+    assert run.stderr == "error: command line: unknown key 'los_type'; did you mean 'loss_type'?\n"
     assert run.stdout == ""
+
+
+def test_a_bad_row_is_named(recipe, tmp_path, capsys):
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "p", "responses": ["a", "b"], "scores": [1, null]}')
+    with pytest.raises(SystemExit) as stopped:
+        errors.run(lambda: reward(recipe, f"--train_file={tmp_path}/bad.jsonl"))
+    assert stopped.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert "bad.jsonl, line 1: 1 usable response (after missing_score)" in line
