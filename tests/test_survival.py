@@ -1,5 +1,6 @@
 """Runs that are killed, stopped, starved of disk or fed rows that are not finite: what is left, and how they go on."""
 
+import errno
 import json
 import logging
 import multiprocessing
@@ -18,8 +19,10 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import TrainerCallback
+from trl import DPOTrainer
 
 from alignment import errors
 from alignment.errors import UserError
@@ -27,7 +30,7 @@ from nca_trainer import NCATrainer
 from run_reward import align
 from tests.conftest import ROOT, draw_nothing
 from tests.test_trainer import LORA, logged, make_trainer, reward_rows
-from trl_nca.checkpoints import MARKER, STAGING, RunStopped, rotate, seal, why_torn
+from trl_nca.checkpoints import MARKER, STAGING, RunStopped, rotate, seal, why_torn, why_unwritable
 from trl_nca.survival import CARRIED
 
 # Children are forked from a server that has the slow imports behind it.
@@ -289,6 +292,24 @@ def test_a_killed_worker_ends_all_processes_and_the_run_goes_on(recipe, tmp_path
     one, other = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "one", out))
     for name, value in one.items():
         torch.testing.assert_close(other[name], value, rtol=0, atol=1e-4)
+
+
+def test_a_checkpoint_is_uploaded_from_where_it_stays(tmp_path, monkeypatch):
+    uploaded = []
+    monkeypatch.setattr(DPOTrainer, "_push_from_checkpoint", lambda self, folder: uploaded.append(Path(folder)))
+    trainer = make_trainer(tmp_path, reward_rows(12), max_steps=2, save_strategy="steps", save_steps=1)
+    trainer.args.push_to_hub = True
+    trainer.train()
+    assert uploaded == [tmp_path / "checkpoint-1", tmp_path / "checkpoint-2"]
+    assert [why_torn(folder) for folder in uploaded] == [None, None]
+
+
+def test_only_what_cannot_be_written_is_said_to_be():
+    assert why_unwritable(OSError(errno.ENOSPC, "No space left on device")) == "No space left on device"
+    assert why_unwritable(SafetensorError("I/O error: Read-only file system (os error 30)")) == "Read-only file system"
+    assert "is the disk full?" in why_unwritable(RuntimeError("PytorchStreamWriter failed writing file"))
+    for other in (OSError("401 Client Error"), ConnectionResetError(errno.ECONNRESET, "reset"), RuntimeError("a bug")):
+        assert why_unwritable(other) is None
 
 
 def test_what_a_seal_covers(tmp_path):

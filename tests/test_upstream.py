@@ -31,6 +31,7 @@ SURVIVAL_SEAMS = {
     "_get_grad_norm": ["model", "grad_norm"],
     "_get_output_dir": ["trial"],
     "_save_checkpoint": ["model", "trial"],
+    "_push_from_checkpoint": ["checkpoint_folder"],
 }  # fmt: skip
 
 

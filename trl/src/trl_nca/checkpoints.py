@@ -5,6 +5,7 @@ may leave a torn `checkpoint-N`, which its hashes tell.
 """
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -15,6 +16,8 @@ from pathlib import Path
 import xxhash
 from accelerate import PartialState
 from safetensors import SafetensorError
+
+logger = logging.getLogger(__name__)
 
 #: In a checkpoint, written last: `{"files": {path: hash}}`.
 MARKER = "complete.json"
@@ -76,7 +79,10 @@ def staged(output_dir: str) -> Iterator[str]:
         reason = why_unwritable(error)
         if reason is None:
             raise
-        raise RunStopped(f"{output_dir}: a checkpoint cannot be written: {reason}. Mend that; {GO_ON}") from error
+        stopped = RunStopped(f"{output_dir}: a checkpoint cannot be written: {reason}. Mend that; {GO_ON}")
+        if not state.is_main_process:  # which may be able to write, and then has nothing to say
+            logger.error("%s", stopped)
+        raise stopped from error
     state.wait_for_everyone()
 
 
@@ -96,8 +102,8 @@ def rotate(output_dir: str, limit: int | None, kept: set[str]) -> None:
 
 def why_unwritable(error: Exception) -> str | None:
     """What keeps files from being written, if that is what an error says; None for any other error."""
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
+    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
+        return error.strerror  # and not what the Hub's client says, which is an OSError too
     if isinstance(error, SafetensorError) or "PytorchStreamWriter" in str(error) or "inline_container" in str(error):
         found = re.search(r"(No space left on device|Read-only file system|Disk quota exceeded)", str(error))
         return found[0] if found else f"is the disk full? ({str(error).splitlines()[0]})"

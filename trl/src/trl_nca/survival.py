@@ -76,9 +76,15 @@ class SurvivingTrainer(DPOTrainer):
                 if self.args.should_save:
                     self.state.save_to_json(str(best / TRAINER_STATE_NAME))
         self._staging = None
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"))
         if self.args.should_save:
             kept = {f"checkpoint-{self.state.global_step}", Path(self.state.best_model_checkpoint or "").name}
             rotate(self.args.output_dir, self.args.save_total_limit, kept)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._staging is None:  # else it is about to move, and an upload goes on for a while
+            super()._push_from_checkpoint(checkpoint_folder)
 
     @torch.no_grad()
     def _check_weights(self) -> None:
