@@ -202,7 +202,12 @@ def test_two_nodes_under_slurm_with_fsdp2(work, one_process, tmp_path):
     assert_launched("fsdp2 by slurm.sh on 2 nodes", tmp_path, one_process, 2, sharded=True)
 
 
-HELLO = "import os, sys; print(os.environ['RANK'], os.environ['WORLD_SIZE'], os.environ['GROUP_RANK'], sys.argv[1:])"
+#: A process says who it is, in one write: pieces of two processes' lines could mix.
+HELLO = """
+import os, sys
+who = " ".join(os.environ[name] for name in ("RANK", "WORLD_SIZE", "GROUP_RANK"))
+os.write(1, f"{who} {sys.argv[1:]}\\n".encode())
+"""
 
 
 @pytest.mark.parametrize("config", ["multi_node", pytest.param("deepspeed_zero3", marks=needs_deepspeed)])
