@@ -65,13 +65,14 @@ def test_seeds_that_differ_widen_the_interval():
 @pytest.fixture
 def fake_runs(monkeypatch, tmp_path):
     """Runs that write what a run writes, at once; the commands that were called."""
-    calls = []
+    calls, threads = [], []
     #: Implicit rewards of best and others at the end.
     ends = {"DPO": (-0.9, -2.0), "NCA": (0.1, -0.5), "InfoNCA": (-0.9, -2.0)}
 
     def run(command, cwd, env, stdout, stderr):
         flags = dict(word[2:].split("=", 1) for word in command[3:])
         calls.append((command[1], flags))
+        threads.append(env["OMP_NUM_THREADS"])
         folder = Path(flags["output_dir"])
         keys = ("loss_type", "beta", "alpha", "seed", "max_steps", "learning_rate", "train_file")
         given = {key: yaml.safe_load(flags[key]) for key in keys if key in flags}
@@ -92,16 +93,15 @@ def fake_runs(monkeypatch, tmp_path):
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(figure2.subprocess, "run", run)
-    monkeypatch.setattr(figure2, "convert", lambda inputs, config: Path(config.output).write_text("{}\n"))
-    return calls, ends
+    return calls, ends, threads
 
 
 def call(tmp_path, *words):
-    main([f"--runs={tmp_path}/runs", f"--docs={tmp_path}/docs", "--steps=4", *words])
+    main([f"--runs={tmp_path}/runs", f"--docs={tmp_path}/docs", "--steps=4", "--jobs=1", *words])
 
 
 def test_the_page_is_computed_from_the_runs_and_no_run_is_run_twice(tmp_path, fake_runs, capsys):
-    calls, ends = fake_runs
+    calls, ends, _ = fake_runs
     call(tmp_path, "--seeds", "1", "2")
     assert len(calls) == 8
     assert sorted((script, flags["loss_type"]) for script, flags in calls[:4]) == [
@@ -110,7 +110,7 @@ def test_the_page_is_computed_from_the_runs_and_no_run_is_run_twice(tmp_path, fa
     ]  # fmt: skip
     page = (tmp_path / "docs" / "figure2.md").read_text()
     assert page.count("**Reproduced: each claim holds.**") == 2
-    assert "8 runs in 8 minutes" in page
+    assert "8 runs of 1.0 minutes by their own clocks, 1 at a time" in page
     assert "seeds 1, 2; 30 held-out prompts" in page
     assert f"--runs={tmp_path}/runs" in page, "the command"
     assert "| pairs | NCA | +0.093 [" in page
@@ -137,21 +137,39 @@ def test_a_run_that_fails_says_why(tmp_path, monkeypatch):
 
     monkeypatch.setattr(figure2.subprocess, "run", fail)
     with pytest.raises(UserError, match="pairs-DPO, seed 1: ended with code 1 .*error: it broke"):
-        finish(FIGURE2[0], 1, 4, tmp_path)
+        finish(FIGURE2[0], 1, 4, tmp_path, num_threads=1)
+
+
+def test_runs_at_a_time_share_the_cores_and_none_follows_one_that_failed(tmp_path, fake_runs, monkeypatch):
+    calls, _, threads = fake_runs
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(figure2.os, "cpu_count", lambda: 7)
+    call(tmp_path, "--seeds", "1", "2", "--jobs=3")
+    assert len(calls) == 8 and set(threads) == {"2"}
+    page = (tmp_path / "docs" / "figure2.md").read_text()
+    assert "| pairs | NCA | +0.093 [" in page, "each run is where it belongs, whichever ended first"
+    gone = tmp_path / "runs" / "pairs-DPO" / "seed-1" / "train_results.json"
+    gone.unlink()
+    monkeypatch.setattr(figure2.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1))
+    with pytest.raises(UserError, match="pairs-DPO, seed 1: ended with code 1"):
+        call(tmp_path, "--seeds", "1", "3")
+    assert not (tmp_path / "runs" / "rewards-NCA" / "seed-3").exists()
 
 
 def test_a_sweep_changes_one_key_at_a_time(tmp_path, fake_runs):
-    calls, _ = fake_runs
+    calls, *_ = fake_runs
     beta = str(SETTINGS["beta"])
-    call(tmp_path, "--seeds", "1", "2", "--sweep", "beta=0.7,0.1", "num_responses=2,4")
-    assert len(calls) == 2 * 2 * 4
+    call(tmp_path, "--seeds", "1", "2", "--sweep", f"beta=0.7,{beta},0.1", "num_responses=2,4,8")
+    assert len(calls) == 2 * 2 * 5, "Figure 2's own runs are those of its beta, and of all responses"
     assert {(flags["beta"], flags.get("train_file", "").rpartition("/")[2]) for _, flags in calls} == {
-        ("0.7", ""), ("0.1", ""), (beta, "train_2.jsonl"), (beta, "train_4.jsonl"),
+        ("0.7", ""), ("0.1", ""), (beta, ""), (beta, "train_2.jsonl"), (beta, "train_4.jsonl"),
     }  # fmt: skip
     assert not any("num_responses" in flags for _, flags in calls), "it would cut the held-out rows too"
+    row = (tmp_path / "runs" / "train_2.jsonl").read_text().splitlines()[0]
+    assert len(json.loads(row)["responses"]) == 2
     page = (tmp_path / "docs" / "sweep.md").read_text()
     assert "| beta | 0.1 | 0.7 | NCA | -0.796 [" in page, "of 0.929 nats a seventh is left"
-    assert "| num_responses | 2 | 4 | InfoNCA |" in page
+    assert "| num_responses | 2 | 6 | InfoNCA |" in page, "no row has more than 6"
     assert (tmp_path / "docs" / "figures" / "sweep.png").exists()
     assert not (tmp_path / "docs" / "figure2.md").exists()
 
