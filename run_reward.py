@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
@@ -25,6 +24,7 @@ from accelerate.utils import broadcast_object_list
 from trl import get_peft_config, get_quantization_config
 
 from alignment import errors, output
+from alignment.card import write_card
 from alignment.data import DataConfig
 from alignment.data_report import summary
 from alignment.errors import UserError
@@ -93,6 +93,8 @@ def align(argv: Sequence[str], trainer_class: type[NCATrainer], pairs: bool) -> 
     except (OSError, ImportError, ValueError) as error:  # what upstream says of weights, packages and modules
         raise UserError(f"{policy_config.model_name_or_path}: cannot be trained as the recipe says: {error}") from error
     trainer.add_callback(Watch(lambda: trainer._metrics["eval"]))
+    # Upstream writes a card when it saves or uploads; its own knows no recipe, data or results.
+    trainer.create_model_card = lambda **_: is_main and write_card(args.output_dir, policy_config.model_name_or_path)
     if is_main and (checkpoint is None or not output.has_started(args.output_dir)):
         output.start(args.output_dir, args.recipe, plan.as_dict(), report, run_config.overwrite_output_dir)
 
@@ -115,7 +117,6 @@ def align(argv: Sequence[str], trainer_class: type[NCATrainer], pairs: bool) -> 
         raise UserError(str(stopped)) from stopped
     trainer.save_model()
     trainer.save_state()
-    trainer.create_model_card(model_name=Path(args.output_dir).name)
     eval_metrics = trainer.evaluate() if "eval" in rows else None
     after = sample("after")
     if is_main:
@@ -130,6 +131,7 @@ def align(argv: Sequence[str], trainer_class: type[NCATrainer], pairs: bool) -> 
         }
         output.finish(args.output_dir, results)
         write_report(args.output_dir)
+        trainer.create_model_card()
         print("\n" + final_table(results))
     if args.push_to_hub:
         trainer.push_to_hub()

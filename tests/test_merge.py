@@ -123,7 +123,9 @@ def test_the_card_says_what_the_run_said(tiny_model, tmp_path):
     merge_adapter(str(adapter), str(tmp_path / "merged"))
     card = (tmp_path / "merged" / "README.md").read_text()
     head = yaml.safe_load(card.split("---")[1])
-    assert head["base_model"] == tiny_model
+    assert "base_model" not in head, "a folder is no name that the Hub knows"
+    assert f"`{tiny_model}`, aligned" in card
+    assert head["library_name"] == "transformers"
     assert card.split("---")[2].strip().startswith("# merged")
     for line in ("by the NCA loss", "beta: 0.25", "| held-out loss | 1.2500 |", "| held-out score | 0.250 -> 0.500 |",
                  "| its difference (95 %) | 0.250 [0.125, 0.375] |", "9 of 10 rows kept (dropped: empty_prompt 1)",

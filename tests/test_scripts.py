@@ -98,6 +98,9 @@ def test_a_whole_run_and_what_it_leaves(recipe, data, capsys):
     results = json.loads((out / "train_results.json").read_text())
     assert results["eval"]["eval_loss"] > 0
     assert results["samples"]["num_prompts"] == 5
+    card = (out / "README.md").read_text()
+    for line in ("library_name: peft", "# out", "beta: 0.1", "| held-out score |", "24 of 24 rows kept"):
+        assert line in card
 
 
 def test_a_finished_run_is_not_overwritten_unasked(recipe):

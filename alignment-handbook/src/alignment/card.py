@@ -22,28 +22,33 @@ _RESULTS = {
 }
 
 
-def write_card(folder: Path, run: str, base: str) -> None:
+def write_card(folder: str | Path, base: str, run: str | None = None) -> None:
     """Writes README.md beside a model, and the run's figures where there are some.
 
     Args:
         folder: Of the model.
-        run: Output folder of the run that trained it; what is not there is left out.
         base: The model that was aligned.
+        run: Output folder of the run that aligned it; what is not there (yet) is left out. Default: `folder`.
     """
-    figures = sorted((Path(run) / "figures").glob("*.png"))
-    for figure in figures:
-        (folder / "figures").mkdir(exist_ok=True)
-        shutil.copyfile(figure, folder / "figures" / figure.name)
-    recipe = _read(run, "recipe.yaml")
-    head = yaml.safe_dump({"base_model": base, "library_name": "transformers", "tags": ["trl", "nca", "alignment"]})
+    folder, source = Path(folder), run or str(folder)
+    figures = sorted((Path(source) / "figures").glob("*.png"))
+    if run:
+        for figure in figures:
+            (folder / "figures").mkdir(exist_ok=True)
+            shutil.copyfile(figure, folder / "figures" / figure.name)
+    recipe = _read(source, "recipe.yaml")
+    library = "peft" if (folder / "adapter_config.json").exists() else "transformers"
+    head = {"library_name": library, "tags": ["trl", "nca", "alignment"]}
+    if not Path(base).is_dir():  # the Hub takes names of its models alone
+        head["base_model"] = base
     parts = [
-        f"---\n{head}---",
-        f"# {folder.name.removeprefix('.').removesuffix('.partial')}",
+        f"---\n{yaml.safe_dump(head)}---",
+        f"# {folder.resolve().name.removeprefix('.').removesuffix('.partial')}",
         f"`{base}`, aligned with explicit rewards"
         + (f" by the {recipe['loss_type']} loss." if recipe.get("loss_type") else "."),
-        _results(_read(run, "eval_results.json"), _read(run, "train_results.json")),
+        _results(_read(source, "eval_results.json"), _read(source, "train_results.json")),
         "\n\n".join(f"![{figure.stem}](figures/{figure.name})" for figure in figures),
-        _data(_read(run, "data_report.json")),
+        _data(_read(source, "data_report.json")),
         f"## Recipe\n\n```yaml\n{yaml.safe_dump(recipe, sort_keys=False)}```" if recipe else "",
         f"## Citation\n\nThe losses:\n\n```bibtex\n{CITATION}\n```",
     ]

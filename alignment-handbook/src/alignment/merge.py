@@ -79,7 +79,7 @@ def merge_adapter(adapter: str, output: str, dtype: str = "auto", quantized: boo
     check("merged", merged, TOLERANCE[torch.float32])
     kept = _dtype(dtype, base)
     _save(merged.to(kept), tokenizer, partial)
-    write_card(partial, adapter, base)
+    write_card(partial, base, run=adapter)
     read_back = AutoModelForCausalLM.from_pretrained(partial, dtype="float32", use_safetensors=True)
     difference = check(f"merged and kept as {kept}", read_back, TOLERANCE[kept])
     if folder.is_dir():
