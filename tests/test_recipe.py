@@ -1,5 +1,6 @@
 """Recipes: every YAML parses, overrides win, old keys are translated, mistakes are named."""
 
+import dataclasses
 import json
 import logging
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from trl import DPOConfig, ModelConfig
 
 from alignment.data import DataConfig
 from alignment.errors import UserError
@@ -195,9 +197,12 @@ def test_resolved_recipe_parses_again(tmp_path):
     assert json.dumps(again[0].__dict__) == json.dumps(configs[0].__dict__)
 
 
+PAGES = ROOT / "docs" / "scripts"
+
+
 def documentation():
     """Every page, script and recipe that names commands, with commands of several lines joined."""
-    paths = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("data/*.md"), *ROOT.glob("run_*.py")]
+    paths = [ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("data/*.md"), *ROOT.glob("run_*.py")]
     paths += [*ROOT.glob("yamls/*.yaml"), *ROOT.glob("alignment-handbook/scripts/*.py")]
     paths += [*ROOT.glob("alignment-handbook/recipes/*.sh"), *ROOT.glob("alignment-handbook/recipes/*/*.yaml")]
     return re.sub(r"\\\n[# ]*", " ", "\n".join(path.read_text() for path in paths))
@@ -217,7 +222,9 @@ def script_flags():
     return {script: flags for script, flags in found.items() if flags}
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted(ROOT.glob("*/*.md"))], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted(ROOT.glob("*/*.md")), *PAGES.glob("*.md")], ids=lambda page: page.name
+)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
         assert (page.parent / target).exists(), target
@@ -227,13 +234,33 @@ def test_the_readme_has_commands():
     assert len(readme_commands()) >= 5
 
 
-@pytest.mark.parametrize("script", sorted(script_flags()))
-def test_every_documented_flag_of_a_script_is_known(script, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [script, "--help"])
+@pytest.mark.parametrize("script", sorted(ROOT.glob("alignment-handbook/scripts/*.py")), ids=lambda path: path.name)
+def test_every_documented_flag_of_a_script_is_known_and_its_page_has_all(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [script.name, "--help"])
     with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(ROOT / "alignment-handbook" / "scripts" / script), run_name="__main__")
+        runpy.run_path(str(script), run_name="__main__")
     assert stopped.value.code == 0
-    assert script_flags()[script] <= set(re.findall(r"--\w+", capsys.readouterr().out))
+    known = set(re.findall(r"--\w+(?![-\w])", capsys.readouterr().out)) - {"--help"}
+    assert script_flags().get(script.name, set()) <= known
+    assert {name for name in first_cells(script.stem, "option") if name.startswith("--")} == known
+
+
+def first_cells(page, heading):
+    """What the tables of a script's page list in their first column."""
+    tables = re.findall(rf"\| {heading} \|.*\n\|[-|]+\n((?:\|.*\n)+)", (PAGES / f"{page}.md").read_text())
+    return {name for table in tables for name in re.findall(r"^\| `([^`]+)`", table, re.M)}
+
+
+def test_the_page_of_the_runs_has_every_key_of_this_project():
+    upstreams = {field.name for config in (DPOConfig, ModelConfig) for field in dataclasses.fields(config)}
+    own = {field.name for config in TYPES for field in dataclasses.fields(config) if field.metadata.get("help")}
+    listed = first_cells("run_reward", "key")
+    assert own - upstreams <= listed <= own
+
+
+def test_every_script_has_a_page():
+    scripts = [*ROOT.glob("run_*.py"), *ROOT.glob("alignment-handbook/scripts/*.*")]
+    assert {path.stem for path in scripts} == {path.stem for path in PAGES.glob("*.md")}
 
 
 @pytest.mark.parametrize("command", readme_commands())
