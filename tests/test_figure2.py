@@ -194,6 +194,7 @@ def test_the_commands_parse():
         recipe, flags = str(ROOT / command[2]), command[3:]
         data, _, run, args = parse_recipe([recipe, *flags], [DataConfig, PolicyConfig, RunConfig, NCAConfig])
         assert (args.loss_type, args.seed, args.max_steps, args.eval_steps) == (arm.loss, 7, 10, 3)
+        assert args.eval_strategy == ("no" if arm.changed else "steps")
         assert run.reward_function is None
         assert data.num_responses is None
         assert args.resume_from_checkpoint == "true"
