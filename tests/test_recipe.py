@@ -18,6 +18,7 @@ from alignment.errors import UserError
 from alignment.models import PolicyConfig
 from alignment.output import resolve, start
 from alignment.recipe import OLD_KEYS, RunConfig, parse_recipe
+from benchmarks.figure2 import parse_sweep, sweep_arms
 from nca_trainer import NCAConfig
 from tests.conftest import ROOT
 
@@ -261,6 +262,35 @@ def test_the_page_of_the_runs_has_every_key_of_this_project():
 def test_every_script_has_a_page():
     scripts = [*ROOT.glob("run_*.py"), *ROOT.glob("alignment-handbook/scripts/*.*")]
     assert {path.stem for path in scripts} == {path.stem for path in PAGES.glob("*.md")}
+
+
+def test_every_documented_make_target_and_benchmark_is_there():
+    targets = re.findall(r"^(?:.*`)?make ([a-z]\w+)(?:`|$)", documentation(), re.M)
+    assert len(targets) >= 5
+    assert set(targets) <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
+    benchmarks = re.findall(r"python -m benchmarks\.(\w+)", documentation())
+    assert benchmarks
+    assert all((ROOT / "benchmarks" / f"{name}.py").exists() for name in benchmarks)
+
+
+def documented_sweeps():
+    return sorted(set(re.findall(r"--sweep ([^`\n]+)", documentation())))
+
+
+@pytest.mark.parametrize("sweep", documented_sweeps())
+def test_every_documented_sweep_parses(sweep):
+    assert sweep_arms(parse_sweep([word for word in sweep.split() if "=" in word]))
+
+
+def documented_code():
+    return re.findall(r"```python\n(.*?)```", documentation(), re.S)
+
+
+@pytest.mark.parametrize("code", documented_code(), ids=range(len(documented_code())))
+def test_documented_code_runs(code, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = code.replace("models/SmolLM2-135M-Instruct", tiny_model).replace("runs/mine_merged", tiny_model)
+    exec(code, {})
 
 
 @pytest.mark.parametrize("command", readme_commands())
