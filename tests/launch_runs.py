@@ -3,9 +3,9 @@
     accelerate launch --config_file CONFIG --num_processes=2 tests/launch_runs.py RUNS.json
     python tests/launch_runs.py --fork LAUNCHES.json
 
-RUNS.json is a list of command lines of run_reward.py. LAUNCHES.json is a list of [arguments of `accelerate launch`,
-RUNS.json]; accelerate sets each up as it always does, and its processes are then forked from this one, which has
-imported everything, in place of started anew.
+RUNS.json is a list of command lines of run_reward.py, or with make_pairs of run_preference.py. LAUNCHES.json is a list
+of [arguments of `accelerate launch`, RUNS.json]; accelerate sets each up as it always does, and its processes are then
+forked from this one, which has imported everything, in place of started anew.
 
 Each process leaves `rank_N.json` in a run's output folder: how it was launched, and how much of the policy it holds.
 """
@@ -23,7 +23,7 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from nca_trainer import NCATrainer
+from nca_trainer import NCATrainer, PairwiseNCATrainer
 from run_reward import align
 from tests.conftest import draw_nothing
 
@@ -36,6 +36,10 @@ class WatchedTrainer(NCATrainer):
         facts = {"type": self.accelerator.distributed_type.value, "processes": self.args.world_size} | held(self.model)
         (Path(self.args.output_dir) / f"rank_{self.args.process_index}.json").write_text(json.dumps(facts))
         return result
+
+
+class WatchedPairTrainer(WatchedTrainer, PairwiseNCATrainer):
+    """The same, of pairs."""
 
 
 def held(model: nn.Module) -> dict[str, int]:
@@ -52,7 +56,8 @@ def run(path: str) -> None:
     """All runs of a file, with the flags that follow it on the command line."""
     draw_nothing()
     for argv in json.loads(Path(path).read_text()):
-        align([*argv, *sys.argv[2:]], WatchedTrainer, pairs=False)
+        pairs = any(flag.startswith("--make_pairs") for flag in argv)
+        align([*argv, *sys.argv[2:]], WatchedPairTrainer if pairs else WatchedTrainer, pairs)
 
 
 def free_port() -> int:

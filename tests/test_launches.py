@@ -19,7 +19,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from safetensors.torch import load_file
 
-from nca_trainer import NCATrainer
+from nca_trainer import NCATrainer, PairwiseNCATrainer
 from run_reward import align
 from tests.conftest import ROOT
 from tests.launch_runs import free_port
@@ -28,7 +28,11 @@ from tests.test_scripts import text
 
 CONFIGS = ROOT / "alignment-handbook" / "recipes" / "accelerate_configs"
 SLURM = ROOT / "alignment-handbook" / "recipes" / "slurm.sh"
-RUNS = {"lora": [], "full": ["--use_peft=false", "--learning_rate=1e-3"]}
+RUNS = {
+    "lora": [],
+    "full": ["--use_peft=false", "--learning_rate=1e-3"],
+    "pairs": ["--make_pairs=best_worst", "--loss_type=DPO"],
+}
 MIXED = ["--gradient_checkpointing=true", "--max_tokens_per_forward=70"]
 #: Largest difference from one process, by the beginning of what is logged; of anything else, 1e-4.
 TOLERANCES = {"logps": 1e-3, "eval_logps": 1e-3}  # sums of some 20 log-probs, around -100
@@ -66,7 +70,8 @@ def command(work, name, *flags):
 def one_process(work):
     """What one process logs and saves, by LoRA and by full fine-tuning."""
     for run, flags in RUNS.items():
-        align(command(work, run, *flags, "--per_device_train_batch_size=8"), NCATrainer, pairs=False)
+        trainer = PairwiseNCATrainer if run == "pairs" else NCATrainer
+        align(command(work, run, *flags, "--per_device_train_batch_size=8"), trainer, pairs=run == "pairs")
     return {run: outcome(work / run) for run in RUNS}
 
 
@@ -126,14 +131,17 @@ def shell(arguments, **env):
 
 
 def write_runs(work, launch, folder):
-    """A file for launch_runs.py: LoRA as it is, full fine-tuning with checkpointing and in chunks."""
+    """A file for launch_runs.py: LoRA as it is, full fine-tuning with checkpointing and in chunks; with DDP, pairs."""
     runs = [command(work, folder / "lora"), command(work, folder / "full", *RUNS["full"], *MIXED)]
+    if launch == "multi_gpu":
+        cached = ["--precompute_ref_log_probs=true", f"--ref_logps_dir={folder}/ref"]
+        runs.append(command(work, folder / "pairs", *RUNS["pairs"], *cached))
     (work / f"{launch}.json").write_text(json.dumps(runs))
     return str(work / f"{launch}.json")
 
 
 def assert_launched(launch, folder, expected, processes, sharded):
-    for run in RUNS:
+    for run in [run for run in RUNS if (folder / run).exists()]:
         facts = [json.loads(file.read_text()) for file in sorted((folder / run).glob("rank_*.json"))]
         assert len(facts) == processes == facts[0]["processes"]
         kind = {"fsdp2": "FSDP", "deepspeed_zero2": "DEEPSPEED", "deepspeed_zero3": "DEEPSPEED"}
@@ -161,6 +169,9 @@ def test_processes(work, one_process, tmp_path, launches):
     shell([sys.executable, "tests/launch_runs.py", "--fork", str(tmp_path / "launches.json")])
     for config, n in launches.items():
         assert_launched(config, tmp_path / config, one_process, n, sharded=config == "fsdp2")
+        if config == "multi_gpu":
+            cached = list((tmp_path / config / "ref").iterdir())
+            assert len(cached) == 2, "a file for the training rows, one for the held-out ones, of both processes"
 
 
 @needs_deepspeed

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -130,30 +129,6 @@ def test_resumed_equals_uninterrupted(recipe, tmp_path):
     reward(recipe, f"--output_dir={tmp_path / 'third'}", f"--resume_from_checkpoint={tmp_path}/out/checkpoint-3")
     assert losses(tmp_path / "third") == pytest.approx(whole, abs=1e-6)
     assert (tmp_path / "third" / "recipe.yaml").exists()
-
-
-def test_two_processes_equal_one(recipe, tmp_path, data):
-    """Of pairs, under `accelerate launch`; tests/test_launches.py has rewards."""
-    files = [f"--train_file={data}/train_pairs.jsonl", f"--eval_file={data}/eval_pairs.jsonl"]
-    files += ["--eval_strategy=steps", "--eval_steps=3", "--per_device_eval_batch_size=2"]
-    preference(recipe, *files)
-    with socket.socket() as free:  # not a random number: the run above has set the seed, in every worker alike
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file",
-              "alignment-handbook/recipes/accelerate_configs/multi_gpu.yaml", "--num_processes=2",
-              f"--main_process_port={port}"]  # fmt: skip
-    engine = ["--max_tokens_per_forward=60", "--precompute_ref_log_probs=true", f"--ref_logps_dir={tmp_path}/ref"]
-    run = shell([*launch, "run_preference.py", str(recipe), *files, f"--output_dir={tmp_path}/two",
-                 "--per_device_train_batch_size=1", "--gradient_accumulation_steps=2", *engine])  # fmt: skip
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert "1 per device x 2 accumulation x 2 processes = 4 prompts a step" in run.stdout
-    assert len(list((tmp_path / "ref").iterdir())) == 2, "a file for the training rows, one for the held-out ones"
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "out"), abs=1e-4)
-    one, two = (json.loads((tmp_path / d / "train_results.json").read_text())["eval"] for d in ("out", "two"))
-    for key, value in one.items():
-        if key.startswith(("eval_loss", "eval_rewards", "eval_logps")):
-            assert two[key] == pytest.approx(value, abs=1e-3), key
 
 
 @pytest.mark.parametrize("loss", ["NCA", "dpo", "InfoNCA", "biasednca"])
