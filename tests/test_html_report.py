@@ -19,7 +19,7 @@ from alignment.errors import UserError
 from alignment.figures import draw_all
 from alignment.html_report import report_comparison, report_run
 from alignment.report import key_figures, runs_table
-from alignment.runs import Run, alarm, read_run
+from alignment.runs import Run, alarm, read_run, read_runs
 from alignment.watch import Watch, write_report
 from tests.conftest import ROOT
 
@@ -226,6 +226,15 @@ def test_runs_side_by_side(tmp_path):
     assert "Alarm, two" in page.text
     assert "loss_type" in page.text, "what differs in the recipes"
     assert "some-model" not in page.text.partition("What differs")[2], "and nothing else of them"
+
+
+def test_runs_in_folders_of_the_same_name_are_told_apart(tmp_path):
+    folders = [tmp_path / path for path in ("a/nca/seed-1", "a/dpo/seed-1", "b/nca/seed-1", "a/nca/seed-2")]
+    for folder in folders:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        write_run(folder)
+    assert [run.name for run in read_runs(folders)] == ["a/nca/seed-1", "dpo/seed-1", "b/nca/seed-1", "seed-2"]
+    assert {run.name for run in read_runs([folders[0]] * 2)} == {"/".join(folders[0].parts[1:])}
 
 
 def test_figures_of_runs_without_evaluations_and_ragged_ranks(tmp_path):

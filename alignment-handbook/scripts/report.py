@@ -13,7 +13,7 @@ from alignment import errors
 from alignment.errors import UserError
 from alignment.html_report import REPORT, report_comparison, report_run
 from alignment.report import runs_table
-from alignment.runs import read_run
+from alignment.runs import read_runs
 
 
 def main() -> None:
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output folders")
     parser.add_argument("--output", help="page to write; None: comparison.html beside the first of several")
     args = parser.parse_args()
-    runs = [read_run(folder) for folder in args.runs]
+    runs = read_runs(args.runs)
     try:
         if len(runs) == 1 and args.output is None:
             file = Path(args.runs[0]) / REPORT

@@ -26,7 +26,7 @@ class Run:
     """What a report is made of. None, or empty, is what the folder does not hold (yet).
 
     Attributes:
-        name: Of the folder.
+        name: Of the folder; among others that are called the same, with its parents as far as they differ.
         recipe: The resolved recipe.
         history: What was logged, as in trainer_state.json: a dict a log line, of training or of an evaluation.
         plan: As in plan.json.
@@ -110,6 +110,20 @@ def read_run(folder: str | Path, history: list[dict[str, float]] | None = None) 
         results=results,
         held_out=_read(folder, HELD_OUT),
     )
+
+
+def read_runs(folders: Sequence[str | Path]) -> list[Run]:
+    """Reads several output folders, under names that tell them apart.
+
+    Raises:
+        UserError: As `read_run`.
+    """
+    runs, paths = [read_run(folder) for folder in folders], [Path(folder).resolve().parts for folder in folders]
+    for run, path in zip(runs, paths, strict=True):
+        endings = (path[-length:] for length in range(1, len(path)))
+        alone = (ending for ending in endings if sum(other[-len(ending) :] == ending for other in paths) == 1)
+        run.name = "/".join(next(alone, path[1:]))
+    return runs
 
 
 def _read(folder: Path, name: str) -> Any | None:
