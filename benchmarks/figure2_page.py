@@ -56,7 +56,9 @@ def write_figure2(found: Found, command: str, jobs: int, docs: Path) -> Path:
         "## Verdict",
         *(_verdict_on(data, found) for data in OTHER),
         "The margin is taken to the mean of the other responses. Intervals (95 %) are bootstraps that draw seeds and "
-        "held-out prompts, the same ones for both losses; with one seed they say nothing of other seeds.",
+        "held-out prompts, the same ones for both losses; with one seed they say nothing of other seeds. A claim holds "
+        "where its interval is above zero, or below for a loss of likelihood; that there is no loss is taken to hold "
+        "where the interval is not below zero, which is no proof that there is none.",
         "## At the end of the runs",
         _table_of_ends(found),
     ]
