@@ -149,7 +149,8 @@ def write_sweep(found: Swept, command: str, jobs: int, docs: Path) -> Path:
     _save(_draw_sweep(found, keys), docs, "sweep.png")
     parts = [
         "# Ablations",
-        "One key at a time, on the reward data; all runs are measured on all responses of the same held-out prompts.",
+        "One key at a time, on the reward data; all runs are measured on all responses of the same held-out prompts. "
+        "`num_responses` takes so many of a training row's, spread from best to worst: 2 are those two, the most are all.",
         _how(found, command, jobs),
         "![Held-out results by value of the keys](figures/sweep.png)",
         "Lines are means over the held-out prompts and the seeds, bands reach from the lowest seed to the highest.",
@@ -159,8 +160,17 @@ def write_sweep(found: Swept, command: str, jobs: int, docs: Path) -> Path:
             [_change(found, key, loss) for key in keys for loss in ("NCA", "InfoNCA")],
         ),
         "Differences by seed and held-out prompt, with their bootstrap intervals (95 %).",
+        "## At each value",
+        _table(
+            ("key", "value", "loss", "best, nats", "margin, nats", "accuracy"),
+            [_at(runs, *place) for place, runs in found.items()],
+        ),
     ]
     return _write(docs / "sweep.md", parts)
+
+
+def _at(runs: Sequence[Run], key: str, value: float, loss: str) -> tuple[str, ...]:
+    return key, f"{value:g}", loss, *(str(estimate(values)) for values in _measures(runs).values())
 
 
 def _measures(runs: Sequence[Run]) -> dict[str, np.ndarray]:

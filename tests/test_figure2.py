@@ -169,6 +169,7 @@ def test_a_sweep_changes_one_key_at_a_time(tmp_path, fake_runs):
     assert len(json.loads(row)["responses"]) == 2
     page = (tmp_path / "docs" / "sweep.md").read_text()
     assert "| beta | 0.1 | 0.7 | NCA | -0.796 [" in page, "of 0.929 nats a seventh is left"
+    assert page.count("\n| beta | 0.7 | NCA | +0.133 [") == 1, "its value, in nats"
     assert "| num_responses | 2 | 6 | InfoNCA |" in page, "no row has more than 6"
     assert (tmp_path / "docs" / "figures" / "sweep.png").exists()
     assert not (tmp_path / "docs" / "figure2.md").exists()
