@@ -17,6 +17,7 @@ import platform
 import random
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import date
 from multiprocessing.connection import Connection
@@ -25,7 +26,17 @@ from typing import Any
 
 import torch
 
-from benchmarks.systems import MISTRAL_4BIT, MODEL, SYSTEMS, Case, Memory, load_model, tiny_row
+from benchmarks.systems import (
+    MISTRAL_4BIT,
+    MODEL,
+    SYSTEMS,
+    Case,
+    Memory,
+    System,
+    load_model,
+    make_optimizer,
+    tiny_row,
+)
 
 # Lengths are log-normal: within a row of AlpacaEval's or UltraFeedback's responses, log-lengths spread by 0.8, and so
 # do the rows' means. The longest of a row is then about 1.9 (K = 8) or 1.65 (K = 4) times the row's mean.
@@ -46,7 +57,7 @@ CASES = [
 ]
 
 
-def draw_rows(case: Case, count: int, vocabulary: int = 32000) -> list[dict[str, Any]]:
+def draw_rows(case: Case, count: int) -> list[dict[str, Any]]:
     """Rows of random token ids with the case's lengths; the same for the same case."""
     rng = random.Random(0)
 
@@ -60,10 +71,13 @@ def draw_rows(case: Case, count: int, vocabulary: int = 32000) -> list[dict[str,
         mean = length(case.response_tokens, 0.4)
         responses = [length(mean) for _ in range(case.num_responses)]
         prompt = length(case.prompt_tokens, 0.4)
+        if case.max_length:
+            prompt = min(prompt, case.max_length // 2)
+            responses = [min(n, case.max_length - prompt) for n in responses]
         rows.append(
             {
-                "prompt_ids": rng.choices(range(3, vocabulary), k=prompt),
-                "response_ids": [rng.choices(range(3, vocabulary), k=n) for n in responses],
+                "prompt_ids": rng.choices(range(3, case.vocabulary), k=prompt),
+                "response_ids": [rng.choices(range(3, case.vocabulary), k=n) for n in responses],
                 "scores": [rng.random() for _ in responses],
             }
         )
@@ -73,7 +87,20 @@ def draw_rows(case: Case, count: int, vocabulary: int = 32000) -> list[dict[str,
 def serve(pipe: Connection, system: str, case: Case, model_name: str, device: str) -> None:
     """A worker: sets up a system, then for each list of rows sends back the seconds of a step and the peak so far."""
     runner = SYSTEMS[system](load_model(model_name, case, device), case, device)
-    optimizer = torch.optim.AdamW([p for p in runner.model.parameters() if p.requires_grad], lr=1e-5)
+    step = stepper(runner, case, device)
+    step([tiny_row(case)] * case.prompts)
+    memory = Memory(device)
+    pipe.send((count_flops(runner.model), memory.base))
+    while (rows := pipe.recv()) is not None:
+        rows = runner.ready(rows)
+        start = time.perf_counter()
+        step(rows)
+        pipe.send((time.perf_counter() - start, memory.peak()))
+
+
+def stepper(runner: System, case: Case, device: str) -> Callable[[list[dict[str, Any]]], None]:
+    """An optimizer step of a system, which returns when it is done."""
+    optimizer = make_optimizer(runner.model, case)
 
     def step(rows: list[dict[str, Any]]) -> None:
         runner.backward(rows)
@@ -82,14 +109,7 @@ def serve(pipe: Connection, system: str, case: Case, model_name: str, device: st
         if device == "cuda":
             torch.cuda.synchronize()
 
-    step([tiny_row(case)] * case.prompts)
-    memory = Memory(device)
-    pipe.send(count_flops(runner.model))
-    while (rows := pipe.recv()) is not None:
-        rows = runner.ready(rows)
-        start = time.perf_counter()
-        step(rows)
-        pipe.send((time.perf_counter() - start, memory.peak()))
+    return step
 
 
 def count_flops(model: torch.nn.Module) -> dict[str, int]:
@@ -105,25 +125,35 @@ def count_flops(model: torch.nn.Module) -> dict[str, int]:
     return flops
 
 
-def model_flops(rows: list[dict[str, Any]], flops: dict[str, int], cached: bool) -> float:
+def model_flops(
+    rows: list[dict[str, Any]], flops: dict[str, int], cached: bool = False, recomputed: bool = False
+) -> float:
     """What a step must compute, with each prompt once and no padding: reference and policy forward, and backward.
 
     Backward costs a forward for frozen weights (the gradient of their input alone), two for LoRA and for attention.
+
+    Args:
+        rows: Of the step.
+        flops: From `count_flops`.
+        cached: The reference's log-probs are there.
+        recomputed: The layers' forward is counted once more, as checkpointing runs it.
     """
-    total, references = 0.0, 0 if cached else 1
+    total, references, again = 0.0, 0 if cached else 1, int(recomputed)
     for row in rows:
         prompt, responses = len(row["prompt_ids"]) - 1, [len(r) for r in row["response_ids"]]
         tokens = prompt + sum(responses)
         pairs = prompt * prompt / 2 + sum(n * (prompt + n / 2) for n in responses)
-        total += tokens * ((2 + references) * flops["frozen"] + 3 * flops["lora"])
-        total += sum(responses) * (2 + references) * flops["head"] + pairs * (3 + references) * flops["pair"]
+        total += tokens * ((2 + references + again) * flops["frozen"] + (3 + again) * flops["lora"])
+        total += sum(responses) * (2 + references) * flops["head"]
+        total += pairs * (3 + references + again) * flops["pair"]
     return total
 
 
 def matmul_rate(device: str, precision: str) -> float:
     """Floating-point operations a second of a large matrix product."""
-    n = 8192 if device == "cuda" else 2048
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    # Without instructions for bf16, a CPU takes a minute for the larger one.
+    n = 8192 if device == "cuda" else 2048 if precision == "fp32" else 256
     a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
     times = []
     for _ in range(4):
@@ -144,7 +174,8 @@ def measure(case: Case, rounds: int, model_name: str, device: str) -> dict[str, 
         workers.append(context.Process(target=serve, args=(there, system, case, model_name, device), daemon=True))
         workers[-1].start()
         there.close()
-    flops = [pipe.recv() for pipe in pipes.values()][0]
+    found = {system: pipe.recv() for system, pipe in pipes.items()}
+    flops = next(iter(found.values()))[0]
     rows = draw_rows(case, rounds * case.prompts)
     for pipe in pipes.values():  # a first time, not counted: the allocator gets its memory from the system
         pipe.send(rows[: case.prompts])
@@ -170,8 +201,12 @@ def measure(case: Case, rounds: int, model_name: str, device: str) -> dict[str, 
             "seconds": seconds[system],
             "seconds_per_step": statistics.median(seconds[system]),
             "response_tokens_per_second": sum(tokens) / sum(seconds[system]),
+            "whole_memory_gb": (found[system][1] + peaks[system]) / 1e9,
             "peak_memory_gb": peaks[system] / 1e9,
             "utilisation": model_flops(rows, flops, "cached" in system) / sum(seconds[system]) / rate,
+            "utilisation_recomputed": model_flops(rows, flops, "cached" in system, case.checkpointing)
+            / sum(seconds[system])
+            / rate,
             "times_slower_than_ours": statistics.median(
                 a / b for a, b in zip(seconds[system], seconds[last], strict=True)
             ),

@@ -16,6 +16,7 @@ from trl import DPOConfig, DPOTrainer
 
 from benchmarks.padded import padded_loss
 from nca_trainer import NCAConfig, NCATrainer
+from tests.tiny import tiny_tokenizer
 
 LORA = LoraConfig(
     r=16,
@@ -40,6 +41,9 @@ class Case:
     precision: str = "fp32"
     checkpointing: bool = False
     max_tokens: int | None = None  # of a forward, where a system can bound it
+    max_length: int | None = None  # of prompt and response
+    vocabulary: int = 32000  # ids are drawn from
+    paged: bool = False  # AdamW whose state moves out of a GPU that is full
     systems: tuple[str, ...] = ("padded", "ours, reference cached", "ours")
 
 
@@ -111,14 +115,14 @@ class OursCached(Ours):
         return [row | {"ref_logps": logps[i][: len(row["scores"])]} for i, row in enumerate(rows)]
 
 
-class OursOnPairs(Ours):
-    """(c) on pairs: the pairs of a step are one micro-batch, as upstream's are."""
+class OursTogether(Ours):
+    """(c) with the prompts of a step in one micro-batch, as upstream's pairs are."""
 
     def batches(self, rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
         return [rows]
 
 
-class Upstream(OursOnPairs):
+class Upstream(OursTogether):
     """(b) `trl.DPOTrainer`, with the loss that upstream calls nca_pair."""
 
     def _trainer(self, base: nn.Module, case: Case, device: str) -> DPOTrainer:
@@ -135,10 +139,13 @@ SYSTEMS = {
     "upstream": Upstream,
     "ours": Ours,
     "ours, reference cached": OursCached,
-    "ours on pairs": OursOnPairs,
+    "ours on pairs": OursTogether,
+    "ours, one micro-batch": OursTogether,
 }
 MODEL = "models/SmolLM2-135M-Instruct"
-MISTRAL_4BIT = "mistral-7b-4bit"
+TINY = "-tiny"
+#: Random weights: in NF4, as QLoRA has them, and in bfloat16.
+MISTRAL_4BIT, MISTRAL_BF16 = "mistral-7b-4bit", "mistral-7b-bf16"
 
 
 def tiny_row(case: Case) -> dict[str, Any]:
@@ -148,10 +155,11 @@ def tiny_row(case: Case) -> dict[str, Any]:
 
 
 def load_model(name: str, case: Case, device: str) -> nn.Module:
-    """The model to adapt: a folder's weights, or Mistral-7B with random ones in 4 bit."""
+    """The model to adapt: a folder's weights, or Mistral-7B with random ones; after a "-tiny", in a small size."""
     torch.manual_seed(0)
-    if name == MISTRAL_4BIT:
-        base = random_mistral_4bit(MistralConfig(vocab_size=32000), device)
+    if name.removesuffix(TINY) in (MISTRAL_4BIT, MISTRAL_BF16):
+        config = mistral_config(tiny=name.endswith(TINY))
+        base = (random_mistral_4bit if name.startswith(MISTRAL_4BIT) else random_mistral)(config, device)
     else:
         base = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device)
     if case.checkpointing:
@@ -160,12 +168,24 @@ def load_model(name: str, case: Case, device: str) -> nn.Module:
     return base
 
 
+def mistral_config(tiny: bool, **changed: Any) -> MistralConfig:
+    """Mistral-7B's sizes, or small ones of the same kind."""
+    small = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}  # fmt: skip
+    return MistralConfig(**{"vocab_size": 32000} | (small if tiny else {}) | changed)
+
+
+def random_mistral(config: MistralConfig, device: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """A Mistral with random weights, frozen as LoRA's base is."""
+    with torch.device(device):
+        return MistralForCausalLM(config).to(dtype).requires_grad_(False)
+
+
 def random_mistral_4bit(config: MistralConfig, device: str) -> nn.Module:
     """A Mistral with random weights, its linear layers but the head in NF4, as QLoRA has it."""
     import bitsandbytes as bnb
 
-    with torch.device(device):
-        model = MistralForCausalLM(config).to(torch.bfloat16)
+    model = random_mistral(config, device)
     for module in list(model.model.layers.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
@@ -175,7 +195,17 @@ def random_mistral_4bit(config: MistralConfig, device: str) -> nn.Module:
                 quantized.weight = bnb.nn.Params4bit(child.weight.data.cpu(), requires_grad=False, quant_type="nf4")
                 setattr(module, name, quantized.to(device))
     model.is_loaded_in_4bit = True  # what peft asks for
-    return model.requires_grad_(False)
+    return model
+
+
+def make_optimizer(model: nn.Module, case: Case) -> torch.optim.Optimizer:
+    """AdamW on what is trained."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if case.paged:
+        import bitsandbytes as bnb
+
+        return bnb.optim.PagedAdamW32bit(trained, lr=1e-5)
+    return torch.optim.AdamW(trained, lr=1e-5)
 
 
 class Memory:
@@ -223,4 +253,5 @@ def _as_pair(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(MODEL)
+    """What the trainers ask for; rows are token ids already."""
+    return AutoTokenizer.from_pretrained(MODEL) if Path(MODEL).is_dir() else tiny_tokenizer()

@@ -13,8 +13,8 @@ from benchmarks.systems import SYSTEMS, Case, random_mistral_4bit
 from tests.conftest import ROOT, needs_model
 from tests.tiny import tiny_config, tiny_tokenizer
 
-CASE = Case("tiny", 3, 12, 20, prompts=2)
-PAIRS = Case("tiny pairs", 2, 12, 20, prompts=3)
+CASE = Case("tiny", 3, 12, 20, prompts=2, vocabulary=320)
+PAIRS = Case("tiny pairs", 2, 12, 20, prompts=3, vocabulary=320)
 
 
 def tiny_base(**settings):
@@ -46,7 +46,7 @@ def gradient(system, case, rows):
     ],
 )
 def test_all_systems_do_the_same_step(case, one, other, monkeypatch):
-    rows = draw_rows(case, case.prompts, vocabulary=320)
+    rows = draw_rows(case, case.prompts)
     if case is PAIRS:  # upstream takes the first for the better one
         monkeypatch.setattr(systems, "ALPHA", 1e-9)
         rows = [row | {"scores": [1.0, 0.0]} for row in rows]
@@ -67,7 +67,7 @@ def test_lengths_are_those_of_the_case():
 def test_operations_are_counted_as_torch_counts_them(cached):
     # Many layers: the first one's gradient by its input is not needed, and the count by hand does not know.
     runner = SYSTEMS["ours, reference cached" if cached else "ours"](tiny_base(num_hidden_layers=12), CASE, "cpu")
-    rows = runner.ready(draw_rows(CASE, 2, vocabulary=320))
+    rows = runner.ready(draw_rows(CASE, 2))
     with FlopCounterMode(display=False) as counted:
         runner.backward(rows)
     by_hand = model_flops(
@@ -82,7 +82,7 @@ def test_a_random_mistral_in_4_bit_takes_a_step():
     base = random_mistral_4bit(MistralConfig(**small | {"hidden_size": 64, "model_type": "mistral"}), "cpu")
     assert base.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
     runner = SYSTEMS["ours"](base, CASE, "cpu")
-    runner.backward(draw_rows(CASE, 1, vocabulary=320))
+    runner.backward(draw_rows(CASE, 1))
     assert all(p.grad is not None and p.grad.isfinite().all() for p in runner.model.parameters() if p.requires_grad)
 
 
@@ -105,7 +105,7 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
 
 def test_step_zero_of_the_padded_reference():
     model = SYSTEMS["padded"](tiny_base(), CASE, "cpu").model
-    (row,) = draw_rows(CASE, 1, vocabulary=320)
+    (row,) = draw_rows(CASE, 1)
     assert systems.padded_loss(model, row, 0.1, 0.1, "cpu").item() == pytest.approx(2 * math.log(2))
 
 

@@ -1,0 +1,317 @@
+"""One NVIDIA GPU: is it the same, how fast is it, how much memory does it take. Mistral-7B's sizes, random weights.
+
+    benchmarks/gpu.sh                 on a GPU, within nine minutes; no network
+    benchmarks/gpu.sh --device cpu    a rehearsal at a tiny size, whose figures mean nothing
+
+Rows are drawn with UltraFeedback's lengths: up to 1,024 tokens, a prompt has 0.42 of a response. Each part is written
+to results_gpu.json as it comes; the table at the end has the bars, and says what was not run and why.
+"""
+
+import argparse
+import json
+import multiprocessing as mp
+import platform
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from alignment import layouts
+from benchmarks.bench import draw_rows, measure, stepper, table
+from benchmarks.padded import padded_logps
+from benchmarks.systems import (
+    LORA,
+    MISTRAL_4BIT,
+    MISTRAL_BF16,
+    SYSTEMS,
+    TINY,
+    Case,
+    Memory,
+    load_model,
+    mistral_config,
+    random_mistral,
+)
+from trl_nca import memory, shared_prompt
+from trl_nca.collate import GroupCollator
+from trl_nca.logps import prepare, response_logps
+from trl_nca.losses import nca_loss, reward_targets
+
+OURS = "ours, one micro-batch"
+#: Seconds after which no part is begun, and after which the last one is stopped: all ends within nine minutes.
+LAST_START, LAST_END = 420, 510
+TOKENS = 8192  # of a forward, where it is bounded
+
+
+def _case(name: str, num_responses: int, prompts: int, systems: tuple[str, ...], **settings: Any) -> Case:
+    return Case(name, num_responses, 126, 300, prompts=prompts, precision="bf16", checkpointing=True, max_length=1024,
+                systems=systems, **settings)  # fmt: skip
+
+
+QLORA = _case("QLoRA, K=4", 4, 4, ("padded", OURS), paged=True)
+LORA4 = _case("LoRA, K=4", 4, 4, ("padded", OURS))
+PAIRS = _case("LoRA, pairs", 2, 8, ("padded", "upstream", OURS))
+BY_K = [_case(f"K={k}", k, 64 // k, (OURS,), max_tokens=TOKENS) for k in (2, 4, 8, 16, 32)]
+
+
+def sized(case: Case, tiny: bool) -> Case:
+    """The case, or one of the same shape that a CPU can run."""
+    if not tiny:
+        return case
+    small = {"prompt_tokens": 8, "response_tokens": 19, "max_length": 64, "vocabulary": 512, "paged": False}
+    return replace(case, **small, prompts=min(case.prompts, 2), max_tokens=case.max_tokens and 128)
+
+
+def equality(tiny: bool, device: str) -> list[dict[str, Any]]:
+    """How far log-probs, loss and gradient are from those of padded rows in float32: ours, and padded rows in bf16.
+
+    Figures are relative: the largest of the log-probs, the loss, and the norm of the gradient's difference.
+    """
+    found, shapes = [], {"tiny": mistral_config(tiny=True)}
+    if not tiny:
+        shapes["7B, 2 layers"] = mistral_config(tiny=False, num_hidden_layers=2)
+    for shape, config in shapes.items():
+        torch.manual_seed(0)
+        model = get_peft_model(random_mistral(config, device, torch.float32), LORA)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.02)
+        rows = draw_rows(replace(sized(LORA4, tiny), vocabulary=config.vocab_size), 3)
+        exact = _outcome(model, rows, device, "padded", "fp32")
+        for precision, way in (("fp32", "ours"), ("bf16", "padded"), ("bf16", "ours")):
+            differences = _differences(exact, _outcome(model, rows, device, way, precision))
+            found.append({"shape": shape, "precision": precision, "system": way} | differences)
+    return found
+
+
+def _outcome(model: nn.Module, rows: list[dict[str, Any]], device: str, way: str, precision: str) -> dict[str, Tensor]:
+    """Log-probs of all responses, loss and gradient."""
+    batch = GroupCollator()(rows)
+    batch = {key: value.to(device) if hasattr(value, "to") else value for key, value in batch.items()}
+    mask, trained = batch["response_mask"], [p for p in model.parameters() if p.requires_grad]
+    with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+        if way == "padded":
+            model.get_base_model().set_attn_implementation("sdpa")
+            logps = torch.cat([padded_logps(model, row, device) for row in rows])
+        else:
+            prepare([model], "true")
+            logps = response_logps(model, batch, True)[mask]
+    rewards = torch.zeros_like(batch["scores"], dtype=torch.float32)
+    rewards[mask] = 0.01 * (logps.float() - logps.float().detach().mean())
+    loss = nca_loss(rewards, reward_targets(batch["scores"].float(), 0.1, mask), mask).mean()
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, trained)])
+    return {"logps": logps.detach().float(), "loss": loss.detach(), "gradient": gradient}
+
+
+def _differences(exact: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, float]:
+    return {
+        "logps": ((other["logps"] - exact["logps"]).abs() / exact["logps"].abs()).max().item(),
+        "loss": ((other["loss"] - exact["loss"]).abs() / exact["loss"]).item(),
+        "gradient": ((other["gradient"] - exact["gradient"]).norm() / exact["gradient"].norm()).item(),
+    }
+
+
+def speed(case: Case, model: str) -> Callable[[bool, str], dict[str, Any]]:
+    """A part: systems side by side."""
+    return lambda tiny, device: measure(sized(case, tiny), 2, model + TINY * tiny, device)
+
+
+def by_k(tiny: bool, device: str) -> list[dict[str, Any]]:
+    """Ours at more and more responses a prompt, the same responses a step, and the same bound on a forward's tokens."""
+    cases = [sized(case, tiny) for case in BY_K]
+    step, _ = _ours(cases[0], MISTRAL_BF16 + TINY * tiny, device)
+    found = []
+    for case in cases:
+        rows = draw_rows(case, 2 * case.prompts)
+        step(rows[: case.prompts])  # not counted: the allocator, and sizes that kernels are chosen by
+        held, start = Memory(device), time.perf_counter()
+        step(rows[case.prompts :])
+        seconds = time.perf_counter() - start
+        tokens = sum(len(r) for row in rows[case.prompts :] for r in row["response_ids"])
+        found.append({"num_responses": case.num_responses, "seconds_per_step": seconds,
+                      "response_tokens_per_second": tokens / seconds, "peak_memory_gb": held.peak() / 1e9})  # fmt: skip
+    return found
+
+
+def _ours(case: Case, model: str, device: str) -> tuple[Callable[[list[dict[str, Any]]], None], nn.Module]:
+    runner = SYSTEMS[OURS](load_model(model, case, device), case, device)
+    return stepper(runner, case, device), runner.model
+
+
+def profiled(tiny: bool, device: str) -> dict[str, Any]:
+    """Where a step's time goes, by kernel; and the same step with SDPA in place of FlashAttention."""
+    case = sized(LORA4, tiny)
+    step, _ = _ours(case, MISTRAL_BF16 + TINY * tiny, device)
+    rows = draw_rows(case, case.prompts)
+    step(rows)
+    kind = ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU
+    with profile(activities=[kind]) as profiler:
+        step(rows)
+    times = {
+        e.key: e.self_device_time_total if device == "cuda" else e.self_cpu_time_total for e in profiler.key_averages()
+    }
+    found = {"kernels_ms": {k[:80]: t / 1000 for k, t in sorted(times.items(), key=lambda x: -x[1])[:15]}}
+    for name, has_flash in (("flash", shared_prompt._has_flash), ("sdpa", lambda query: False)):
+        with patch.object(shared_prompt, "_has_flash", has_flash):
+            step(rows)
+            start = time.perf_counter()
+            step(rows)
+            found[f"seconds_{name}"] = time.perf_counter() - start
+    return found
+
+
+def planned(tiny: bool, device: str) -> list[dict[str, Any]]:
+    """What `--plan` says of QLoRA's and LoRA's step against the peak of what torch gave out, model included."""
+    found = []
+    for case, model in ((sized(QLORA, tiny), MISTRAL_4BIT), (sized(LORA4, tiny), MISTRAL_BF16)):
+        rows = draw_rows(case, case.prompts)
+        lengths = [(len(row["prompt_ids"]), [len(r) for r in row["response_ids"]]) for row in rows]
+        batch, num_chunks = memory.batch_to_plan(lengths, case.max_tokens)
+        setup = memory.Setup(
+            config=mistral_config(tiny), dtype=torch.bfloat16, peft_config=LORA, device=device,
+            quantization="4bit" if model == MISTRAL_4BIT else None, autocast=torch.bfloat16,
+            checkpointing={"use_reentrant": False}, accumulates=num_chunks > 1,
+        )  # fmt: skip
+        footprint = layouts.Footprint(
+            weights=memory.weights_of(setup), moments=memory.trace_step(setup, batch).moments, optim="adamw_torch",
+            mixed=True, frozen_copy=False, loads_copy=False, spreads_quantized=False, on_gpu=device == "cuda",
+        )  # fmt: skip
+        parts = layouts.memory(footprint, "single", 1)[1]
+        step, _ = _ours(case, model + TINY * tiny, device)
+        step(rows)
+        held = Memory(device)
+        step(rows)
+        plan = parts["total"] - parts.get("overhead", 0)  # CUDA's own, which torch does not give out
+        measured = held.base + held.peak()
+        found.append({"case": case.name, "planned_gb": plan / 1e9, "measured_gb": measured / 1e9,
+                      "plan_over_measured": plan / measured})  # fmt: skip
+    return found
+
+
+PARTS: dict[str, Callable[[bool, str], Any]] = {
+    "equality": equality,
+    "qlora": speed(QLORA, MISTRAL_4BIT),
+    "lora": speed(LORA4, MISTRAL_BF16),
+    "pairs": speed(PAIRS, MISTRAL_BF16),
+    "by_k": by_k,
+    "planned": planned,
+    "profile": profiled,
+}
+#: What must hold on one H100, by part: a sentence, the figure, and the least or most that it may be.
+BARS: list[tuple[str, str, Callable[[Any], float], str, float]] = [
+    ("equality", "fp32: furthest of ours from padded", lambda r: _furthest(r, "fp32", "ours"), "<=", 1e-4),
+    ("equality", "bf16: ours from fp32, over padded from fp32", lambda r: _rounding(r), "<=", 1.5),
+    ("qlora", "QLoRA, K=4: times as fast as padded", lambda r: _of(r, "padded", "times_slower_than_ours"), ">=", 2),
+    ("qlora", "QLoRA, K=4: memory, over padded's", lambda r: _of(r, "padded", "memory_of_ours"), "<=", 1),
+    ("qlora", "QLoRA, K=4: GB, model included", lambda r: _of(r, OURS, "whole_memory_gb"), "<=", 24),
+    ("lora", "LoRA, K=4: times as fast as padded", lambda r: _of(r, "padded", "times_slower_than_ours"), ">=", 2),
+    ("lora", "LoRA, K=4: utilisation, recomputed work counted", lambda r: _of(r, OURS, "utilisation_recomputed"),
+     ">=", 0.4),
+    ("pairs", "pairs: times as fast as upstream", lambda r: _of(r, "upstream", "times_slower_than_ours"), ">=", 1.4),
+    ("by_k", "peak at K=32, over that at K=4", lambda r: _of_k(r, 32) / _of_k(r, 4), "<=", 1.15),
+    ("planned", "plan over measured: furthest from 1", lambda r: max(abs(x["plan_over_measured"] - 1) for x in r),
+     "<=", 0.15),
+]  # fmt: skip
+
+
+def _furthest(found: list[dict[str, Any]], precision: str, system: str) -> float:
+    rows = [row for row in found if (row["precision"], row["system"]) == (precision, system)]
+    return max(row[figure] for row in rows for figure in ("logps", "loss", "gradient"))
+
+
+def _rounding(found: list[dict[str, Any]]) -> float:
+    return _furthest(found, "bf16", "ours") / _furthest(found, "bf16", "padded")
+
+
+def _of(found: dict[str, Any], system: str, figure: str) -> float:
+    return found["systems"][system][figure]
+
+
+def _of_k(found: list[dict[str, Any]], num_responses: int) -> float:
+    return next(row["peak_memory_gb"] for row in found if row["num_responses"] == num_responses)
+
+
+def bars_table(results: dict[str, Any]) -> str:
+    """Every bar with its figure; of a part that was not run, why."""
+    lines = ["| bar | figure | bound | |", "|---|---|---|---|"]
+    for part, what, figure, sign, bound in BARS:
+        found = results["parts"].get(part)
+        if found is None or "not_run" in found:
+            lines.append(f"| {what} | | {sign} {bound:g} | not run: {(found or {}).get('not_run', 'not asked for')} |")
+            continue
+        value = figure(found["result"])
+        holds = value <= bound if sign == "<=" else value >= bound
+        verdict = "" if results["device"] == "cpu" else "holds" if holds else "FAILS"
+        lines.append(f"| {what} | {value:.3g} | {sign} {bound:g} | {verdict} |")
+    return "\n".join(lines)
+
+
+def _run(part: str, tiny: bool, device: str, pipe: Any) -> None:
+    """In a process of its own, so that its memory is its own."""
+    try:
+        pipe.send({"result": PARTS[part](tiny, device)})
+    except Exception as error:  # the other parts are still to come
+        traceback.print_exc()
+        said = str(error).partition("\n")[0]
+        pipe.send({"not_run": f"{type(error).__name__}: {said}"})
+
+
+def run_parts(parts: Sequence[str], device: str, done: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """The results of the parts, each in a process of its own; `done` is told of them as they come."""
+    started = time.monotonic()
+    results: dict[str, Any] = {
+        "date": str(date.today()), "machine": platform.processor() or platform.machine(), "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "parts": {},
+    }  # fmt: skip
+    for part in parts:
+        began = time.monotonic()
+        if began - started > LAST_START:
+            results["parts"][part] = {"not_run": "no time was left"}
+            continue
+        context = mp.get_context("spawn")
+        here, there = context.Pipe()
+        process = context.Process(target=_run, args=(part, device == "cpu", device, there))
+        process.start()
+        there.close()
+        try:
+            found = here.recv() if here.poll(LAST_END - (began - started)) else {"not_run": "it took too long"}
+        except EOFError:
+            found = {"not_run": "its process was killed, as for its memory"}
+        process.kill()
+        process.join()
+        seconds = time.monotonic() - began
+        results["parts"][part] = found | {"seconds": seconds}
+        print(f"{part}: {seconds:.0f} s {found.get('not_run', '')}", flush=True)
+        done(results)
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--output", type=Path, help="Default: benchmarks/results_gpu.json; of a rehearsal, none.")
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: no GPU found on this machine; --device cpu rehearses at a tiny size")
+    output = options.output or (Path("benchmarks/results_gpu.json") if options.device == "cuda" else None)
+
+    def write(results: dict[str, Any]) -> None:
+        if output:
+            output.write_text(json.dumps(results, indent=1) + "\n")
+
+    results = run_parts(options.parts, options.device, write)
+    parts = [results["parts"].get(part, {}) for part in ("qlora", "lora", "pairs")]
+    print("\n".join(["", table([part["result"] for part in parts if "result" in part]), "", bars_table(results)]))
+
+
+if __name__ == "__main__":
+    main()
