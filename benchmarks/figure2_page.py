@@ -150,7 +150,7 @@ def write_sweep(found: Swept, command: str, jobs: int, docs: Path) -> Path:
     parts = [
         "# Ablations",
         "One key at a time, on the reward data; all runs are measured on all responses of the same held-out prompts. "
-        "`num_responses` takes so many of a training row's, spread from best to worst: of 2 those, of the most all.",
+        "`num_responses` takes so many of a training row's, spread from best to worst; the most is all of them.",
         _how(found, command, jobs),
         "![Held-out results by value of the keys](figures/sweep.png)",
         "Lines are means over the held-out prompts and the seeds, bands reach from the lowest seed to the highest.",
