@@ -71,8 +71,7 @@ def align(argv: Sequence[str], trainer_class: type[NCATrainer], pairs: bool) -> 
     with PartialState().main_process_first():  # the others then find the rows in the cache
         raw, rows, report = prepare(data_config, args, tokenizer, pairs)
     if run_config.show_batch:
-        print(describe_group(rows["train"][0], tokenizer))
-        return
+        return print(describe_group(rows["train"][0], tokenizer))
     if "eval" not in rows:
         args.eval_strategy = "no"
     plan = plan_run(args, args.world_size, len(rows["train"]), sum(rows["train"]["length"][:]))

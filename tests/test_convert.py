@@ -2,8 +2,6 @@
 
 import gzip
 import json
-import subprocess
-import sys
 from collections import Counter
 
 import numpy as np
@@ -13,10 +11,9 @@ from datasets import Dataset
 from alignment.convert import ConvertConfig, convert
 from alignment.data_report import Columns, describe, summary
 from alignment.errors import UserError
-from tests.conftest import ROOT, SHARED, needs_shared
+from tests.conftest import SHARED, needs_shared
 from tests.test_data import LONG, PAIR, ROW, ULTRAFEEDBACK, USER, numbered, said, write_jsonl
-
-SCRIPT = str(ROOT / "alignment-handbook" / "scripts" / "convert.py")
+from tests.test_sample import script
 
 
 def run(tmp_path, rows, to="list", name="out.jsonl", **settings):
@@ -90,27 +87,24 @@ def test_nothing_is_overwritten_or_left_half_written(tmp_path):
         ConvertConfig(output="rows.csv")
 
 
-def test_script(tmp_path):
+def test_script(tmp_path, monkeypatch, capsys):
     source = write_jsonl(tmp_path / "in.jsonl", [ROW, "{torn", numbered(1, scores=["1", 2, 3])])
-    command = [sys.executable, SCRIPT, source, "--to", "list", "--output", str(tmp_path / "out.jsonl")]
-    done = subprocess.run([*command, "--report", str(tmp_path / "report")], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "2 of 3 rows kept (dropped: not_json 1); mended: text_score 1; 6 responses" in done.stdout
+    words = [source, "--to", "list", "--output", tmp_path / "out.jsonl"]
+    assert script(monkeypatch, "convert.py", *words, "--report", tmp_path / "report") == 0
+    printed = capsys.readouterr().out
+    assert "2 of 3 rows kept (dropped: not_json 1); mended: text_score 1; 6 responses" in printed
     report = json.loads((tmp_path / "report" / "data_report.json").read_text())
     assert (report["rows_in"], report["rows_kept"], report["rows_mended"], report["rows_dropped"]) == (3, 2, 1, 1)
     assert report["examples"]["not_json"][0].startswith(f"{source}, line 2: not JSON")
     assert (tmp_path / "report" / "data_report.png").read_bytes()[1:4] == b"PNG"
-    failed = subprocess.run([*command, "--too", "x"], capture_output=True, text=True, timeout=120)
-    assert failed.returncode == 2
-    assert failed.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert script(monkeypatch, "convert.py", *words, "--too", "x") == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: ")
 
 
-def test_lengths_in_tokens(tmp_path, tiny_model):
+def test_lengths_in_tokens(tmp_path, tiny_model, monkeypatch):
     source = write_jsonl(tmp_path / "in.jsonl", [ROW | {"responses": ["Rome<|im_end|>", "Paris", "Oslo"]}])
-    command = [sys.executable, SCRIPT, source, "--output", str(tmp_path / "out.jsonl"), "--tokenizer", tiny_model]
-    command += ["--report", str(tmp_path), "--row_rules", '{"control_tokens": "mend"}']
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    words = ["--output", tmp_path / "out.jsonl", "--tokenizer", tiny_model, "--report", tmp_path]
+    assert script(monkeypatch, "convert.py", source, *words, "--row_rules", '{"control_tokens": "mend"}') == 0
     assert json.loads((tmp_path / "data_report.json").read_text())["lengths"]["unit"] == "tokens"
     assert lines(tmp_path / "out.jsonl")[0]["responses"] == ROW["responses"]
 

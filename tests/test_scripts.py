@@ -1,5 +1,7 @@
 """The entry scripts on a tiny model: whole runs, what they leave behind, and what a user's mistake gets."""
 
+import gzip
+import itertools
 import json
 import os
 import random
@@ -180,7 +182,11 @@ def test_show_batch_prints_a_group_and_stops(recipe, capsys):
     ],
 )
 def test_shared_formats_train(recipe, tmp_path, name, start):
-    files = [f"--{part}_file={SHARED}/data/{name}_{part}.jsonl.gz" for part in ("train", "eval")]
+    files = []
+    for part in ("train", "eval"):
+        files.append(f"--{part}_file={tmp_path}/{part}.jsonl")
+        with gzip.open(SHARED / f"data/{name}_{part}.jsonl.gz", "rt") as rows:
+            (tmp_path / f"{part}.jsonl").write_text("".join(itertools.islice(rows, 40)))
     limits = ["--max_steps=1", "--max_length=200", "--max_prompt_length=64", "--per_device_train_batch_size=2"]
     start(recipe, *files, *limits, "--per_device_eval_batch_size=64")
     assert losses(tmp_path / "out")[0] == pytest.approx(1.3863, abs=1e-4)
