@@ -91,6 +91,8 @@ def parse_sweep(given: Sequence[str]) -> dict[str, list[Any]]:
         except ValueError as error:
             raise UserError(f"sweep: {item!r}: {error}; write {key}=value,value") from error
         if key == "num_responses":
+            if min(found) < 2:
+                raise UserError(f"sweep: {item!r}: a row has at least 2 responses, not {min(found)}")
             found = {min(value, most_responses()) for value in found}
         sweep[key] = sorted(found)
         if len(found) < 2:

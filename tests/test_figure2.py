@@ -177,7 +177,12 @@ def test_a_sweep_changes_one_key_at_a_time(tmp_path, fake_runs):
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [("gamma=1,2", "'gamma' is none of beta"), ("beta=1", "compares nothing"), ("beta=a,b", "could not convert")],
+    [
+        ("gamma=1,2", "'gamma' is none of beta"),
+        ("beta=1", "compares nothing"),
+        ("beta=a,b", "could not convert"),
+        ("num_responses=1,2", "a row has at least 2 responses, not 1"),
+    ],
 )
 def test_sweeps_that_cannot_be(given, message):
     with pytest.raises(UserError, match=message):
