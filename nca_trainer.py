@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, gather_object, is_peft_model
+from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import Sampler
@@ -26,6 +26,7 @@ from trl.trainer.utils import use_adapter
 from trl_nca.chunks import logps_for_training, logps_without_gradient, split_batch
 from trl_nca.collate import GroupCollator
 from trl_nca.config import NCAConfig
+from trl_nca.layers import widen_adapter
 from trl_nca.logps import Batch, prepare, response_logps
 from trl_nca.losses import LOSSES, SEPARABLE, reward_targets
 from trl_nca.metrics import group_metrics
@@ -85,6 +86,8 @@ class NCATrainer(SurvivingTrainer):
         args = args or NCAConfig(output_dir="nca-run")
         super().__init__(model, ref_model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         check_router(self.model, self.aux_loss_enabled)
+        if not self.is_fsdp_enabled:  # whose shards are of one type, the base's
+            widen_adapter(self.model)
 
     def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: NCAConfig, dataset_name: str) -> Dataset:
         if "where" not in dataset.column_names:
@@ -140,17 +143,15 @@ class NCATrainer(SurvivingTrainer):
     @property
     def _trained_adapter(self) -> str | None:
         """Name of the adapter that is switched off to get the reference; None where the reference has none."""
-        if self.ref_model is not None or not is_peft_model(self.model):
-            return None
-        return self.accelerator.unwrap_model(self.model).active_adapter
+        is_reference = self.ref_model is None and is_peft_model(self.model)
+        return self.accelerator.unwrap_model(self.model).active_adapter if is_reference else None
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         if self.args.max_tokens_per_forward and not self.args.precompute_ref_batch_size:
             batch_size = max(batch_size, 32)  # rows to fill forwards with: their tokens are bounded anyway
         model = self.ref_model or self.model
         if self.ref_model is None and self.is_deepspeed_enabled:  # the Trainer has not made its engine yet
-            self._precompute_engine = self._precompute_engine or prepare_deepspeed(self.model, self.accelerator)
-            model = self._precompute_engine
+            model = self._precompute_engine = self._precompute_engine or prepare_deepspeed(self.model, self.accelerator)
 
         def score(rows: list[dict[str, Any]]) -> list[list[float]]:
             batch = self._prepare_inputs(self.data_collator(rows))
@@ -200,9 +201,8 @@ class NCATrainer(SurvivingTrainer):
 
     def _backward(self, loss: Tensor) -> None:
         """As in `Trainer.training_step`, for the chunks whose gradient it does not see."""
-        is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         with torch.autocast(loss.device.type, enabled=False):
-            self.accelerator.backward(loss, **{"scale_wrt_gas": False} if is_deepspeed else {})
+            self.accelerator.backward(loss, **{"scale_wrt_gas": False} if self.is_deepspeed_enabled else {})
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

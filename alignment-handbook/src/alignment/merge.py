@@ -126,6 +126,9 @@ def _in_4_bits(base: str, recipe: dict[str, Any], adapter: str | None = None) ->
     model = AutoModelForCausalLM.from_pretrained(
         base, quantization_config=quantization, dtype=torch.float32, use_safetensors=True
     )
+    for module in model.modules():  # on a CPU with bfloat16 bitsandbytes would repack the weights, with coarser scales
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return PeftModel.from_pretrained(model, adapter) if adapter else model
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from trl_nca.head import fuse_head
+from trl_nca.layers import fuse_layers
 from trl_nca.router import RouterLoss
 from trl_nca.shared_prompt import GroupLayout, base_model, share_prompts
 
@@ -33,6 +34,7 @@ def prepare(models: Sequence[nn.Module], shared_prompt: str = "auto") -> bool:
     """
     for model in models:
         fuse_head(base_model(model))
+        fuse_layers(model)
     return share_prompts(models, shared_prompt)
 
 

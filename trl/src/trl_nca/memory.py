@@ -22,7 +22,7 @@ from transformers.masking_utils import sdpa_mask
 from trl_nca.chunks import split_batch
 from trl_nca.collate import GroupCollator
 from trl_nca.logps import Batch, _packed, _padded, prepare
-from trl_nca.planned_model import Setup, build, is_quantized, stored_bytes
+from trl_nca.planned_model import Setup, build, is_quantized, plan_norms, stored_bytes
 from trl_nca.shared_prompt import GroupLayout, _attend_by_flash, base_model
 from trl_nca.timeline import KINDS, Timeline, fake_copy
 
@@ -188,6 +188,8 @@ def _prepare(setup: Setup, model: nn.Module, batch: Batch) -> dict[str, Any]:
     base = base_model(model)
     if shared and setup.device == "cuda":
         base.set_attn_implementation(_FLASH)
+    if setup.device == "cuda":
+        plan_norms(base)
     model.train()
     for module in model.modules():
         if isinstance(module, nn.Dropout):

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.quantizers.base import get_keys_to_not_convert
 
+from trl_nca.layers import is_llama_norm
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -54,10 +56,6 @@ def build(setup: Setup, depth: int) -> nn.Module:
             _quantize(model, setup)
         if setup.peft_config:
             model = get_peft_model(model, copy.deepcopy(setup.peft_config))
-    if setup.quantization:  # trl 1.16 does so to the adapter of a quantized model: DPOTrainer.__init__
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and "lora_magnitude_vector" not in name:
-                parameter.data = parameter.data.to(torch.bfloat16)
     return model
 
 
@@ -103,6 +101,27 @@ class _QuantizedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return gradient @ gradient.new_empty(ctx.shape), None, None
+
+
+def plan_norms(model: nn.Module) -> None:
+    """Gives norms that `fuse_layers` makes one kernel the memory that it takes on a GPU."""
+    for module in model.modules():
+        if is_llama_norm(type(module)):
+            module.forward = types.MethodType(lambda self, x: _PlannedNorm.apply(x, self.weight), module)
+
+
+class _PlannedNorm(torch.autograd.Function):
+    """torch's fused RMSNorm by memory: keeps its input and a number a token."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight) if ctx.needs_input_grad[1] else None
 
 
 def is_quantized(parameter: nn.Parameter) -> bool:

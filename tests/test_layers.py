@@ -1,0 +1,202 @@
+"""Fused LoRA layers and norms against PEFT's and transformers' own, and adapters that small steps move."""
+
+import copy
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaForCausalLM, Qwen3Config
+from trl import DPOConfig, DPOTrainer
+
+from benchmarks.systems import mistral_config, random_mistral_4bit
+from nca_trainer import NCAConfig, NCATrainer
+from tests.tiny import SIZES, rows_of, tiny_config, tiny_tokenizer
+from trl_nca import layers
+from trl_nca.layers import fuse_layers
+
+LORA = LoraConfig(r=4, lora_alpha=10, target_modules="all-linear", task_type="CAUSAL_LM")
+IDS = torch.arange(40).reshape(2, 20)
+
+
+def lora_model(config=LORA, base=None, spread=0.3):
+    torch.manual_seed(0)
+    model = get_peft_model(base or LlamaForCausalLM(tiny_config()), copy.deepcopy(config))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=spread)
+    return model
+
+
+def outcome(model, autocast=False):
+    """Logits and the gradient of all that is trained."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logits = model(input_ids=IDS).logits.float()
+    gradients = torch.autograd.grad(logits.pow(2).sum(), trained)
+    assert [g.dtype for g in gradients] == [p.dtype for p in trained]
+    return logits.detach(), torch.cat([g.flatten().float() for g in gradients])
+
+
+def distances(exact, other):
+    return [((a - b).norm() / a.norm()).item() for a, b in zip(exact, other, strict=True)]
+
+
+@pytest.fixture
+def fused_calls(monkeypatch):
+    """How often LoRA's product was added in place."""
+    calls, add = [], layers._AddLowRank.apply
+
+    class Counted:
+        apply = staticmethod(lambda *args: calls.append(args[4]) or add(*args))
+
+    monkeypatch.setattr(layers, "_AddLowRank", Counted)
+    return calls
+
+
+def test_the_numbers_are_pefts(fused_calls):
+    model = lora_model()
+    exact = outcome(model)
+    fuse_layers(model)
+    assert max(distances(exact, outcome(model))) < 1e-6
+    assert fused_calls == [2.5] * 14, "each of seven linear layers, two times over"
+    fuse_layers(model)
+    assert max(distances(exact, outcome(model))) < 1e-6, "a second time changes nothing"
+
+
+def test_in_bfloat16_they_are_as_near_to_float32_as_pefts(fused_calls):
+    for weights in (torch.float32, torch.bfloat16):
+        model = lora_model(base=LlamaForCausalLM(tiny_config()).to(weights))
+        exact = outcome(copy.deepcopy(model).float())
+        peft = distances(exact, outcome(model, autocast=True))
+        fuse_layers(model)
+        ours = distances(exact, outcome(model, autocast=True))
+        assert all(0 < mine < 1.2 * theirs for mine, theirs in zip(ours, peft, strict=True)), (ours, peft)
+    assert len(fused_calls) == 28
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_over_4_bit_weights(fused_calls, autocast):
+    model = lora_model(base=random_mistral_4bit(mistral_config(tiny=True), "cpu"), spread=0.02)
+    peft = outcome(model, autocast)
+    fuse_layers(model)
+    assert max(distances(peft, outcome(model, autocast))) < (0.02 if autocast else 1e-6)
+    # Without autocast PEFT computes in the adapter's float32, and so does it here.
+    assert len(fused_calls) == (14 if autocast else 0)
+
+
+def test_evaluating_leaves_4_bit_weights_trainable():
+    model = lora_model(base=random_mistral_4bit(mistral_config(tiny=True), "cpu"), spread=0.02)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = True  # as on such a CPU
+    fuse_layers(model)
+    before = outcome(model, autocast=True)
+    with torch.no_grad():
+        model.eval()(input_ids=IDS)
+    assert distances(before, outcome(model.train(), autocast=True)) == [0, 0]
+
+
+def test_what_is_not_plain_lora_is_left_to_peft(fused_calls):
+    plain = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    with_dropout, dora, with_bias = (copy.deepcopy(plain) for _ in range(3))
+    with_dropout.lora_dropout, dora.use_dora, with_bias.lora_bias = 0.5, True, True
+    for config in (with_dropout, dora, with_bias):
+        model = lora_model(config).train()
+        torch.manual_seed(1)
+        exact = outcome(model)
+        fuse_layers(model)
+        torch.manual_seed(1)
+        assert distances(exact, outcome(model))[0] == 0
+    model = lora_model(plain)
+    model.add_adapter("other", copy.deepcopy(plain))
+    model.base_model.set_adapter(["default", "other"])
+    exact = outcome(model)
+    fuse_layers(model)
+    assert distances(exact, outcome(model)) == [0, 0]
+    assert not fused_calls
+    model.set_adapter("other")
+    model(input_ids=IDS)
+    assert len(fused_calls) == 4, "one at a time is plain again"
+    with torch.no_grad(), model.disable_adapter():
+        assert torch.equal(model(input_ids=IDS).logits, model.get_base_model()(input_ids=IDS).logits)
+    model.merge_adapter()
+    model(input_ids=IDS)
+    assert len(fused_calls) == 4
+
+
+def test_no_pass_over_the_activations_is_left_but_products():
+    """Of all that a LoRA layer writes both ways, only products are as large as its input or output."""
+    torch.manual_seed(0)
+    model = lora_model()
+    fuse_layers(model)
+    layer = model.get_base_model().model.layers[0].mlp.up_proj
+    large, written = 100 * 32, []
+
+    class Writes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.numel() >= large and not func.is_view:
+                written.append(func.overloadpacket.__name__)
+            return out
+
+    x = torch.randn(1, 100, 32, dtype=torch.bfloat16, requires_grad=True)
+    layer.base_layer.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16), Writes():
+        y = layer(x)
+    assert sorted(set(written) - {"_unsafe_view"}) == ["addmm_", "mm"], written
+    written.clear()
+    gradient = torch.randn_like(y)
+    with Writes():
+        torch.autograd.grad(y, [x, *(p for p in layer.parameters() if p.requires_grad)], gradient)
+    assert set(written) <= {"mm", "_unsafe_view", "add"}, written  # the sum of the two ways to the input
+
+
+def test_norms_of_llamas_kind_are_torchs_own(monkeypatch):
+    monkeypatch.setattr(layers, "_has_fused_norm", lambda x, weight: x.dtype == weight.dtype)  # as on a GPU
+    torch.manual_seed(0)
+    for config, is_fused in ((tiny_config(), True), (Qwen3Config(**SIZES), True), (Gemma2Config(**SIZES), False)):
+        model = AutoModelForCausalLM.from_config(config)
+        norms = [module for name, module in model.named_modules() if name.endswith("norm")]
+        for norm in norms:
+            torch.nn.init.normal_(norm.weight)
+        exact = outcome(model)
+        fuse_layers(model)
+        assert all(("forward" in vars(norm)) == is_fused for norm in norms)
+        assert max(distances(exact, outcome(model))) < 1e-6
+    norm = LlamaForCausalLM(tiny_config()).model.norm
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(50, 32)
+    exact, theirs = norm(x), copy.deepcopy(norm).bfloat16()(x.bfloat16())
+    mixed = norm(x.bfloat16())
+    fuse_layers(norm)
+    assert torch.equal(norm(x.bfloat16()), mixed), "weights of another type than the input: as before"
+    norm.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = norm(x.bfloat16())
+    assert ours.dtype == torch.bfloat16
+    assert (ours - exact).norm() < (theirs - exact).norm(), "rounded once, not twice"
+
+
+def test_a_small_learning_rate_moves_a_quantized_models_adapter(tmp_path):
+    """trl makes such an adapter bfloat16, where AdamW's step of 5e-6 is rounded away."""
+
+    def moved(trainer_class, rows, config_class=NCAConfig):
+        base = random_mistral_4bit(mistral_config(tiny=True), "cpu")
+        args = config_class(
+            output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=1, learning_rate=5e-6, bf16=False,
+            use_cpu=True, report_to="none", save_strategy="no", lr_scheduler_type="constant", optim="adamw_torch",
+        )  # fmt: skip
+        trainer = trainer_class(
+            base, args=args, train_dataset=Dataset.from_list(rows), processing_class=tiny_tokenizer(), peft_config=LORA
+        )
+        weights = [p for name, p in trainer.model.named_parameters() if "lora_A" in name]
+        before = torch.cat([w.detach().flatten().clone() for w in weights])
+        trainer.train()
+        return (torch.cat([w.detach().flatten() for w in weights]) != before).float().mean().item()
+
+    pairs = [{"prompt": "to", "chosen": " begin", "rejected": " with"}] * 3
+    ours, theirs = moved(NCATrainer, rows_of([(3, (4, 5))] * 3)), moved(DPOTrainer, pairs, DPOConfig)
+    print(f"share of the adapter's A that moved in three steps: {ours:.3f}, upstream {theirs:.3f}")
+    assert ours > 0.95 and theirs < 0.2
