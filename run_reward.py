@@ -21,7 +21,6 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from trl import get_peft_config, get_quantization_config
 
 from alignment import errors, output
 from alignment.card import write_card
@@ -31,7 +30,7 @@ from alignment.errors import UserError
 from alignment.evaluate import sample_and_score
 from alignment.launch import settle_cpu_launch
 from alignment.layouts import refuse
-from alignment.models import PolicyConfig, load_tokenizer, model_init_kwargs
+from alignment.models import PolicyConfig, adapter_and_quantization, load_tokenizer, model_init_kwargs
 from alignment.plan import plan_run, set_global_batch
 from alignment.planning import show_plan
 from alignment.prepare import prepare_rows
@@ -86,8 +85,7 @@ def align(argv: Sequence[str], trainer_class: type[NCATrainer], pairs: bool) -> 
             train_dataset=rows["train"],
             eval_dataset=rows.get("eval"),
             processing_class=tokenizer,
-            peft_config=get_peft_config(policy_config),
-            quantization_config=get_quantization_config(policy_config),
+            **adapter_and_quantization(policy_config),
         )
     except (OSError, ImportError, ValueError) as error:  # what upstream says of weights, packages and modules
         raise UserError(f"{policy_config.model_name_or_path}: cannot be trained as the recipe says: {error}") from error

@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from trl import ModelConfig
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from alignment.errors import UserError
 
@@ -96,6 +96,11 @@ def model_init_kwargs(config: PolicyConfig) -> dict[str, Any]:
     if config.attn_implementation is not None:
         kwargs["attn_implementation"] = config.attn_implementation
     return kwargs
+
+
+def adapter_and_quantization(config: PolicyConfig) -> dict[str, Any]:
+    """Arguments of the trainer: LoRA's and bitsandbytes' settings, None where the recipe asks for none."""
+    return {"peft_config": get_peft_config(config), "quantization_config": get_quantization_config(config)}
 
 
 def no_such_model(name: str, error: Exception) -> UserError:

@@ -143,7 +143,7 @@ def trace_step(setup: Setup, batch: Batch, backward: bool = True) -> Step:
 
 def _trace(setup: Setup, depth: int, batch: Batch, backward: bool) -> Step:
     model = build(setup, depth)
-    inputs = _prepare(setup, model, batch)
+    inputs = ready(setup, model, batch)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         fake_copy(model, fake)
         inputs = {k: fake.from_tensor(v) if isinstance(v, Tensor) else v for k, v in inputs.items()}
@@ -182,7 +182,7 @@ def _mark_backward(output: Any, timeline: Timeline, marks: list[int]) -> None:
         hidden.register_hook(lambda gradient: marks.append(timeline.now))
 
 
-def _prepare(setup: Setup, model: nn.Module, batch: Batch) -> dict[str, Any]:
+def ready(setup: Setup, model: nn.Module, batch: Batch) -> dict[str, Any]:
     """Makes the model ready as the trainer does; returns its arguments for the batch."""
     shared = prepare([model], setup.shared_prompt)
     base = base_model(model)
