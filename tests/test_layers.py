@@ -6,6 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaForCausalLM, Qwen3Config
 from trl import DPOConfig, DPOTrainer
@@ -14,7 +15,9 @@ from benchmarks.systems import mistral_config, random_mistral_4bit
 from nca_trainer import NCAConfig, NCATrainer
 from tests.tiny import SIZES, rows_of, tiny_config, tiny_tokenizer
 from trl_nca import layers
+from trl_nca.collate import GroupCollator
 from trl_nca.layers import fuse_layers
+from trl_nca.logps import prepare, response_logps
 
 LORA = LoraConfig(r=4, lora_alpha=10, target_modules="all-linear", task_type="CAUSAL_LM")
 IDS = torch.arange(40).reshape(2, 20)
@@ -200,3 +203,21 @@ def test_a_small_learning_rate_moves_a_quantized_models_adapter(tmp_path):
     ours, theirs = moved(NCATrainer, rows_of([(3, (4, 5))] * 3)), moved(DPOTrainer, pairs, DPOConfig)
     print(f"share of the adapter's A that moved in three steps: {ours:.3f}, upstream {theirs:.3f}")
     assert ours > 0.95 and theirs < 0.2
+
+
+def test_a_compiled_model_is_not_compiled_again_for_every_layout():
+    compiled = CompileCounter()
+    model = lora_model()
+    plain, shared = copy.deepcopy(model), prepare([model])
+    prepare([plain])
+    model.compile(backend=compiled)
+    counts = []
+    layouts = [[(7, (3, 5, 1))], [(9, (4, 9)), (3, (2, 2))], [(5, (6, 2, 8, 3))], [(30, (21, 2)), (4, (5, 1, 1))]]
+    for shapes in layouts:
+        batch = GroupCollator()(rows_of(shapes))
+        torch.testing.assert_close(response_logps(model, batch, shared), response_logps(plain, batch, shared))
+        with torch.no_grad():
+            response_logps(model, batch, shared)
+        counts.append(compiled.frame_count)
+    assert counts[0] > 0
+    assert counts[1:] == [counts[1]] * 3, counts

@@ -71,6 +71,7 @@ def _logit_rule(config: PretrainedConfig) -> Callable[[Tensor], Tensor]:
     return to_logits
 
 
+@torch.compiler.disable  # its pieces' number differs at every step, and their work is the products'
 def target_logps(
     project: Callable[[Tensor], Tensor], head: nn.Module, hidden: Tensor, targets: Tensor, rows: int
 ) -> Tensor:

@@ -92,6 +92,7 @@ class GroupLayout:
         return keys, *starts, max(num_queries), max(num_keys)
 
 
+@torch.compiler.disable  # a layout differs at every step: compiled, it would be compiled at every step
 def shared_prompt_attention(
     module: nn.Module,
     query: Tensor,
