@@ -25,7 +25,6 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from alignment import layouts
 from benchmarks.bench import draw_rows, measure, stepper, table
 from benchmarks.padded import padded_logps
 from benchmarks.systems import (
@@ -40,26 +39,14 @@ from benchmarks.systems import (
     mistral_config,
     random_mistral,
 )
-from trl_nca import memory, shared_prompt
+from benchmarks.work import BY_K, LORA4, OURS, PAIRS, QLORA, plan
+from trl_nca import shared_prompt
 from trl_nca.collate import GroupCollator
 from trl_nca.logps import prepare, response_logps
 from trl_nca.losses import nca_loss, reward_targets
 
-OURS = "ours, one micro-batch"
 #: Seconds after which no part is begun, and after which the last one is stopped: all ends within nine minutes.
 LAST_START, LAST_END = 420, 510
-TOKENS = 8192  # of a forward, where it is bounded
-
-
-def _case(name: str, num_responses: int, prompts: int, systems: tuple[str, ...], **settings: Any) -> Case:
-    return Case(name, num_responses, 126, 300, prompts=prompts, precision="bf16", checkpointing=True, max_length=1024,
-                systems=systems, **settings)  # fmt: skip
-
-
-QLORA = _case("QLoRA, K=4", 4, 4, ("padded", OURS), paged=True)
-LORA4 = _case("LoRA, K=4", 4, 4, ("padded", OURS))
-PAIRS = _case("LoRA, pairs", 2, 8, ("padded", "upstream", OURS))
-BY_K = [_case(f"K={k}", k, 64 // k, (OURS,), max_tokens=TOKENS) for k in (2, 4, 8, 16, 32)]
 
 
 def sized(case: Case, tiny: bool) -> Case:
@@ -173,27 +160,16 @@ def planned(tiny: bool, device: str) -> list[dict[str, Any]]:
     found = []
     # Not paged: what bitsandbytes pages is not memory that torch gives out.
     for case, model in ((sized(replace(QLORA, paged=False), tiny), MISTRAL_4BIT), (sized(LORA4, tiny), MISTRAL_BF16)):
+        parts = plan(case, model, tiny, device)
         rows = draw_rows(case, case.prompts)
-        lengths = [(len(row["prompt_ids"]), [len(r) for r in row["response_ids"]]) for row in rows]
-        batch, num_chunks = memory.batch_to_plan(lengths, case.max_tokens)
-        setup = memory.Setup(
-            config=mistral_config(tiny), dtype=torch.bfloat16, peft_config=LORA, device=device,
-            quantization="4bit" if model == MISTRAL_4BIT else None, autocast=torch.bfloat16,
-            checkpointing={"use_reentrant": False}, accumulates=num_chunks > 1,
-        )  # fmt: skip
-        footprint = layouts.Footprint(
-            weights=memory.weights_of(setup), moments=memory.trace_step(setup, batch).moments, optim="adamw_torch",
-            mixed=True, frozen_copy=False, loads_copy=False, spreads_quantized=False, on_gpu=device == "cuda",
-        )  # fmt: skip
-        parts = layouts.memory(footprint, "single", 1)[1]
         step, _ = _ours(case, model + TINY * tiny, device)
         step(rows)
         held = Memory(device)
         step(rows)
-        plan = parts["total"] - parts.get("overhead", 0)  # CUDA's own, which torch does not give out
+        expected = parts["total"] - parts.get("overhead", 0)  # CUDA's own, which torch does not give out
         measured = held.base + held.peak()
-        found.append({"case": case.name, "planned_gb": plan / 1e9, "measured_gb": measured / 1e9,
-                      "plan_over_measured": plan / measured})  # fmt: skip
+        found.append({"case": case.name, "planned_gb": expected / 1e9, "measured_gb": measured / 1e9,
+                      "plan_over_measured": expected / measured})  # fmt: skip
     return found
 
 

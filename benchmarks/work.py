@@ -1,6 +1,6 @@
 """What gpu.py's steps have to do at Mistral-7B's sizes, counted on any machine: products, passes over memory, the peak.
 
-    python -m benchmarks.work       a few minutes on a CPU; prints the table of benchmarks/NOTES.md
+    python -m benchmarks.work       under a minute on a CPU; the tables of NOTES.md
 
 The models have no weights: they run under torch's fake tensors, which have shapes and lives and nothing in them, with
 two layers and with three, and the rest of the 32 is extrapolated. A time is what the counts would take on a GPU that
@@ -21,29 +21,46 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks import gpu
+from alignment import layouts
 from benchmarks.bench import draw_rows
 from benchmarks.padded import padded_loss
-from benchmarks.systems import LORA, Case, mistral_config
+from benchmarks.systems import LORA, MISTRAL_4BIT, MISTRAL_BF16, Case, mistral_config
 from trl_nca import logps, memory
 from trl_nca.collate import GroupCollator
 from trl_nca.planned_model import build
 from trl_nca.shared_prompt import GroupLayout
 from trl_nca.timeline import Timeline, fake_copy
 
-#: Of the paddings and the copies of keys there is one in each forward; FlashAttention's backward is 2.5 of them.
-FORWARDS, BACKWARD = 3, 2.5  # reference, policy, policy again under checkpointing
+OURS, UNFUSED = "ours, one micro-batch", "ours with PEFT's layers"
+TOKENS = 8192  # of a forward, where it is bounded
+#: Forwards of a step: reference, policy, policy again under checkpointing. FlashAttention's backward is 2.5 of them.
+FORWARDS, BACKWARD = 3, 2.5
 DEPTHS = (2, 3)
 
 
+def _case(name: str, num_responses: int, prompts: int, systems: tuple[str, ...], **settings: Any) -> Case:
+    return Case(name, num_responses, 126, 300, prompts=prompts, precision="bf16", checkpointing=True, max_length=1024,
+                systems=systems, **settings)  # fmt: skip
+
+
+QLORA = _case("QLoRA, K=4", 4, 4, ("padded", OURS), paged=True)
+LORA4 = _case("LoRA, K=4", 4, 4, ("padded", OURS))
+PAIRS = _case("LoRA, pairs", 2, 8, ("padded", "upstream", OURS))
+BY_K = [_case(f"K={k}", k, 64 // k, (OURS,), max_tokens=TOKENS) for k in (2, 4, 8, 16, 32)]
+
+
 class Work(TorchDispatchMode):
-    """Adds up what operations take: products by their multiply-adds or their operands' bytes, all others by bytes."""
+    """Adds up what operations take, in seconds: products by their multiply-adds, or by their bytes; all else by bytes.
+
+    Args:
+        rate: Multiply-adds x 2 a second.
+        bandwidth: Bytes a second, read or written.
+    """
 
     def __init__(self, rate: float, bandwidth: float):
         super().__init__()
         self.rate, self.bandwidth = rate, bandwidth
-        self.flops, self.products, self.passes = 0.0, 0.0, 0.0  # the last two in seconds
-        self.by_name: dict[str, float] = {}
+        self.flops, self.products, self.passes = 0.0, 0.0, 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -62,11 +79,9 @@ class Work(TorchDispatchMode):
             left, right = read[-2:]
             flops = 2 * left.numel() * right.shape[-1]
             self.flops += flops
-            seconds = max(seconds, flops / self.rate)
-            self.products += seconds
+            self.products += max(seconds, flops / self.rate)
         else:
             self.passes += seconds
-        self.by_name[name] = self.by_name.get(name, 0.0) + seconds
         return out
 
 
@@ -76,7 +91,14 @@ def _bytes(tensor: Tensor) -> int:
 
 @dataclass
 class Count:
-    """Of an optimizer step: seconds of products with attention, of all else; multiply-adds x 2; bytes at the peak."""
+    """Of an optimizer step but for the optimizer.
+
+    Args:
+        products: Seconds of matrix products and attention.
+        passes: Seconds of all else.
+        flops: Multiply-adds x 2.
+        peak: Bytes above the weights.
+    """
 
     products: float
     passes: float
@@ -88,51 +110,71 @@ class Count:
         return self.products + self.passes
 
 
-def count(case: Case, system: str, quantized: bool, rate: float, bandwidth: float) -> Count:
+def count(case: Case, system: str, model: str, rate: float, bandwidth: float) -> Count:
     """Counts a step of a system on rows of a case."""
-    rows = draw_rows(case, case.prompts)
-    config = mistral_config(tiny=False)
-    setup = memory.Setup(
-        config=config, dtype=torch.bfloat16, peft_config=LORA, quantization="4bit" if quantized else None,
-        autocast=torch.bfloat16, checkpointing={"use_reentrant": False},
-    )  # fmt: skip
-    counts = []
+    rows, setup = draw_rows(case, case.prompts), setup_of(case, model)
+    figures = []
     for depth in DEPTHS:
-        work, peak = _trace(setup, depth, rows, system, Work(rate, bandwidth))
-        counts.append((work.products, work.passes, work.flops, peak))
+        work = Work(rate, bandwidth)
+        peak = _trace(setup, depth, rows, system, work)
+        figures.append((work.products, work.passes, work.flops, peak))
+    config = setup.config
     more = config.num_hidden_layers - DEPTHS[0]
-    products, passes, flops, peak = (low + more * (high - low) for low, high in zip(*counts, strict=True))
-    pairs = _pairs(rows, case, system)
-    attention = 4 * config.num_attention_heads * config.head_dim * config.num_hidden_layers * pairs
-    attention *= FORWARDS + BACKWARD
+    products, passes, flops, peak = (low + more * (high - low) for low, high in zip(*figures, strict=True))
+    attention = 4 * config.num_attention_heads * config.head_dim * config.num_hidden_layers
+    attention *= _pairs(rows, system) * (FORWARDS + BACKWARD)
     return Count(products + attention / rate, passes, flops + attention, peak)
 
 
-def _pairs(rows: Sequence[dict[str, Any]], case: Case, system: str) -> float:
+def setup_of(case: Case, model: str, tiny: bool = False, device: str = "cuda") -> memory.Setup:
+    """What `trl_nca.memory` asks of a run."""
+    return memory.Setup(
+        config=mistral_config(tiny), dtype=torch.bfloat16, peft_config=LORA, device=device, autocast=torch.bfloat16,
+        quantization="4bit" if model == MISTRAL_4BIT else None,
+        checkpointing={"use_reentrant": False} if case.checkpointing else None,
+    )  # fmt: skip
+
+
+def _batch(rows: Sequence[dict[str, Any]], max_tokens: int | None) -> tuple[dict[str, Any], int]:
+    lengths = [(len(row["prompt_ids"]), [len(r) for r in row["response_ids"]]) for row in rows]
+    return memory.batch_to_plan(lengths, max_tokens)
+
+
+def plan(case: Case, model: str, tiny: bool = False, device: str = "cuda") -> dict[str, float]:
+    """What `--plan` says of ours, in bytes by part, and their total."""
+    batch, num_chunks = _batch(draw_rows(case, case.prompts), case.max_tokens)
+    setup = replace(setup_of(case, model, tiny, device), accumulates=num_chunks > 1)
+    footprint = layouts.Footprint(
+        weights=memory.weights_of(setup), moments=memory.trace_step(setup, batch).moments, optim="adamw_torch",
+        mixed=True, frozen_copy=False, loads_copy=False, spreads_quantized=False, on_gpu=device == "cuda",
+    )  # fmt: skip
+    return layouts.memory(footprint, "single", 1)[1]
+
+
+def _pairs(rows: Sequence[dict[str, Any]], system: str) -> float:
     """Of queries and keys that attention scores: padded rows under a mask in whole squares, ours under the diagonal."""
-    if system.startswith("ours"):
+    if system in (OURS, UNFUSED):
         batch = GroupCollator()(list(rows))
         groups = GroupLayout.of(batch["context_lengths"], batch["response_lengths"]).groups
-        length = lambda part: part.stop - part.start  # noqa: E731
-        return sum(
-            length(c) ** 2 / 2 + sum(length(r) * (length(c) + length(r) / 2) for r in responses)
-            for c, responses in groups
-        )
+        sizes = [(c.stop - c.start, [r.stop - r.start for r in responses]) for c, responses in groups]
+        return sum(p * p / 2 + sum(n * (p + n / 2) for n in lengths) for p, lengths in sizes)
     longest = [len(row["prompt_ids"]) + max(map(len, row["response_ids"])) for row in rows]
     if system == "upstream":  # pads all pairs of the batch alike
         longest = [max(longest)] * len(rows)
-    return sum(case.num_responses * n**2 for n in longest)
+    return sum(len(row["response_ids"]) * n**2 for n, row in zip(longest, rows, strict=True))
 
 
-def _trace(
-    setup: memory.Setup, depth: int, rows: Sequence[dict[str, Any]], system: str, work: Work
-) -> tuple[Work, int]:
-    """A step of a model of a few layers, and its peak in bytes above the weights."""
+def _trace(setup: memory.Setup, depth: int, rows: Sequence[dict[str, Any]], system: str, work: Work) -> int:
+    """Runs a step of a model of a few layers; returns its peak in bytes above the weights."""
     model = build(setup, depth)
-    layers = patch.object(logps, "fuse_layers", lambda model: None)
-    with contextlib.nullcontext() if system == "ours" else layers:
-        fuse = memory.ready(replace(setup, shared_prompt=str(system.startswith("ours")).lower()), model, _batch(rows))
-    inputs = fuse if system.startswith("ours") else _upstream_inputs(rows)
+    setup = replace(setup, shared_prompt="true" if system in (OURS, UNFUSED) else "false")
+    with contextlib.ExitStack() as patches:
+        if system != OURS:
+            patches.enter_context(patch.object(logps, "fuse_layers", lambda model: None))
+            patches.enter_context(patch.object(memory, "plan_norms", lambda model: None))
+        inputs = memory.ready(setup, model, _batch(rows, None)[0])
+    if system == "upstream":
+        inputs = _upstream_inputs(rows)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         fake_copy(model, fake)
         inputs = {name: fake.from_tensor(v) if isinstance(v, Tensor) else v for name, v in inputs.items()}
@@ -150,27 +192,20 @@ def _trace(
                     total = model(**inputs).sum()
                 total.backward()
         timeline.sort(0, [])
-    return work, sum(timeline.fullest(0, timeline.now).values())
-
-
-def _batch(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    return memory.batch_to_plan(
-        [(len(row["prompt_ids"]), [len(r) for r in row["response_ids"]]) for row in rows], None
-    )[0]
+    return sum(timeline.fullest(0, timeline.now).values())
 
 
 def _upstream_inputs(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What trl 1.16 runs on a GPU: all responses padded alike behind their prompts, the head at the responses alone."""
     length = max(len(row["prompt_ids"]) + max(map(len, row["response_ids"])) for row in rows)
-    count, targets = (
-        sum(len(row["response_ids"]) for row in rows),
-        sum(len(r) for row in rows for r in row["response_ids"]),
-    )
+    lengths = [len(r) for row in rows for r in row["response_ids"]]
     return {
-        "input_ids": torch.zeros(count, length, dtype=torch.long),
-        "attention_mask": torch.ones(count, 1, length, length, dtype=torch.bool),
-        "positions": torch.arange(targets), "targets": torch.zeros(targets, dtype=torch.long), "use_cache": False,
-    }  # fmt: skip
+        "input_ids": torch.zeros(len(lengths), length, dtype=torch.long),
+        "attention_mask": torch.ones(len(lengths), 1, length, length, dtype=torch.bool),
+        "positions": torch.arange(sum(lengths)),
+        "targets": torch.zeros(sum(lengths), dtype=torch.long),
+        "use_cache": False,
+    }
 
 
 def main() -> None:
@@ -179,20 +214,22 @@ def main() -> None:
     parser.add_argument("--terabytes", type=float, default=3.0, help="Rate of moving memory, in 10^12 bytes a second.")
     options = parser.parse_args()
     rate, bandwidth = options.tflops * 1e12, options.terabytes * 1e12
-    print("| step | system | products, s | passes, s | s/step | ours is faster by | utilisation | peak, GB |")
-    print("|---|---|---|---|---|---|---|---|")
-    for case, quantized, systems in (
-        (gpu.LORA4, False, ("padded", "ours, PEFT's layers", "ours")),
-        (gpu.QLORA, True, ("padded", "ours, PEFT's layers", "ours")),
-        (gpu.PAIRS, False, ("padded", "upstream", "ours")),
-    ):
-        counts = {system: count(case, system, quantized, rate, bandwidth) for system in systems}
+    print("| step | system | products, s | passes, s | ours is faster by | utilisation | peak above the model, GB |")
+    print("|---|---|---|---|---|---|---|")
+    for case, model in ((LORA4, MISTRAL_BF16), (QLORA, MISTRAL_4BIT), (PAIRS, MISTRAL_BF16)):
+        systems = (*case.systems[:-1], UNFUSED, OURS)
+        counts = {system: count(case, system, model, rate, bandwidth) for system in systems}
         for system, c in counts.items():
             print(
-                f"| {case.name} | {system} | {c.products:.3f} | {c.passes:.3f} | {c.seconds:.3f} | "
-                f"{c.seconds / counts['ours'].seconds:.2f}x | {c.flops / rate / c.seconds:.2f} | {c.peak / 1e9:.2f} |",
+                f"| {case.name} | {system} | {c.products:.3f} | {c.passes:.3f} | "
+                f"{c.seconds / counts[OURS].seconds:.2f}x | {c.flops / rate / c.seconds:.2f} | {c.peak / 1e9:.2f} |",
                 flush=True,
             )
+    print("\n| `--plan` of ours | above the model, GB | in all, GB |\n|---|---|---|")
+    for case, model in ((QLORA, MISTRAL_4BIT), (LORA4, MISTRAL_BF16), *((case, MISTRAL_BF16) for case in BY_K)):
+        parts = plan(case, model)
+        held = sum(parts.get(part, 0) for part in ("weights", "adapter", "optimizer", "overhead"))
+        print(f"| {case.name} | {(parts['total'] - held) / 1e9:.2f} | {parts['total'] / 1e9:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

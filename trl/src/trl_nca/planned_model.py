@@ -96,11 +96,11 @@ class _QuantizedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, shape: tuple[int, int], keeps_input: bool) -> Tensor:
         ctx.save_for_backward(*[x] if keeps_input else [])
         ctx.shape = shape
-        return nn.functional.linear(x, x.new_empty(shape))
+        return nn.functional.linear(x, x.new_zeros(shape))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return gradient @ gradient.new_empty(ctx.shape), None, None
+        return gradient @ gradient.new_zeros(ctx.shape), None, None
 
 
 def plan_norms(model: nn.Module) -> None:
@@ -111,17 +111,17 @@ def plan_norms(model: nn.Module) -> None:
 
 
 class _PlannedNorm(torch.autograd.Function):
-    """torch's fused RMSNorm by memory: keeps its input and a number a token."""
+    """torch's fused RMSNorm by memory, one pass each way: keeps its input and a number a token."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
-        return torch.empty_like(x)
+        return x * weight
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, _ = ctx.saved_tensors
-        return torch.empty_like(x), torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        return x + gradient, torch.empty_like(weight) if ctx.needs_input_grad[1] else None
 
 
 def is_quantized(parameter: nn.Parameter) -> bool:
