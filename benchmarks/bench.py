@@ -35,6 +35,7 @@ from benchmarks.systems import (
     System,
     load_model,
     make_optimizer,
+    text_ids,
     tiny_row,
 )
 
@@ -58,8 +59,15 @@ CASES = [
 
 
 def draw_rows(case: Case, count: int) -> list[dict[str, Any]]:
-    """Rows of random token ids with the case's lengths; the same for the same case."""
+    """Rows of random token ids, or of text, with the case's lengths; the same for the same case."""
     rng = random.Random(0)
+    text = text_ids(case.vocabulary) if case.text else []
+
+    def tokens(count: int) -> list[int]:
+        if not case.text:
+            return rng.choices(range(3, case.vocabulary), k=count)
+        at = int(rng.random() * (len(text) - count))  # a draw each, so that lengths are those of any text
+        return text[at : at + count]
 
     def length(mean: float, spread: float = SPREAD) -> int:
         if not case.ragged:
@@ -76,8 +84,8 @@ def draw_rows(case: Case, count: int) -> list[dict[str, Any]]:
             responses = [min(n, case.max_length - prompt) for n in responses]
         rows.append(
             {
-                "prompt_ids": rng.choices(range(3, case.vocabulary), k=prompt),
-                "response_ids": [rng.choices(range(3, case.vocabulary), k=n) for n in responses],
+                "prompt_ids": tokens(prompt),
+                "response_ids": [tokens(n) for n in responses],
                 "scores": [rng.random() for _ in responses],
             }
         )

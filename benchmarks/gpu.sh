@@ -17,6 +17,8 @@ if [ -n "${WHEELS:-}" ]; then
   "$python" -m venv --system-site-packages "${TMPDIR:-/tmp}/gpu-venv"
   python=${TMPDIR:-/tmp}/gpu-venv/bin/python
   "$python" -m pip install --quiet --no-index --no-deps --find-links "$WHEELS" "${wheels[@]}"
+  # Rows are text in Mistral's own tokens where these are there, else in SmolLM2's.
+  "$python" -m pip install --quiet --no-index --no-deps --find-links "$WHEELS" mistral_common sentencepiece || true
 fi
 export PYTHONPATH="$PWD/trl/src:$PWD/alignment-handbook/src:$PWD" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 exec timeout 540 "$python" -m benchmarks.gpu "$@"

@@ -1,5 +1,8 @@
 """What is compared: each system does the same optimizer step on the same rows, its own way."""
 
+import functools
+import importlib.util
+import json
 import os
 import resource
 from abc import ABC, abstractmethod
@@ -43,6 +46,7 @@ class Case:
     max_tokens: int | None = None  # of a forward, where a system can bound it
     max_length: int | None = None  # of prompt and response
     vocabulary: int = 32000  # ids are drawn from
+    text: bool = False  # pieces of the embedded data's text, in place of random ids
     paged: bool = False  # AdamW whose state moves out of a GPU that is full
     systems: tuple[str, ...] = ("padded", "ours, reference cached", "ours")
 
@@ -142,6 +146,7 @@ SYSTEMS = {
     "ours on pairs": OursTogether,
     "ours, one micro-batch": OursTogether,
 }
+EMBEDDED = Path(__file__).parents[1] / "data" / "checkable_train.jsonl"
 MODEL = "models/SmolLM2-135M-Instruct"
 TINY = "-tiny"
 #: Random weights: in NF4, as QLoRA has them, and in bfloat16.
@@ -152,6 +157,24 @@ def tiny_row(case: Case) -> dict[str, Any]:
     """A row to warm up with."""
     responses = [[5, 6, 7, 8]] * case.num_responses
     return {"prompt_ids": [3, 4, 5], "response_ids": responses, "scores": [k / 10 for k in range(case.num_responses)]}
+
+
+@functools.cache
+def text_ids(vocabulary: int) -> list[int]:
+    """The embedded data's text as one list of token ids, those beyond the vocabulary left out.
+
+    Tokens are Mistral's where the wheel mistral-common (and sentencepiece) is there, else SmolLM2's, else the tests'.
+    """
+    rows = [json.loads(line) for line in EMBEDDED.read_text().splitlines()]
+    text = "\n\n".join(part for row in rows for part in (row["prompt"][0]["content"], *row["responses"]))
+    wheel = importlib.util.find_spec("mistral_common")
+    if wheel and wheel.origin and importlib.util.find_spec("sentencepiece"):
+        from sentencepiece import SentencePieceProcessor
+
+        ids = SentencePieceProcessor(str(Path(wheel.origin).parent / "data" / "tokenizer.model.v1")).encode(text)
+    else:
+        ids = _tokenizer()(text, add_special_tokens=False)["input_ids"]
+    return [i for i in ids if i < vocabulary]
 
 
 def load_model(name: str, case: Case, device: str) -> nn.Module:

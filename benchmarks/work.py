@@ -40,7 +40,7 @@ DEPTHS = (2, 3)
 
 def _case(name: str, num_responses: int, prompts: int, systems: tuple[str, ...], **settings: Any) -> Case:
     return Case(name, num_responses, 126, 300, prompts=prompts, precision="bf16", checkpointing=True, max_length=1024,
-                systems=systems, **settings)  # fmt: skip
+                text=True, systems=systems, **settings)  # fmt: skip
 
 
 QLORA = _case("QLoRA, K=4", 4, 4, ("padded", OURS), paged=True)
@@ -110,9 +110,9 @@ class Count:
         return self.products + self.passes
 
 
-def count(case: Case, system: str, model: str, rate: float, bandwidth: float) -> Count:
+def count(case: Case, system: str, model: str, rate: float, bandwidth: float, tiny: bool = False) -> Count:
     """Counts a step of a system on rows of a case."""
-    rows, setup = draw_rows(case, case.prompts), setup_of(case, model)
+    rows, setup = draw_rows(case, case.prompts), setup_of(case, model, tiny)
     figures = []
     for depth in DEPTHS:
         work = Work(rate, bandwidth)

@@ -2,12 +2,26 @@
 
 import re
 import sys
+from dataclasses import replace
 
 import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+from transformers import LlamaForCausalLM
 
-from benchmarks import gpu
-from benchmarks.gpu import BARS, OURS, PARTS, bars_table
+from benchmarks import bench, gpu
+from benchmarks.bars import BARS, bars_table
+from benchmarks.bench import draw_rows
+from benchmarks.gpu import OURS, PARTS
+from benchmarks.systems import LORA, text_ids
+from benchmarks.variants import VARIANTS
+from benchmarks.work import LORA4
 from tests.conftest import ROOT
+from tests.tiny import SHAPES, rows_of, tiny_config
+from trl_nca import layers
+from trl_nca.collate import GroupCollator
+from trl_nca.logps import prepare, response_logps
 
 
 def test_ours_equals_padded_rows():
@@ -21,11 +35,45 @@ def test_ours_equals_padded_rows():
 
 @pytest.mark.slow
 def test_the_other_parts_have_figures():
-    by_k, planned, profile = (PARTS[part](True, "cpu") for part in ("by_k", "planned", "profile"))
+    by_k, planned, profile, job = (PARTS[part](True, "cpu") for part in ("by_k", "planned", "profile", "job"))
     assert [row["num_responses"] for row in by_k] == [2, 4, 8, 16, 32]
     assert all(row["response_tokens_per_second"] > 0 for row in by_k)
     assert [row["case"] for row in planned] == ["QLoRA, K=4", "LoRA, K=4"]
-    assert profile["kernels_ms"] and profile["seconds_sdpa"] > 0
+    seconds = profile["variants"]
+    assert profile["kernels_ms"] and seconds.keys() == {"ours", *VARIANTS, "ours again"}
+    assert "does not support backward on CPU" in seconds.pop("FlexAttention")
+    assert all(value > 0 for value in seconds.values()), seconds
+    assert (ROOT / job["report"]).is_file() and job["num_prompts"] == 2
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_other_ways_to_take_the_step_are_the_same_step(name, monkeypatch):
+    monkeypatch.setattr(nn.Module, "compile", lambda self, dynamic: None)  # which takes its time
+    monkeypatch.setattr(layers, "_has_fused_norm", lambda x, weight: True)
+    torch.manual_seed(0)
+    model = get_peft_model(LlamaForCausalLM(tiny_config()), LORA)
+    shared, batch = prepare([model]), GroupCollator()(rows_of(SHAPES))
+    fused = {id(module): module.forward for module in model.modules()}
+    with torch.no_grad():
+        exact = response_logps(model, batch, shared)
+        with VARIANTS[name](model):
+            torch.testing.assert_close(response_logps(model, batch, shared), exact)
+            changed = [module for module in model.modules() if module.forward != fused[id(module)]]
+    assert len(changed) == (14 + 5 if name == "PEFT's layers" else 0)
+    assert all(module.forward == fused[id(module)] for module in model.modules()), "and all is as it was"
+
+
+def test_text_is_drawn_with_the_lengths_of_the_case(monkeypatch):
+    case = replace(LORA4, vocabulary=300)
+    rows = draw_rows(case, 20)
+    text = text_ids(300)
+    assert max(text) < 300
+    lengths = [(len(row["prompt_ids"]), [len(r) for r in row["response_ids"]]) for row in rows]
+    assert max(p + max(ns) for p, ns in lengths) == 1024
+    monkeypatch.setattr(bench, "text_ids", lambda vocabulary: list(range(5000)))
+    others = draw_rows(case, 20)
+    assert lengths == [(len(row["prompt_ids"]), [len(r) for r in row["response_ids"]]) for row in others]
+    assert all(r == list(range(r[0], r[0] + len(r))) for row in others for r in row["response_ids"]), "a piece of it"
 
 
 def speed(slower, **ours):

@@ -105,8 +105,8 @@ def weights_of(setup: Setup) -> Weights:
     sizes = {id(p): stored_bytes(p, setup) for p in base.parameters()}
     adapter = {id(p) for name, p in model.named_parameters() if setup.peft_config and _is_adapter(name)}
     trained = [p for p in model.parameters() if p.requires_grad]
-    layers = [sum(sizes[id(p)] for p in layer.parameters()) for layer in _layers(base)]
-    in_layers = {id(p) for layer in _layers(base) for p in layer.parameters()}
+    layers = [sum(sizes[id(p)] for p in layer.parameters()) for layer in decoder_layers(base)]
+    in_layers = {id(p) for layer in decoder_layers(base) for p in layer.parameters()}
     return Weights(
         base=sum(size for key, size in sizes.items() if key not in adapter),
         adapter=sum(sizes[key] for key in adapter),
@@ -150,7 +150,7 @@ def _trace(setup: Setup, depth: int, batch: Batch, backward: bool) -> Step:
         timeline = Timeline([*model.parameters(), *model.buffers()], setup.config.get_text_config().vocab_size)
         trained = [p for p in model.parameters() if p.requires_grad]
         marks: list[int] = []  # when the gradient reaches each layer's output, the last layer's first
-        for layer in _layers(base_model(model)):
+        for layer in decoder_layers(base_model(model)):
             layer.register_forward_hook(lambda *args: _mark_backward(args[2], timeline, marks))
         with timeline:
             if setup.accumulates:
@@ -209,7 +209,7 @@ def _is_adapter(name: str) -> bool:
     return "lora_" in name or "modules_to_save" in name
 
 
-def _layers(base: nn.Module) -> nn.ModuleList:
+def decoder_layers(base: nn.Module) -> nn.ModuleList:
     """The decoder layers of a causal language model."""
     return next(
         module

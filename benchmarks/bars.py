@@ -1,0 +1,55 @@
+"""What must hold on one H100, and the table that says of a run of gpu.py whether it does."""
+
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.work import OURS
+
+#: What must hold on one H100, by part: a sentence, the figure, and the least or most that it may be.
+BARS: list[tuple[str, str, Callable[[Any], float], str, float]] = [
+    ("equality", "fp32: furthest of ours from padded", lambda r: _furthest(r, "fp32", "ours"), "<=", 1e-4),
+    ("equality", "bf16: ours from fp32, over padded from fp32", lambda r: _rounding(r), "<=", 1.5),
+    ("qlora", "QLoRA, K=4: times as fast as padded", lambda r: _of(r, "padded", "times_slower_than_ours"), ">=", 2),
+    ("qlora", "QLoRA, K=4: memory, over padded's", lambda r: _of(r, "padded", "memory_of_ours"), "<=", 1),
+    ("qlora", "QLoRA, K=4: GB, model included", lambda r: _of(r, OURS, "whole_memory_gb"), "<=", 24),
+    ("lora", "LoRA, K=4: times as fast as padded", lambda r: _of(r, "padded", "times_slower_than_ours"), ">=", 2),
+    ("lora", "LoRA, K=4: utilisation, recomputed work counted", lambda r: _of(r, OURS, "utilisation_recomputed"),
+     ">=", 0.4),
+    ("pairs", "pairs: times as fast as upstream", lambda r: _of(r, "upstream", "times_slower_than_ours"), ">=", 1.4),
+    ("by_k", "peak at K=32, over that at K=4", lambda r: _of_k(r, 32) / _of_k(r, 4), "<=", 1.15),
+    ("planned", "plan over measured: furthest from 1", lambda r: max(abs(x["plan_over_measured"] - 1) for x in r),
+     "<=", 0.15),
+    ("job", "SmolLM2 job: gain in held-out score, lower end", lambda r: r["score_difference_interval"][0], ">=", 0),
+]  # fmt: skip
+
+
+def _furthest(found: list[dict[str, Any]], precision: str, system: str) -> float:
+    rows = [row for row in found if (row["precision"], row["system"]) == (precision, system)]
+    return max(row[figure] for row in rows for figure in ("logps", "loss", "gradient"))
+
+
+def _rounding(found: list[dict[str, Any]]) -> float:
+    return _furthest(found, "bf16", "ours") / _furthest(found, "bf16", "padded")
+
+
+def _of(found: dict[str, Any], system: str, figure: str) -> float:
+    return found["systems"][system][figure]
+
+
+def _of_k(found: list[dict[str, Any]], num_responses: int) -> float:
+    return next(row["peak_memory_gb"] for row in found if row["num_responses"] == num_responses)
+
+
+def bars_table(results: dict[str, Any]) -> str:
+    """Every bar with its figure; of a part that was not run, why."""
+    lines = ["| bar | figure | bound | |", "|---|---|---|---|"]
+    for part, what, figure, sign, bound in BARS:
+        found = results["parts"].get(part)
+        if found is None or "not_run" in found:
+            lines.append(f"| {what} | | {sign} {bound:g} | not run: {(found or {}).get('not_run', 'not asked for')} |")
+            continue
+        value = figure(found["result"])
+        holds = value <= bound if sign == "<=" else value >= bound
+        verdict = "" if results["device"] == "cpu" else "holds" if holds else "FAILS"
+        lines.append(f"| {what} | {value:.3g} | {sign} {bound:g} | {verdict} |")
+    return "\n".join(lines)

@@ -1,0 +1,71 @@
+"""Counted work against counts by hand, and against what the plan says."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.bench import count_flops, draw_rows, model_flops
+from benchmarks.gpu import sized
+from benchmarks.systems import MISTRAL_4BIT, MISTRAL_BF16, SYSTEMS, mistral_config, random_mistral
+from benchmarks.work import LORA4, OURS, PAIRS, QLORA, UNFUSED, Work, count, plan
+
+RATES = 1e12, 1e9
+
+
+def test_an_operation_is_its_multiply_adds_or_its_bytes():
+    a, b = torch.ones(8, 16), torch.ones(16, 32)
+    with Work(rate=1e3, bandwidth=1e9) as slow_to_multiply:
+        a @ b
+    assert slow_to_multiply.flops == 2 * 8 * 16 * 32
+    assert slow_to_multiply.products == pytest.approx(8.192)
+    assert slow_to_multiply.passes == 0
+    with Work(rate=1e12, bandwidth=1.0) as slow_to_move:
+        a @ b
+    assert slow_to_move.products == 4 * (8 * 16 + 16 * 32 + 8 * 32)
+    with Work(*RATES) as work:
+        a[:, :4].t().reshape(-1)[None]  # a copy, for the reshape, and views
+        a.mul_(2)
+        torch.ones(1).expand(100).exp()
+        a[torch.tensor([0, 1])]
+        a.to(torch.bfloat16)
+    bytes_moved = 2 * 4 * 32 + 2 * 4 * 128 + (4 + 400) + (8 + 4 * 32 * 2) + (4 + 2) * 128
+    assert work.passes * 1e9 == pytest.approx(bytes_moved + 4 + 16, abs=32)  # what the constants took
+
+
+@pytest.mark.parametrize("system", [OURS, UNFUSED])
+def test_products_are_those_that_a_step_must_do(system):
+    case = sized(LORA4, tiny=True)
+    config = mistral_config(tiny=True, num_hidden_layers=2)
+    runner = SYSTEMS[OURS](random_mistral(config, "cpu", torch.float32), case, "cpu")
+    by_hand = model_flops(draw_rows(case, case.prompts), count_flops(runner.model), recomputed=True)
+    assert count(case, system, MISTRAL_BF16, *RATES, tiny=True).flops == pytest.approx(by_hand, rel=0.06)
+
+
+def test_fewer_passes_and_no_padding():
+    for case, model in ((QLORA, MISTRAL_4BIT), (PAIRS, MISTRAL_BF16)):
+        case = sized(case, tiny=True)
+        counts = {s: count(case, s, model, *RATES, tiny=True) for s in (*case.systems[:-1], UNFUSED, OURS)}
+        ours, unfused = counts[OURS], counts[UNFUSED]
+        assert ours.passes < 0.6 * unfused.passes
+        assert ours.flops == pytest.approx(unfused.flops, rel=0.02)
+        assert all(counts[system].flops > 1.2 * ours.flops for system in case.systems[:-1])
+        assert all(c.seconds == c.products + c.passes > 0 for c in counts.values())
+
+
+def test_the_peak_is_the_plans():
+    case = sized(LORA4, tiny=True)
+    parts = plan(case, MISTRAL_BF16, tiny=True)
+    above = parts["total"] - sum(parts[part] for part in ("weights", "adapter", "optimizer", "overhead"))
+    assert count(case, OURS, MISTRAL_BF16, *RATES, tiny=True).peak == pytest.approx(above, rel=0.05)
+
+
+def test_torch_counts_the_same_products():
+    config = mistral_config(tiny=True)
+    model = random_mistral(config, "cpu", torch.float32)
+    ids = torch.zeros(1, 9, dtype=torch.long)
+    with Work(*RATES) as work, torch.no_grad():
+        model(input_ids=ids)
+    with FlopCounterMode(display=False) as counted, torch.no_grad():
+        model(input_ids=ids)
+    products = sum(n for op, n in counted.get_flop_counts()["Global"].items() if "mm" in str(op))
+    assert work.flops == products
