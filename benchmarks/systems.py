@@ -173,7 +173,7 @@ def text_ids(vocabulary: int) -> list[int]:
 
         ids = SentencePieceProcessor(str(Path(wheel.origin).parent / "data" / "tokenizer.model.v1")).encode(text)
     else:
-        ids = _tokenizer()(text, add_special_tokens=False)["input_ids"]
+        ids = _tokenizer()(text, add_special_tokens=False, verbose=False)["input_ids"]
     return [i for i in ids if i < vocabulary]
 
 

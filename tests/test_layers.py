@@ -89,6 +89,30 @@ def test_over_4_bit_weights(fused_calls, autocast):
     assert len(fused_calls) == (14 if autocast else 0)
 
 
+def test_over_layers_that_give_a_view_of_their_own_tensor(fused_calls):
+    """As bitsandbytes' 8-bit ones do on a GPU."""
+
+    class Viewed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight):
+            ctx.save_for_backward(weight)
+            return (x.flatten(0, 1) @ weight.t()).view(*x.shape[:-1], -1)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient @ ctx.saved_tensors[0], None
+
+    model = lora_model()
+    exact = outcome(model)
+    for module in model.modules():
+        if hasattr(module, "base_layer"):
+            base = module.base_layer
+            base.forward = lambda x, base=base: Viewed.apply(x, base.weight)
+    fuse_layers(model)
+    assert max(distances(exact, outcome(model))) < 1e-6
+    assert len(fused_calls) == 14
+
+
 def test_evaluating_leaves_4_bit_weights_trainable():
     model = lora_model(base=random_mistral_4bit(mistral_config(tiny=True), "cpu"), spread=0.02)
     for module in model.modules():

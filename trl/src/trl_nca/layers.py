@@ -77,6 +77,8 @@ def _lora_forward(self: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tens
     if name is None:
         return type(self).forward(self, x, *args, **kwargs)
     out = self.base_layer(x)
+    if out._is_view():  # of a function's own tensor, from 8-bit layers, which autograd lets nobody write to
+        out = out.clone()
     a, b = self.lora_A[name].weight, self.lora_B[name].weight
     return _AddLowRank.apply(out, x, a, b, self.scaling[name])
 
@@ -110,7 +112,7 @@ class _AddLowRank(torch.autograd.Function):
     def forward(ctx: Any, out: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
         device = out.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else out.dtype
-        x, rows = x.to(dtype), out.flatten(0, -2)
+        x, rows = x.to(dtype), out.view(-1, out.shape[-1])  # a view, or an error: a copy would be lost
         low = x.flatten(0, -2) @ a.to(dtype).t() * scaling  # (N, r)
         if out.dtype == dtype:
             rows.addmm_(low, b.to(dtype).t())
