@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
 from trl import DPOConfig, DPOTrainer
 
 from benchmarks.padded import padded_loss
@@ -200,8 +200,8 @@ def mistral_config(tiny: bool, **changed: Any) -> MistralConfig:
 
 def random_mistral(config: MistralConfig, device: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     """A Mistral with random weights, frozen as LoRA's base is."""
-    with torch.device(device):
-        return MistralForCausalLM(config).to(dtype).requires_grad_(False)
+    with torch.device(device):  # in its type from the start: in float32 three of them are more than a GPU has
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(False)
 
 
 def random_mistral_4bit(config: MistralConfig, device: str) -> nn.Module:

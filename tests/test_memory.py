@@ -106,14 +106,16 @@ def test_a_budget_cuts_the_batch():
     assert memory.repeated(batch, 3)["input_ids"].shape == (1, 900)
 
 
+WEIGHTS = SimpleNamespace(
+    base=1000.0, adapter=0, trained=1000.0, num_trained=500.0, num_factors=50.0, largest_trained=100.0,
+    largest_layer=100.0, ends=50.0, quantized=0,
+)  # fmt: skip
+
+
 def footprint(**changes):
-    weights = SimpleNamespace(
-        base=1000.0, adapter=0, trained=1000.0, num_trained=500.0, num_factors=50.0, largest_trained=100.0,
-        largest_layer=100.0, ends=50.0, quantized=0,
-    )  # fmt: skip
     moment = {"activations": 3000.0, "gradients": 100.0, "logits": 7.0, "working": 5.0}
     settings = {
-        "weights": weights, "moments": {"head": moment}, "optim": "adamw_torch", "mixed": True, "frozen_copy": True,
+        "weights": WEIGHTS, "moments": {"head": moment}, "optim": "adamw_torch", "mixed": True, "frozen_copy": True,
         "loads_copy": True, "spreads_quantized": False, "on_gpu": False,
     }  # fmt: skip
     return layouts.Footprint(**settings | changes)
@@ -138,6 +140,15 @@ def test_sharding_divides_by_the_processes():
         assert parts["optimizer"] == (12 if "zero" in layout else 8) * 500 / 8
     whole = layouts.memory(footprint(moments={}), "fsdp2", 8)  # TRL gathers the reference whole
     assert whole[0] == "reference" and whole[1]["working"] == 1000
+
+
+def test_fsdp2_keeps_a_4_bit_models_adapter_in_bfloat16():
+    weights = SimpleNamespace(**vars(WEIGHTS) | {"adapter": 2000.0, "trained": 2000.0, "quantized": 900.0})
+    moment, parts = layouts.memory(
+        footprint(weights=weights, moments={}, frozen_copy=False, loads_copy=False), "fsdp2", 2
+    )
+    assert (moment, parts["weights"], parts["adapter"]) == ("loading", 1000, 2 * 500)
+    assert layouts.memory(footprint(weights=weights, moments={}), "ddp", 2)[1]["adapter"] == 4 * 500
 
 
 @pytest.mark.parametrize(

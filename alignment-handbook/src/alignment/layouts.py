@@ -237,11 +237,14 @@ def _fsdp2(footprint: Footprint, num_processes: int) -> Moments:
     """FSDP2: everything spread; a layer and the next, and what is outside the layers, are gathered while they work.
 
     accelerate (`fsdp2_prepare_model`) keeps trained weights in float32 where the run is in bf16, but for 4-bit models,
-    and leaves 4-bit weights whole on each process unless they are stored as bf16 numbers.
+    whose adapter stays as trl makes it, bfloat16, and leaves 4-bit weights whole on each process unless they are stored
+    as bf16 numbers.
     """
     weights, n = footprint.weights, num_processes
     upcast = footprint.mixed and not weights.quantized
     trained = 4 * weights.num_trained if upcast else weights.trained
+    if weights.quantized:
+        trained = 2 * weights.num_trained
     whole = 0 if footprint.spreads_quantized else weights.quantized
     base = weights.base if weights.adapter or not upcast else trained
     fixed = {
@@ -261,7 +264,7 @@ def _fsdp2(footprint: Footprint, num_processes: int) -> Moments:
     if footprint.loads_copy:  # trl.models.utils.prepare_fsdp shards the reference as one unit: it is gathered whole
         moments["reference"] = fixed | {"reference": weights.base / n, "working": weights.base}
     if weights.quantized:  # "will still cause the VRAM spike": accelerate's fsdp2_prepare_model
-        moments["loading"] = {"weights": weights.base, "adapter": weights.adapter}
+        moments["loading"] = {"weights": weights.base, "adapter": trained}
     return moments
 
 
