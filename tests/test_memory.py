@@ -144,11 +144,10 @@ def test_sharding_divides_by_the_processes():
 
 def test_fsdp2_keeps_a_4_bit_models_adapter_in_bfloat16():
     weights = SimpleNamespace(**vars(WEIGHTS) | {"adapter": 2000.0, "trained": 2000.0, "quantized": 900.0})
-    moment, parts = layouts.memory(
-        footprint(weights=weights, moments={}, frozen_copy=False, loads_copy=False), "fsdp2", 2
-    )
+    settings = {"weights": weights, "moments": {}, "optim": "sgd", "frozen_copy": False, "loads_copy": False}
+    moment, parts = layouts.memory(footprint(**settings), "fsdp2", 2)
     assert (moment, parts["weights"], parts["adapter"]) == ("loading", 1000, 2 * 500)
-    assert layouts.memory(footprint(weights=weights, moments={}), "ddp", 2)[1]["adapter"] == 4 * 500
+    assert layouts.memory(footprint(**settings), "ddp", 2)[1]["adapter"] == 4 * 500
 
 
 @pytest.mark.parametrize(
