@@ -46,6 +46,7 @@ def test_the_other_parts_have_figures():
     assert (ROOT / job["report"]).is_file() and job["num_prompts"] == 2
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("name", VARIANTS)
 def test_other_ways_to_take_the_step_are_the_same_step(name, monkeypatch):
     monkeypatch.setattr(nn.Module, "compile", lambda self, dynamic: None)  # which takes its time

@@ -125,6 +125,7 @@ def test_evaluating_leaves_4_bit_weights_trainable():
     assert distances(before, outcome(model.train(), autocast=True)) == [0, 0]
 
 
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
 def test_what_is_not_plain_lora_is_left_to_peft(fused_calls):
     plain = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
     with_dropout, dora, with_bias = (copy.deepcopy(plain) for _ in range(3))
