@@ -187,15 +187,16 @@ def planned(tiny: bool, device: str) -> list[dict[str, Any]]:
 def job(tiny: bool, device: str) -> dict[str, Any]:
     """The embedded job, with more samples, by the script that users run: what it gained, and its report."""
     folder, started = Path("runs/gpu_job"), time.perf_counter()
-    model = save_tiny_model(Path(tempfile.mkdtemp())) if tiny else MODEL
-    if not Path(model).is_dir():
-        raise FileNotFoundError(f"{model} is not here: make setup")
-    larger = ["--max_steps=1", "--max_eval_prompts=2", "--num_eval_samples=2", "--max_new_tokens=4"]
-    if not tiny:
-        larger = ["--max_steps=-1", "--num_train_epochs=3", "--max_eval_prompts=55", "--num_eval_samples=16"]
-    flags = [f"--model_name_or_path={model}", f"--use_cpu={device == 'cpu'}", f"--output_dir={folder}"]
-    command = [sys.executable, "run_reward.py", "yamls/reward_cpu.yaml", "--overwrite_output_dir=true"]
-    subprocess.run(command + flags + larger, check=True, stdout=subprocess.DEVNULL)
+    size = ["--max_steps=-1", "--num_train_epochs=3", "--max_eval_prompts=55", "--num_eval_samples=16"]
+    if tiny:
+        size = ["--max_steps=1", "--max_eval_prompts=2", "--num_eval_samples=2", "--max_new_tokens=4"]
+    with tempfile.TemporaryDirectory() as scratch:
+        model = save_tiny_model(Path(scratch)) if tiny else MODEL
+        if not Path(model).is_dir():
+            raise FileNotFoundError(f"{model} is not here: make setup")
+        flags = [f"--model_name_or_path={model}", f"--use_cpu={device == 'cpu'}", f"--output_dir={folder}", *size]
+        command = [sys.executable, "run_reward.py", "yamls/reward_cpu.yaml", "--overwrite_output_dir=true", *flags]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     results = json.loads((folder / "train_results.json").read_text())
     return {"seconds": time.perf_counter() - started, "report": str(folder / "report.html"), **results["samples"]}
 

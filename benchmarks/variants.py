@@ -22,9 +22,11 @@ def separate_passes(model: nn.Module) -> Iterator[None]:
     fused = {m: vars(m)["forward"] for m in model.modules() if _is_fused(m)}
     for module in fused:
         del module.forward
-    yield
-    for module, forward in fused.items():
-        module.forward = forward
+    try:
+        yield
+    finally:
+        for module, forward in fused.items():
+            module.forward = forward
 
 
 def _is_fused(module: nn.Module) -> bool:
@@ -37,9 +39,11 @@ def compiled(model: nn.Module) -> Iterator[None]:
     parts = [part for layer in decoder_layers(base_model(model)) for part in (layer.self_attn, layer.mlp)]
     for part in parts:
         part.compile(dynamic=True)
-    yield
-    for part in parts:
-        part._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for part in parts:
+            part._compiled_call_impl = None
 
 
 def sdpa(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
