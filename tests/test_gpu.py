@@ -60,6 +60,8 @@ def test_other_ways_to_take_the_step_are_the_same_step(name, monkeypatch):
         with VARIANTS[name](model):
             torch.testing.assert_close(response_logps(model, batch, shared), exact)
             changed = [module for module in model.modules() if module.forward != fused[id(module)]]
+    with pytest.raises(RuntimeError, match="no memory"), VARIANTS[name](model):
+        raise RuntimeError("no memory")
     assert len(changed) == (14 + 5 if name == "PEFT's layers" else 0)
     assert all(module.forward == fused[id(module)] for module in model.modules()), "and all is as it was"
 

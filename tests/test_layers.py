@@ -232,12 +232,12 @@ def test_a_small_learning_rate_moves_a_quantized_models_adapter(tmp_path):
 
 def test_a_compiled_model_is_not_compiled_again_for_every_layout():
     compiled = CompileCounter()
-    model = lora_model()
+    model = lora_model(base=LlamaForCausalLM(tiny_config(num_hidden_layers=1)))
     plain, shared = copy.deepcopy(model), prepare([model])
     prepare([plain])
     model.compile(backend=compiled)
     counts = []
-    layouts = [[(7, (3, 5, 1))], [(9, (4, 9)), (3, (2, 2))], [(5, (6, 2, 8, 3))], [(30, (21, 2)), (4, (5, 1, 1))]]
+    layouts = [[(7, (3, 5, 1))], [(9, (4, 9)), (3, (2, 2))], [(30, (21, 2)), (4, (5, 1, 1))]]
     for shapes in layouts:
         batch = GroupCollator()(rows_of(shapes))
         torch.testing.assert_close(response_logps(model, batch, shared), response_logps(plain, batch, shared))
@@ -245,4 +245,4 @@ def test_a_compiled_model_is_not_compiled_again_for_every_layout():
             response_logps(model, batch, shared)
         counts.append(compiled.frame_count)
     assert counts[0] > 0
-    assert counts[1:] == [counts[1]] * 3, counts
+    assert counts[1] == counts[2], counts
