@@ -64,7 +64,8 @@ def align(argv: Sequence[str], trainer_class: type[NCATrainer], pairs: bool) -> 
     settle_cpu_launch()
     is_main = PartialState().is_main_process
     resume = (args.output_dir, args.resume_from_checkpoint, run_config.overwrite_output_dir, why_torn)
-    (checkpoint,) = broadcast_object_list([output.resume_point(*resume) if is_main else None])
+    writes = is_main and not run_config.show_batch
+    (checkpoint,) = broadcast_object_list([output.resume_point(*resume) if writes else None])
     reward_function = load_reward_function(run_config.reward_function) if run_config.reward_function else None
     tokenizer = load_tokenizer(policy_config, args.trust_remote_code)
     with PartialState().main_process_first():  # the others then find the rows in the cache

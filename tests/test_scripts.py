@@ -104,12 +104,15 @@ def test_a_whole_run_and_what_it_leaves(recipe, data, capsys):
         assert line in card
 
 
-def test_a_finished_run_is_not_overwritten_unasked(recipe):
+def test_a_finished_run_is_not_overwritten_unasked(recipe, capsys):
     reward(recipe, "--max_steps=1")
     marker = recipe.parent / "out" / "plan.json"
     before = marker.read_bytes()
     with pytest.raises(UserError, match="holds a finished run"):
         reward(recipe, "--max_steps=2")
+    capsys.readouterr()
+    reward(recipe, "--show_batch=true")
+    assert "mask" in capsys.readouterr().out, "to look is no run"
     assert marker.read_bytes() == before
     reward(recipe, "--max_steps=2", "--overwrite_output_dir=true")
     assert json.loads(marker.read_text())["num_steps"] == 2
