@@ -26,7 +26,7 @@ from trl.trainer.utils import use_adapter
 from trl_nca.chunks import logps_for_training, logps_without_gradient, split_batch
 from trl_nca.collate import GroupCollator
 from trl_nca.config import NCAConfig
-from trl_nca.layers import widen_adapter
+from trl_nca.layers import settle_quantized
 from trl_nca.logps import Batch, prepare, response_logps
 from trl_nca.losses import LOSSES, SEPARABLE, reward_targets
 from trl_nca.metrics import group_metrics
@@ -86,8 +86,7 @@ class NCATrainer(SurvivingTrainer):
         args = args or NCAConfig(output_dir="nca-run")
         super().__init__(model, ref_model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         check_router(self.model, self.aux_loss_enabled)
-        if not self.is_fsdp_enabled:  # whose shards are of one type, the base's
-            widen_adapter(self.model)
+        settle_quantized(self.model, widens=not self.is_fsdp_enabled)
 
     def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: NCAConfig, dataset_name: str) -> Dataset:
         if "where" not in dataset.column_names:

@@ -25,7 +25,6 @@ def fuse_layers(model: nn.Module) -> None:
 
     What is not plain LoRA at work on plain tensors runs as before: see `_plain_adapter`.
     """
-    keep_4bit_weights(model)
     for module in model.modules():
         if isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), nn.Linear):
             module.forward = types.MethodType(_lora_forward, module)
@@ -33,23 +32,22 @@ def fuse_layers(model: nn.Module) -> None:
             module.forward = types.MethodType(_norm_forward, module)
 
 
-def keep_4bit_weights(model: nn.Module) -> None:
-    """Stops bitsandbytes 0.50 from repacking 4-bit weights at a first forward without gradient, on a CPU with bfloat16.
+def settle_quantized(model: nn.Module, widens: bool = True) -> None:
+    """Makes a quantized model fit to train, before anything is run on it.
 
-    Repacked they have coarser scales, no gradient goes through them, and input sizes below 64 fail.
+    - trl 1.16 makes its adapter bfloat16. There a weight of 0.008 moves by 3e-5 or not at all, and AdamW's step is the
+      learning rate, 5e-6 in the recipes. It becomes float32 again.
+    - On CPUs with bfloat16, bitsandbytes 0.50 repacks 4-bit weights at a first forward without gradient, such as
+      sampling's. No gradient goes through them afterwards, and input sizes below 64 fail. It is told not to.
+
+    Args:
+        model: Bare or wrapped by PEFT.
+        widens: False where the adapter's type must be the base's: FSDP shards them together.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-
-
-def widen_adapter(model: nn.Module) -> None:
-    """Makes an adapter's trained weights of 16 bits float32, where an optimizer's steps are not rounded away.
-
-    trl 1.16 makes the adapter of a quantized model bfloat16. There a weight of 0.008 moves by 3e-5 or not at all, and
-    AdamW's step is the learning rate, 5e-6 in the recipes.
-    """
-    for parameter in model.parameters() if isinstance(model, PeftModel) else ():
+    for parameter in model.parameters() if widens and isinstance(model, PeftModel) else ():
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()
 
