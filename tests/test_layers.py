@@ -16,7 +16,7 @@ from nca_trainer import NCAConfig, NCATrainer
 from tests.tiny import SIZES, rows_of, tiny_config, tiny_tokenizer
 from trl_nca import layers
 from trl_nca.collate import GroupCollator
-from trl_nca.layers import fuse_layers, settle_quantized
+from trl_nca.layers import fuse_layers
 from trl_nca.logps import prepare, response_logps
 
 LORA = LoraConfig(r=4, lora_alpha=10, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -116,7 +116,6 @@ def test_over_layers_that_give_a_view_of_their_own_tensor(fused_calls):
 def test_evaluating_leaves_4_bit_weights_trainable():
     model = lora_model(base=random_mistral_4bit(mistral_config(tiny=True), "cpu"), spread=0.02)
     claim_bfloat16(model)
-    settle_quantized(model)
     fuse_layers(model)
     before = outcome(model, autocast=True)
     with torch.no_grad():
@@ -216,12 +215,13 @@ def test_norms_of_llamas_kind_are_torchs_own(monkeypatch):
 def test_a_small_learning_rate_moves_a_quantized_models_adapter(tmp_path):
     """trl makes such an adapter bfloat16, where AdamW's step of 5e-6 is rounded away."""
 
-    def moved(trainer_class, rows, config_class=NCAConfig):
+    def moved(trainer_class, rows, config_class=NCAConfig, **settings):
         base = random_mistral_4bit(mistral_config(tiny=True), "cpu")
-        claim_bfloat16(base)
+        claim_bfloat16(base.eval())  # as it is when it is loaded
         args = config_class(
             output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=1, learning_rate=5e-6, bf16=False,
             use_cpu=True, report_to="none", save_strategy="no", lr_scheduler_type="constant", optim="adamw_torch",
+            **settings,
         )  # fmt: skip
         trainer = trainer_class(
             base, args=args, train_dataset=Dataset.from_list(rows), processing_class=tiny_tokenizer(), peft_config=LORA
@@ -235,9 +235,12 @@ def test_a_small_learning_rate_moves_a_quantized_models_adapter(tmp_path):
         return (torch.cat([w.detach().flatten() for w in weights]) != before).float().mean().item()
 
     pairs = [{"prompt": "to", "chosen": " begin", "rejected": " with"}] * 3
-    ours, theirs = moved(NCATrainer, rows_of([(3, (4, 5))] * 3)), moved(DPOTrainer, pairs, DPOConfig)
+    rows = rows_of([(3, (4, 5))] * 3)
+    ours, theirs = moved(NCATrainer, rows), moved(DPOTrainer, pairs, DPOConfig)
     print(f"share of the adapter's A that moved in three steps: {ours:.3f}, upstream {theirs:.3f}")
     assert ours > 0.95 and theirs < 0.2
+    cached = moved(NCATrainer, rows, precompute_ref_log_probs=True, ref_logps_dir=str(tmp_path / "ref"))
+    assert cached > 0.95, "the reference is run before the trainer is there"
 
 
 def test_a_compiled_model_is_not_compiled_again_for_every_layout():

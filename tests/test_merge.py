@@ -20,7 +20,7 @@ from alignment.errors import UserError
 from alignment.merge import merge_adapter
 from tests.test_sample import script
 from tests.tiny import CHATML, save_tiny_model, tiny_config, tiny_tokenizer
-from trl_nca.layers import settle_quantized
+from trl_nca.layers import keep_4bit_weights
 
 IDS = torch.arange(3, 40)[None]
 
@@ -85,7 +85,7 @@ def test_an_adapter_of_a_4_bit_base_is_merged_into_what_it_was_trained_on(tmp_pa
     assert merge_adapter(adapter, str(tmp_path / "merged")) < 1e-3
     in_4_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="float32")
     trained_on = AutoModelForCausalLM.from_pretrained(base, quantization_config=in_4_bits, dtype=torch.float32)
-    settle_quantized(trained_on)
+    keep_4bit_weights(trained_on)
     at_adapter = logits(PeftModel.from_pretrained(trained_on, adapter))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert getattr(merged.config, "quantization_config", None) is None

@@ -25,6 +25,7 @@ def fuse_layers(model: nn.Module) -> None:
 
     What is not plain LoRA at work on plain tensors runs as before: see `_plain_adapter`.
     """
+    keep_4bit_weights(model)  # where the reference is run before the trainer is made
     for module in model.modules():
         if isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), nn.Linear):
             module.forward = types.MethodType(_lora_forward, module)
@@ -32,21 +33,28 @@ def fuse_layers(model: nn.Module) -> None:
             module.forward = types.MethodType(_norm_forward, module)
 
 
-def settle_quantized(model: nn.Module, widens: bool = True) -> None:
-    """Makes a quantized model fit to train, before anything is run on it.
+def keep_4bit_weights(model: nn.Module) -> None:
+    """Stops bitsandbytes 0.50 from repacking 4-bit weights on a CPU with bfloat16; to be called before anything is run.
 
-    - trl 1.16 makes its adapter bfloat16. There a weight of 0.008 moves by 3e-5 or not at all, and AdamW's step is the
-      learning rate, 5e-6 in the recipes. It becomes float32 again.
-    - On CPUs with bfloat16, bitsandbytes 0.50 repacks 4-bit weights at a first forward without gradient, such as
-      sampling's. No gradient goes through them afterwards, and input sizes below 64 fail. It is told not to.
+    It does so at a first forward without gradient, such as sampling's. No gradient goes through them afterwards, and
+    input sizes below 64 fail.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def settle_quantized(model: nn.Module, widens: bool = True) -> None:
+    """Makes a quantized model fit to train: `keep_4bit_weights`, and an adapter in float32.
+
+    trl 1.16 makes it bfloat16. There a weight of 0.008 moves by 3e-5 or not at all, and AdamW's step is the learning
+    rate, 5e-6 in the recipes.
 
     Args:
         model: Bare or wrapped by PEFT.
         widens: False where the adapter's type must be the base's: FSDP shards them together.
     """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    keep_4bit_weights(model)
     for parameter in model.parameters() if widens and isinstance(model, PeftModel) else ():
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()
