@@ -142,8 +142,9 @@ class NCATrainer(SurvivingTrainer):
     @property
     def _trained_adapter(self) -> str | None:
         """Name of the adapter that is switched off to get the reference; None where the reference has none."""
-        is_reference = self.ref_model is None and is_peft_model(self.model)
-        return self.accelerator.unwrap_model(self.model).active_adapter if is_reference else None
+        if self.ref_model is not None or not is_peft_model(self.model):
+            return None
+        return self.accelerator.unwrap_model(self.model).active_adapter
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         if self.args.max_tokens_per_forward and not self.args.precompute_ref_batch_size:

@@ -111,7 +111,15 @@ class Count:
 
 
 def count(case: Case, system: str, model: str, rate: float, bandwidth: float, tiny: bool = False) -> Count:
-    """Counts a step of a system on rows of a case."""
+    """Counts a step of a system on rows of a case.
+
+    Args:
+        case: One of those above.
+        system: Its systems, or `UNFUSED`.
+        model: MISTRAL_4BIT or MISTRAL_BF16.
+        rate, bandwidth: Those of `Work`.
+        tiny: A small model of the same kind, for tests.
+    """
     rows, setup = draw_rows(case, case.prompts), setup_of(case, model, tiny)
     figures = []
     for depth in DEPTHS:

@@ -7,8 +7,9 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch._dynamo.testing import CompileCounter
+from torch.nn.functional import rms_norm
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaForCausalLM, Qwen3Config
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaForCausalLM, Olmo2Config, Qwen3Config
 from trl import DPOConfig, DPOTrainer
 
 from benchmarks.systems import mistral_config, random_mistral_4bit
@@ -77,6 +78,19 @@ def test_in_bfloat16_they_are_as_near_to_float32_as_pefts(fused_calls):
         ours = distances(exact, outcome(model, autocast=True))
         assert all(0 < mine < 1.2 * theirs for mine, theirs in zip(ours, peft, strict=True)), (ours, peft)
     assert len(fused_calls) == 28
+
+
+def test_over_4_bit_layers_that_are_given_float32(fused_calls):
+    """They compute in bfloat16 and give float32 back, as where the other weights are float32."""
+    base = random_mistral_4bit(mistral_config(tiny=True), "cpu")
+    for part in (base.model.embed_tokens, base.lm_head, *(m for m in base.modules() if "Norm" in type(m).__name__)):
+        part.float()
+    model = lora_model(base=base, spread=0.02)
+    assert model.get_base_model().model.layers[0].mlp.up_proj.base_layer(torch.randn(1, 3, 128)).dtype == torch.float32
+    peft = outcome(model, autocast=True)
+    fuse_layers(model)
+    assert max(distances(peft, outcome(model, autocast=True))) < 0.02
+    assert len(fused_calls) == 14
 
 
 @pytest.mark.parametrize("autocast", [True, False])
@@ -189,7 +203,9 @@ def test_no_pass_over_the_activations_is_left_but_products():
 def test_norms_of_llamas_kind_are_torchs_own(monkeypatch):
     monkeypatch.setattr(layers, "_has_fused_norm", lambda x, weight: x.dtype == weight.dtype)  # as on a GPU
     torch.manual_seed(0)
-    for config, is_fused in ((tiny_config(), True), (Qwen3Config(**SIZES), True), (Gemma2Config(**SIZES), False)):
+    kinds = [(tiny_config(), True), (Qwen3Config(**SIZES), True), (Gemma2Config(**SIZES), False)]
+    kinds.append((Olmo2Config(**SIZES), False))  # Llama's operations in another order
+    for config, is_fused in kinds:
         model = AutoModelForCausalLM.from_config(config)
         norms = [module for name, module in model.named_modules() if name.endswith("norm")]
         for norm in norms:
@@ -206,8 +222,13 @@ def test_norms_of_llamas_kind_are_torchs_own(monkeypatch):
     fuse_layers(norm)
     assert torch.equal(norm(x.bfloat16()), mixed), "weights of another type than the input: as before"
     norm.bfloat16()
+    casts = []
+    monkeypatch.setattr(
+        layers, "rms_norm", lambda *args: casts.append(torch.is_autocast_enabled("cpu")) or rms_norm(*args)
+    )
     with torch.autocast("cpu", torch.bfloat16):
         ours = norm(x.bfloat16())
+    assert casts == [False], "on a GPU autocast makes it float32"
     assert ours.dtype == torch.bfloat16
     assert (ours - exact).norm() < (theirs - exact).norm(), "rounded once, not twice"
 

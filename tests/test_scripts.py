@@ -112,7 +112,7 @@ def test_a_finished_run_is_not_overwritten_unasked(recipe, capsys):
         reward(recipe, "--max_steps=2")
     capsys.readouterr()
     reward(recipe, "--show_batch=true")
-    assert "mask" in capsys.readouterr().out, "to look is no run"
+    assert "response 2, score" in capsys.readouterr().out, "to look is no run"
     assert marker.read_bytes() == before
     reward(recipe, "--max_steps=2", "--overwrite_output_dir=true")
     assert json.loads(marker.read_text())["num_steps"] == 2

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import work
 from benchmarks.bench import count_flops, draw_rows, model_flops
 from benchmarks.gpu import sized
 from benchmarks.systems import MISTRAL_4BIT, MISTRAL_BF16, SYSTEMS, mistral_config, random_mistral
@@ -22,14 +23,15 @@ def test_an_operation_is_its_multiply_adds_or_its_bytes():
     with Work(rate=1e12, bandwidth=1.0) as slow_to_move:
         a @ b
     assert slow_to_move.products == 4 * (8 * 16 + 16 * 32 + 8 * 32)
-    with Work(*RATES) as work:
-        a[:, :4].t().reshape(-1)[None]  # a copy, for the reshape, and views
+    one, places = torch.ones(1), torch.tensor([0, 1])
+    with Work(*RATES) as counted:
+        a[:, :4].t().reshape(-1)  # a copy, for the reshape, of a view
         a.mul_(2)
-        torch.ones(1).expand(100).exp()
-        a[torch.tensor([0, 1])]
+        one.expand(100).exp()
+        a[places]
         a.to(torch.bfloat16)
-    bytes_moved = 2 * 4 * 32 + 2 * 4 * 128 + (4 + 400) + (8 + 4 * 32 * 2) + (4 + 2) * 128
-    assert work.passes * 1e9 == pytest.approx(bytes_moved + 4 + 16, abs=32)  # what the constants took
+    copied, doubled, spread, taken, narrowed = 2 * 4 * 32, 2 * 4 * 128, 4 + 400, 2 * 4 * 32, (4 + 2) * 128
+    assert counted.passes * 1e9 == pytest.approx(copied + doubled + spread + taken + narrowed)
 
 
 @pytest.mark.parametrize("system", [OURS, UNFUSED])
@@ -39,6 +41,20 @@ def test_products_are_those_that_a_step_must_do(system):
     runner = SYSTEMS[OURS](random_mistral(config, "cpu", torch.float32), case, "cpu")
     by_hand = model_flops(draw_rows(case, case.prompts), count_flops(runner.model), recomputed=True)
     assert count(case, system, MISTRAL_BF16, *RATES, tiny=True).flops == pytest.approx(by_hand, rel=0.06)
+
+
+def test_attention_is_counted_where_it_looks(monkeypatch):
+    case, config = sized(LORA4, tiny=True), mistral_config(tiny=True)
+    with_attention = count(case, OURS, MISTRAL_BF16, *RATES, tiny=True)
+    monkeypatch.setattr(work, "_pairs", lambda rows, system: 0)
+    without = count(case, OURS, MISTRAL_BF16, *RATES, tiny=True)
+    a_pair = 4 * config.num_attention_heads * config.head_dim * config.num_hidden_layers
+    # By hand attention's backward is two forwards; FlashAttention's makes the scores again: two and a half.
+    by_hand = model_flops(
+        draw_rows(case, case.prompts), {"frozen": 0, "lora": 0, "head": 0, "pair": a_pair}, recomputed=True
+    )
+    assert with_attention.flops - without.flops == pytest.approx(by_hand * 5.5 / 5)
+    assert with_attention.products - without.products == pytest.approx(by_hand * 5.5 / 5 / RATES[0])
 
 
 def test_fewer_passes_and_no_padding():
@@ -63,9 +79,9 @@ def test_torch_counts_the_same_products():
     config = mistral_config(tiny=True)
     model = random_mistral(config, "cpu", torch.float32)
     ids = torch.zeros(1, 9, dtype=torch.long)
-    with Work(*RATES) as work, torch.no_grad():
+    with Work(*RATES) as ours, torch.no_grad():
         model(input_ids=ids)
     with FlopCounterMode(display=False) as counted, torch.no_grad():
         model(input_ids=ids)
     products = sum(n for op, n in counted.get_flop_counts()["Global"].items() if "mm" in str(op))
-    assert work.flops == products
+    assert ours.flops == products

@@ -241,12 +241,11 @@ def _fsdp2(footprint: Footprint, num_processes: int) -> Moments:
     as bf16 numbers.
     """
     weights, n = footprint.weights, num_processes
-    upcast = footprint.mixed and not weights.quantized
-    trained = 4 * weights.num_trained if upcast else weights.trained
-    if weights.quantized:
-        trained = 2 * weights.num_trained
+    trained = weights.trained
+    if weights.quantized or footprint.mixed:
+        trained = (2 if weights.quantized else 4) * weights.num_trained
     whole = 0 if footprint.spreads_quantized else weights.quantized
-    base = weights.base if weights.adapter or not upcast else trained
+    base = weights.base if weights.adapter else trained
     fixed = {
         "weights": (base - whole) / n + whole,
         "adapter": (trained if weights.adapter else 0) / n,

@@ -44,7 +44,7 @@ def keep_4bit_weights(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def settle_quantized(model: nn.Module, widens: bool = True) -> None:
+def settle_quantized(model: nn.Module, widens: bool) -> None:
     """Makes a quantized model fit to train: `keep_4bit_weights`, and an adapter in float32.
 
     trl 1.16 makes it bfloat16. There a weight of 0.008 moves by 3e-5 or not at all, and AdamW's step is the learning
