@@ -50,8 +50,13 @@ def bars_table(results: dict[str, Any]) -> str:
         if found is None or "not_run" in found:
             lines.append(f"| {what} | | {sign} {bound:g} | not run: {(found or {}).get('not_run', 'not asked for')} |")
             continue
-        value = figure(found["result"])
+        try:
+            value = figure(found["result"])
+        except Exception as error:  # the other bars are still to come
+            lines.append(f"| {what} | | {sign} {bound:g} | no figure: {type(error).__name__}: {error} |")
+            continue
         holds = COMPARE[sign](value, bound)
-        verdict = "" if results["device"] == "cpu" else "holds" if holds else "FAILS"
+        is_rehearsal = results["device"] == "cpu" or results.get("layers", 32) < 32
+        verdict = "" if is_rehearsal else "holds" if holds else "FAILS"
         lines.append(f"| {what} | {value:.3g} | {sign} {bound:g} | {verdict} |")
     return "\n".join(lines)

@@ -218,7 +218,7 @@ def measure(case: Case, rounds: int, model_name: str, device: str) -> dict[str, 
             "times_slower_than_ours": statistics.median(
                 a / b for a, b in zip(seconds[system], seconds[last], strict=True)
             ),
-            "memory_of_ours": peaks[last] / peaks[system],
+            "memory_of_ours": peaks[last] / max(peaks[system], 1),  # a tiny model's may be none
         }
         for system in case.systems
     }

@@ -1,6 +1,7 @@
 """One NVIDIA GPU: is it the same, how fast is it, how much memory does it take. Mistral-7B's sizes, random weights.
 
     benchmarks/gpu.sh                 on a GPU, within nine minutes; no network
+    benchmarks/gpu.sh --layers 2      a rehearsal on a GPU
     benchmarks/gpu.sh --device cpu    a rehearsal at a tiny size, whose figures mean nothing
 
 Rows are drawn with UltraFeedback's lengths: up to 1,024 tokens, a prompt has 0.42 of a response. Each part is written
@@ -9,8 +10,10 @@ to results_gpu.json as it comes; the table at the end has the bars, and says wha
 
 import argparse
 import contextlib
+import gc
 import json
 import multiprocessing as mp
+import os
 import platform
 import subprocess
 import sys
@@ -51,8 +54,8 @@ from trl_nca.collate import GroupCollator
 from trl_nca.logps import prepare, response_logps
 from trl_nca.losses import nca_loss, reward_targets
 
-#: Seconds after which no part is begun, and after which the last one is stopped: all ends within nine minutes.
-LAST_START, LAST_END = 420, 510
+#: Seconds before the end in which no part is begun, and in which the last one is stopped.
+LAST_START, LAST_END = 90, 30
 
 
 def sized(case: Case, tiny: bool) -> Case:
@@ -114,7 +117,7 @@ def _differences(exact: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str
 
 def speed(case: Case, model: str) -> Callable[[bool, str], dict[str, Any]]:
     """A part: systems side by side."""
-    return lambda tiny, device: measure(sized(case, tiny), 2, model + TINY * tiny, device)
+    return lambda tiny, device: measure(sized(case, tiny), 2 if tiny else 5, model + TINY * tiny, device)
 
 
 def by_k(tiny: bool, device: str) -> list[dict[str, Any]]:
@@ -139,20 +142,27 @@ def _ours(case: Case, model: str, device: str) -> tuple[Callable[[list[dict[str,
     return stepper(runner, case, device), runner.model
 
 
-def profiled(tiny: bool, device: str) -> dict[str, Any]:
-    """Where a step's time goes, by kernel; and how long the same step takes in other ways."""
+def profiled(tiny: bool, device: str) -> dict[str, float]:
+    """Where a step's time goes, by kernel, in milliseconds."""
     case = sized(LORA4, tiny)
-    step, model = _ours(case, MISTRAL_BF16 + TINY * tiny, device)
+    step, _ = _ours(case, MISTRAL_BF16 + TINY * tiny, device)
     rows = draw_rows(case, case.prompts)
     step(rows)
     kind = ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU
     with profile(activities=[kind]) as profiler:
         step(rows)
-    times = {
-        e.key: e.self_device_time_total if device == "cuda" else e.self_cpu_time_total for e in profiler.key_averages()
-    }
-    slowest = sorted(times.items(), key=lambda item: -item[1])[:15]
-    found: dict[str, Any] = {"kernels_ms": {name[:80]: us / 1000 for name, us in slowest}, "variants": {}}
+    times: dict[str, float] = {}
+    for event in profiler.key_averages():
+        us = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
+        times[event.key[:160]] = times.get(event.key[:160], 0.0) + us / 1000
+    return dict(sorted(times.items(), key=lambda item: -item[1])[:30])
+
+
+def variants(tiny: bool, device: str) -> dict[str, float | str]:
+    """How long the same step takes in other ways, in seconds: printed as they come, for compiling may take too long."""
+    case = sized(LORA4, tiny)
+    step, model = _ours(case, MISTRAL_BF16 + TINY * tiny, device)
+    rows, found = draw_rows(case, case.prompts), {}
     for name, variant in {"ours": contextlib.nullcontext, **VARIANTS, "ours again": contextlib.nullcontext}.items():
         try:
             with variant(model):
@@ -160,9 +170,10 @@ def profiled(tiny: bool, device: str) -> dict[str, Any]:
                     step(rows)
                 start = time.perf_counter()
                 step(rows)
-                found["variants"][name] = time.perf_counter() - start
+                found[name] = time.perf_counter() - start
         except Exception as error:  # this machine cannot
-            found["variants"][name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            found[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        print(f"  {name}: {found[name]}", flush=True)
     return found
 
 
@@ -173,12 +184,15 @@ def planned(tiny: bool, device: str) -> list[dict[str, Any]]:
     for case, model in ((sized(replace(QLORA, paged=False), tiny), MISTRAL_4BIT), (sized(LORA4, tiny), MISTRAL_BF16)):
         parts = plan(case, model, tiny, device)
         rows = draw_rows(case, case.prompts)
+        before = Memory(device).base
         step, _ = _ours(case, model + TINY * tiny, device)
         step(rows)
         held = Memory(device)
         step(rows)
         expected = parts["total"] - parts.get("overhead", 0)  # CUDA's own, which torch does not give out
-        measured = held.base + held.peak()
+        measured = held.base + held.peak() - before
+        del step, _
+        gc.collect()  # a trainer and its model hold one another
         found.append({"case": case.name, "planned_gb": expected / 1e9, "measured_gb": measured / 1e9,
                       "plan_over_measured": expected / measured})  # fmt: skip
     return found
@@ -203,13 +217,14 @@ def job(tiny: bool, device: str) -> dict[str, Any]:
 
 PARTS: dict[str, Callable[[bool, str], Any]] = {
     "equality": equality,
-    "qlora": speed(QLORA, MISTRAL_4BIT),
     "lora": speed(LORA4, MISTRAL_BF16),
+    "qlora": speed(QLORA, MISTRAL_4BIT),
     "pairs": speed(PAIRS, MISTRAL_BF16),
     "by_k": by_k,
     "planned": planned,
     "profile": profiled,
     "job": job,
+    "variants": variants,
 }
 
 
@@ -223,16 +238,19 @@ def _run(part: str, tiny: bool, device: str, pipe: Any) -> None:
         pipe.send({"not_run": f"{type(error).__name__}: {said}"})
 
 
-def run_parts(parts: Sequence[str], device: str, done: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def run_parts(
+    parts: Sequence[str], device: str, done: Callable[[dict[str, Any]], None], seconds: float = 540
+) -> dict[str, Any]:
     """The results of the parts, each in a process of its own; `done` is told of them as they come."""
     started = time.monotonic()
     results: dict[str, Any] = {
         "date": str(date.today()), "machine": platform.processor() or platform.machine(), "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "parts": {},
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "layers": mistral_config(tiny=False).num_hidden_layers, "parts": {},
     }  # fmt: skip
     for part in parts:
         began = time.monotonic()
-        if began - started > LAST_START:
+        if began - started > seconds - LAST_START:
             results["parts"][part] = {"not_run": "no time was left"}
             continue
         context = mp.get_context("spawn")
@@ -240,15 +258,16 @@ def run_parts(parts: Sequence[str], device: str, done: Callable[[dict[str, Any]]
         process = context.Process(target=_run, args=(part, device == "cpu", device, there))
         process.start()
         there.close()
+        left = seconds - LAST_END - (began - started)
         try:
-            found = here.recv() if here.poll(LAST_END - (began - started)) else {"not_run": "it took too long"}
+            found = here.recv() if here.poll(left) else {"not_run": "it took too long"}
         except EOFError:
             found = {"not_run": "its process was killed, as for its memory"}
         process.kill()
         process.join()
-        seconds = time.monotonic() - began
-        results["parts"][part] = found | {"seconds": seconds}
-        print(f"{part}: {seconds:.0f} s {found.get('not_run', '')}", flush=True)
+        taken = time.monotonic() - began
+        results["parts"][part] = found | {"seconds": taken}
+        print(f"{part}: {taken:.0f} s {found.get('not_run', '')}", flush=True)
         done(results)
     return results
 
@@ -258,7 +277,11 @@ def main() -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--output", type=Path, help="Default: benchmarks/results_gpu.json; of a rehearsal, none.")
+    parser.add_argument("--seconds", type=float, default=540, help="In which all ends.")
+    parser.add_argument("--layers", type=int, help="Decoder layers in place of 32: a rehearsal on a GPU.")
     options = parser.parse_args()
+    if options.layers:
+        os.environ["MISTRAL_LAYERS"] = str(options.layers)  # the parts' processes ask for it
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: no GPU found on this machine; --device cpu rehearses at a tiny size")
     output = options.output or (Path("benchmarks/results_gpu.json") if options.device == "cuda" else None)
@@ -267,7 +290,7 @@ def main() -> None:
         if output:
             output.write_text(json.dumps(results, indent=1) + "\n")
 
-    results = run_parts(options.parts, options.device, write)
+    results = run_parts(options.parts, options.device, write, options.seconds)
     parts = [results["parts"].get(part, {}) for part in ("qlora", "lora", "pairs")]
     print("\n".join(["", table([part["result"] for part in parts if "result" in part]), "", bars_table(results)]))
 

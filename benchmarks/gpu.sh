@@ -4,21 +4,17 @@
 #
 #   benchmarks/gpu.sh                       on a GPU
 #   benchmarks/gpu.sh --parts qlora by_k    some parts
+#   benchmarks/gpu.sh --layers 2            a rehearsal on a GPU: two decoder layers in place of 32
 #   benchmarks/gpu.sh --device cpu          a rehearsal at a tiny size
-#   WHEELS=folder benchmarks/gpu.sh         where packages are missing: installs them from there, beside the machine's torch
+#   PYTHONPATH=folder benchmarks/gpu.sh     where packages are missing: a folder from `pip install --no-deps --target`
 #
-# Needs a torch (2.11 or newer) with CUDA, and these wheels, of the versions in requirements.lock:
-wheels=(transformers tokenizers huggingface_hub safetensors regex trl peft accelerate datasets pyarrow dill multiprocess
-  xxhash bitsandbytes matplotlib Jinja2 PyYAML)
+# Needs torch 2.11 or newer with CUDA. Of the versions in requirements.lock: transformers, trl, peft, datasets, dill,
+# multiprocess and bitsandbytes (of whose libraries only that of torch's CUDA is used). Of any that fit those: accelerate,
+# tokenizers, huggingface_hub, pyarrow, pandas, xxhash, matplotlib, Jinja2. Rows are text in Mistral's own tokens where
+# mistral_common and sentencepiece are there, else in SmolLM2's.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
-if [ -n "${WHEELS:-}" ]; then
-  "$python" -m venv --system-site-packages "${TMPDIR:-/tmp}/gpu-venv"
-  python=${TMPDIR:-/tmp}/gpu-venv/bin/python
-  "$python" -m pip install --quiet --no-index --no-deps --find-links "$WHEELS" "${wheels[@]}"
-  # Rows are text in Mistral's own tokens where these are there, else in SmolLM2's.
-  "$python" -m pip install --quiet --no-index --no-deps --find-links "$WHEELS" mistral_common sentencepiece || true
-fi
-export PYTHONPATH="$PWD/trl/src:$PWD/alignment-handbook/src:$PWD" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-exec timeout 540 "$python" -m benchmarks.gpu "$@"
+export PYTHONPATH="$PWD/trl/src:$PWD/alignment-handbook/src:$PWD${PYTHONPATH:+:$PYTHONPATH}"
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+exec timeout 560 "$python" -m benchmarks.gpu "$@"

@@ -84,8 +84,9 @@ class Ours(System):
 
     def __init__(self, base: nn.Module, case: Case, device: str):
         self.trainer = self._trainer(base, case, device)
-        self.trainer.current_gradient_accumulation_steps = 1  # what `train` sets, and upstream's step reads
-        self.model = self.trainer.model
+        # What `train` does: without it the policy runs outside autocast.
+        self.trainer.current_gradient_accumulation_steps = 1
+        self.model = self.trainer.accelerator.prepare_model(self.trainer.model)
 
     def _trainer(self, base: nn.Module, case: Case, device: str) -> DPOTrainer:
         args = NCAConfig(
@@ -195,7 +196,8 @@ def mistral_config(tiny: bool, **changed: Any) -> MistralConfig:
     """Mistral-7B's sizes, or small ones of the same kind."""
     small = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
              "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}  # fmt: skip
-    return MistralConfig(**{"vocab_size": 32000} | (small if tiny else {}) | changed)
+    layers = int(os.environ.get("MISTRAL_LAYERS", 32))  # fewer in a rehearsal
+    return MistralConfig(**{"vocab_size": 32000, "num_hidden_layers": layers} | (small if tiny else {}) | changed)
 
 
 def random_mistral(config: MistralConfig, device: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
@@ -212,10 +214,12 @@ def random_mistral_4bit(config: MistralConfig, device: str) -> nn.Module:
     for module in list(model.model.layers.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
-                quantized = bnb.nn.Linear4bit(
-                    child.in_features, child.out_features, bias=False, quant_type="nf4", compute_dtype=torch.bfloat16
+                quantized = bnb.nn.Linear4bit(  # on a device without memory: its own weights would be drawn on the CPU
+                    child.in_features, child.out_features, bias=False, compute_dtype=torch.bfloat16, device="meta"
                 )
-                quantized.weight = bnb.nn.Params4bit(child.weight.data.cpu(), requires_grad=False, quant_type="nf4")
+                quantized.weight = bnb.nn.Params4bit(
+                    child.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=False
+                )
                 setattr(module, name, quantized.to(device))
     model.is_loaded_in_4bit = True  # what peft asks for
     return model

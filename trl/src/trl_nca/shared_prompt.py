@@ -8,6 +8,7 @@ Legend: B prompts, K responses, H heads, T packed tokens, D head dimension, P to
 """
 
 import functools
+import inspect
 import itertools
 import warnings
 from collections.abc import Sequence
@@ -27,6 +28,8 @@ NAME = "shared_prompt"
 # What scaled_dot_product_attention calls on a CPU; called here because they give and take the logsumexp.
 _cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _cpu_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+# Fewer heads of keys than of queries: torch 2.11 takes them as they are, later releases want to be told.
+_GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,7 @@ def _attend_by_flash(
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # (T, H, D)
     return varlen_attn(
         q, k[keys], v[keys], query_starts, key_starts, most_queries, most_keys,
-        scale=scaling, window_size=(window - 1 if window else -1, 0), enable_gqa=q.shape[1] != k.shape[1],
+        scale=scaling, window_size=(window - 1 if window else -1, 0), **_GROUPED,
     )[None]  # fmt: skip
 
 
