@@ -1,6 +1,6 @@
 r"""Trainers that align a language model with K scored responses a prompt, or with pairs.
 
-A step, in `_compute_loss`: log-probs of the responses under policy and reference (`trl_nca.logps`), implicit rewards
+A step, in `compute_loss`: log-probs of the responses under policy and reference (`trl_nca.logps`), implicit rewards
 \(r = \beta\,(\log\pi - \log\pi_{ref})\), targets from the scores, and one of the losses (`trl_nca.losses`).
 
 The trainers override named seams of trl 1.16's `DPOTrainer` only; tests/test_upstream.py pins their signatures.
@@ -10,36 +10,42 @@ import contextlib
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object, is_peft_model
+from accelerate.utils import is_peft_model
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import Sampler
+from trl import DPOTrainer
 from trl.data_utils import extract_prompt
 from trl.models import prepare_deepspeed
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
-from trl_nca.chunks import logps_for_training, logps_without_gradient, split_batch
+from trl_nca import paper
+from trl_nca.checkpoints import AtomicCheckpoints
+from trl_nca.chunks import LogpsFn, logps_for_training, logps_without_gradient, split_batch
 from trl_nca.collate import GroupCollator
 from trl_nca.config import NCAConfig
-from trl_nca.layers import settle_quantized
-from trl_nca.logps import Batch, prepare, response_logps
+from trl_nca.distributed import max_over_ranks, no_sync
+from trl_nca.layers import cast_adapter_to_float32, keep_4bit_weights
+from trl_nca.logps import Batch, patch_models, response_logps
 from trl_nca.losses import LOSSES, SEPARABLE, reward_targets
 from trl_nca.metrics import group_metrics
+from trl_nca.nonfinite import SkipNonFiniteSteps, check_weights
+from trl_nca.preemption import StopOnSigterm
 from trl_nca.reference import cache_file, describe_reference, reference_logps
-from trl_nca.responses import TOKENIZED_FEATURES, group_length, tokenize_dataset
+from trl_nca.responses import TOKENIZED_FEATURES, check_columns, group_length, tokenize_dataset
 from trl_nca.router import RouterLoss, check_router
 from trl_nca.sampler import SeededLengthSampler
-from trl_nca.survival import SurvivingTrainer
+from trl_nca.step_metrics import StepMetrics
 
 logger = logging.getLogger(__name__)
 
 
-class NCATrainer(SurvivingTrainer):
+class NCATrainer(AtomicCheckpoints, DPOTrainer):
     """Aligns a model with K >= 2 scored responses a prompt; K may differ by row.
 
     The loss of a step is the mean over the prompts of the global batch, exactly: whatever the number of processes, the
@@ -60,16 +66,11 @@ class NCATrainer(SurvivingTrainer):
 
     _tag_names = ["trl", "nca"]
     _name = "NCA"
-    _paper = {
-        "title": "Noise Contrastive Alignment of Language Models with Explicit Rewards",
-        "id": "2402.05369",
-        "citation": "@inproceedings{chen2024noise,\n"
-        "    title  = {{Noise Contrastive Alignment of Language Models with Explicit Rewards}},\n"
-        "    author = {Huayu Chen and Guande He and Lifan Yuan and Ganqu Cui and Hang Su and Jun Zhu},\n"
-        "    year   = 2024,\n    url    = {https://arxiv.org/abs/2402.05369},\n}",
-    }
+    _paper = {"title": paper.TITLE, "id": paper.ARXIV, "citation": paper.CITATION}
 
-    #: `_compute_loss` divides by the prompts of the global batch itself, so the Trainer must not divide again.
+    #: Whether the rows are preference pairs.
+    pairs = False
+    #: `compute_loss` divides by the prompts of the global batch itself, so the Trainer must not divide again.
     loss_is_scaled_for_ga = True
 
     def __init__(
@@ -81,20 +82,31 @@ class NCATrainer(SurvivingTrainer):
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         **kwargs: Any,
     ):
-        self._num_prompts: Tensor | None = None  # in the global batch; None while evaluating
         kwargs["data_collator"] = kwargs.get("data_collator") or GroupCollator()
         args = args or NCAConfig(output_dir="nca-run")
         super().__init__(model, ref_model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         check_router(self.model, self.aux_loss_enabled)
-        settle_quantized(self.model, widens=not self.is_fsdp_enabled)
+        keep_4bit_weights(self.model)
+        if not self.is_fsdp_enabled:  # which shards the adapter with the base, in one type
+            cast_adapter_to_float32(self.model)
+        self.step_metrics = StepMetrics(self)
+        self.nonfinite, self.preemption = SkipNonFiniteSteps(self), StopOnSigterm(self)
+        self.add_callback(self.nonfinite)
+        self.add_callback(self.preemption)
+
+    def _send_telemetry(self) -> None:
+        """Sends nothing, where upstream reports model family, hardware and settings to the Hub."""
+
+    # Data
 
     def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: NCAConfig, dataset_name: str) -> Dataset:
-        if "where" not in dataset.column_names:
-            dataset = dataset.add_column("where", [f"row {i + 1} of {dataset_name}" for i in range(len(dataset))])
-        if set(TOKENIZED_FEATURES) <= {*dataset.column_names, "length"}:
-            if "length" not in dataset.column_names:
-                dataset = dataset.map(lambda row: {"length": group_length(row)}, desc=f"Measuring {dataset_name}")
+        if "location" not in dataset.column_names:
+            locations = [f"row {i + 1} of {dataset_name}" for i in range(len(dataset))]
+            dataset = dataset.add_column("location", locations)
+        if set(TOKENIZED_FEATURES) <= set(dataset.column_names):
             return dataset
+        if set(TOKENIZED_FEATURES) <= {*dataset.column_names, "length"}:
+            return dataset.map(lambda row: {"length": group_length(row)}, desc=f"Measuring {dataset_name}")
         dataset, report = tokenize_dataset(
             self._to_groups(dataset),
             processing_class,
@@ -111,23 +123,21 @@ class NCATrainer(SurvivingTrainer):
         """Rows of `prompt`, `responses`, `scores` from the columns that this trainer takes."""
         if "rewards" in dataset.column_names and "scores" not in dataset.column_names:
             dataset = dataset.rename_column("rewards", "scores")
-        _check_columns(dataset, {"prompt", "responses", "scores"})
+        check_columns(dataset, {"prompt", "responses", "scores"})
         return dataset
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = [*TOKENIZED_FEATURES, "ref_logps"]
 
-    def _targets(self, scores: Tensor, response_mask: Tensor) -> Tensor:
-        """Labels of the responses. Shape (B, K), from scores of shape (B, K)."""
-        scores = scores.clone()
-        scores[:, 0] += self.args.tie_break
-        return reward_targets(scores, self.args.alpha, response_mask)
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        rows = train_dataset if train_dataset is not None else self.train_dataset
+        global_batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return SeededLengthSampler(rows["length"][:], global_batch, seed)
 
-    @functools.cached_property
-    def _shared_prompt(self) -> bool:
-        """Whether batches run packed. Decided at the first batch, when policy and reference are both there."""
-        models = [self.accelerator.unwrap_model(m) for m in (self.model, self.ref_model) if m is not None]
-        return prepare(models, self.args.shared_prompt)
+    # The reference
 
     def compute_ref_log_probs(self, model: nn.Module, inputs: Batch) -> Tensor:
         """Summed log-probs of the responses under the reference. Shape (B, K), no gradient."""
@@ -137,7 +147,7 @@ class NCATrainer(SurvivingTrainer):
             adapter = use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None)
         checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
         with checkpointing, adapter, self.accelerator.autocast():
-            return logps_without_gradient(self._run(model), self._chunks(inputs), self._agree)
+            return logps_without_gradient(self._logps_fn(model), self._chunks(inputs), self._max_over_ranks)
 
     @property
     def _trained_adapter(self) -> str | None:
@@ -169,40 +179,7 @@ class NCATrainer(SurvivingTrainer):
         logps = reference_logps(dataset, file, about, score, batch_size, desc=f"Reference log-probs of {name}")
         return dataset.add_column("ref_logps", logps)
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(train_dataset)
-        rows = train_dataset if train_dataset is not None else self.train_dataset
-        global_batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return SeededLengthSampler(rows["length"][:], global_batch, seed)
-
-    def _run(self, model: nn.Module, router: RouterLoss | None = None) -> Callable[[Batch], Tensor]:
-        return functools.partial(response_logps, model, shared_prompt=self._shared_prompt, router=router)
-
-    def _chunks(self, inputs: Batch) -> list[Batch]:
-        return split_batch(inputs, self.args.max_tokens_per_forward, self._shared_prompt)
-
-    def _agree(self, number: int) -> int:
-        """The largest over all processes, where weights are sharded and each forward takes all of them."""
-        if self.args.max_tokens_per_forward is None or not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            return number
-        return int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())
-
-    @contextlib.contextmanager
-    def _unsynchronised(self, model: nn.Module) -> Iterator[None]:
-        """Gradients are summed up, and neither exchanged between processes nor, by DeepSpeed, stepped on."""
-        state = self.accelerator.gradient_state
-        was_last = state.sync_gradients  # False: the Trainer has seen to it
-        state._set_sync_gradients(False)
-        with self.accelerator.no_sync(model) if was_last else contextlib.nullcontext():
-            yield
-        state._set_sync_gradients(was_last)
-
-    def _backward(self, loss: Tensor) -> None:
-        """As in `Trainer.training_step`, for the chunks whose gradient it does not see."""
-        with torch.autocast(loss.device.type, enabled=False):
-            self.accelerator.backward(loss, **{"scale_wrt_gas": False} if self.is_deepspeed_enabled else {})
+    # The step
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -215,10 +192,7 @@ class NCATrainer(SurvivingTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Tensor | None = None
     ) -> Any:
-        self._num_prompts = num_items_in_batch
-        return super().compute_loss(model, inputs, return_outputs)
-
-    def _compute_loss(self, model: nn.Module, inputs: Batch, return_outputs: bool) -> Any:
+        """The loss of a micro-batch, a scalar. `num_items_in_batch`: prompts of the step; None while evaluating."""
         scores, mask = inputs["scores"], inputs["response_mask"]
         ref_logps = inputs.get("ref_logps")
         if ref_logps is None:
@@ -229,50 +203,84 @@ class NCATrainer(SurvivingTrainer):
         def losses_of(logps: Tensor) -> tuple[Tensor, Tensor]:
             """Losses, shape (B,), and implicit rewards, shape (B, K), of log-probs of shape (B, K)."""
             rewards = self.beta * (logps - ref_logps)
-            losses = LOSSES[self.args.loss_type](rewards, targets.to(rewards.dtype), mask)
-            return losses + router.spend(), rewards
+            return LOSSES[self.args.loss_type](rewards, targets.to(rewards.dtype), mask), rewards
 
         def average(losses: Tensor) -> Tensor:
-            if self._num_prompts is None:
+            """This micro-batch's part of the mean over the prompts of the global batch."""
+            losses = losses + router.pop_gradient_term()
+            if num_items_in_batch is None:
                 return losses.mean()
             # Gradients are averaged over processes; times their number, that is the sum over all prompts.
-            return losses.sum() * self.accelerator.num_processes / self._num_prompts
+            return losses.sum() * self.accelerator.num_processes / num_items_in_batch
 
-        run, chunks = self._run(model, router), self._chunks(inputs)
+        logps_fn, chunks = self._logps_fn(model, router), self._chunks(inputs)
         if torch.is_grad_enabled():
             logps = logps_for_training(
-                run,
+                logps_fn,
                 chunks,
                 separable=self.args.loss_type in SEPARABLE,
                 backward=lambda logps: self._backward(average(losses_of(logps)[0])),
-                deferred=lambda: self._unsynchronised(model),
-                agree=self._agree,
+                no_sync=lambda: no_sync(self.accelerator, model),
+                max_over_ranks=self._max_over_ranks,
             )
         else:
-            logps = logps_without_gradient(run, chunks, self._agree)
+            logps = logps_without_gradient(logps_fn, chunks, self._max_over_ranks)
         losses, rewards = losses_of(logps)
-        self._record(router.metrics | group_metrics(losses, rewards, logps, scores, mask), inputs["where"])
-        return (average(losses), {"rewards": rewards}) if return_outputs else average(losses)
+        loss = average(losses)
+        metrics = router.metrics | group_metrics(losses, rewards, logps, scores, mask)
+        self.step_metrics.record(metrics, inputs["location"])
+        return (loss, {"rewards": rewards}) if return_outputs else loss
 
-    def _record(self, metrics: dict[str, Tensor], where: list[str]) -> None:
-        """Notes one value a prompt, from all processes: upstream's `log` averages them, so every prompt counts once."""
-        mode = "train" if self.model.training else "eval"
-        metrics = {"stop": torch.full_like(metrics["loss"], self.survival.asked)} | metrics
-        names = [name for name in metrics if "rank" not in name]
-        table = torch.stack(list(metrics.values()), dim=1)  # (B, metrics), the ranks last
-        table = self.accelerator.pad_across_processes(table, dim=1, pad_index=float("nan"))  # to the largest K of all
-        names += [f"rewards/rank_{k}" for k in range(table.shape[1] - len(names))]
-        # Evaluation fills the last batch up with prompts it has seen: gather_for_metrics drops those.
-        gather = self.accelerator.gather if mode == "train" else self.accelerator.gather_for_metrics
-        for name, values in zip(names, gather(table).T.tolist(), strict=True):
-            if name == "stop":
-                self.survival.stopped |= any(values)
-            elif name == "loss" and mode == "train":  # the Trainer logs it, over the accumulation steps
-                if not all(map(math.isfinite, values)):
-                    rows = zip(gather_object(where), values, strict=True)
-                    self.survival.note_bad([row for row, value in rows if not math.isfinite(value)])
-            elif finite := [value for value in values if math.isfinite(value)]:
-                self._metrics[mode][name] += finite
+    def _targets(self, scores: Tensor, response_mask: Tensor) -> Tensor:
+        """Targets of the responses. Shape (B, K), from scores of shape (B, K)."""
+        scores = scores.clone()
+        scores[:, 0] += self.args.tie_break
+        return reward_targets(scores, self.args.alpha, response_mask)
+
+    @functools.cached_property
+    def _shared_prompt(self) -> bool:
+        """Whether batches run packed. Decided at the first batch, when policy and reference are both there."""
+        models = [self.accelerator.unwrap_model(m) for m in (self.model, self.ref_model) if m is not None]
+        return patch_models(models, self.args.shared_prompt)
+
+    def _logps_fn(self, model: nn.Module, router: RouterLoss | None = None) -> LogpsFn:
+        return functools.partial(response_logps, model, shared_prompt=self._shared_prompt, router=router)
+
+    def _chunks(self, inputs: Batch) -> list[Batch]:
+        return split_batch(inputs, self.args.max_tokens_per_forward, self._shared_prompt)
+
+    def _max_over_ranks(self, number: int) -> int:
+        """The largest over all processes, where weights are sharded and each forward takes all of them."""
+        if self.args.max_tokens_per_forward is None or not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            return number
+        return max_over_ranks(self.accelerator, number)
+
+    def _backward(self, loss: Tensor) -> None:
+        """As in `Trainer.training_step`, for the chunks whose gradient it does not see."""
+        with torch.autocast(loss.device.type, enabled=False):
+            self.accelerator.backward(loss, **{"scale_wrt_gas": False} if self.is_deepspeed_enabled else {})
+
+    # Metrics, stops, saving
+
+    @property
+    def eval_metrics(self) -> Mapping[str, list[float]]:
+        """Metrics of the evaluation that is running: a list of numbers for each, one a prompt."""
+        return self._metrics["eval"]
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        # (The scaler of float16 looks for such gradients itself, and skips the step.)
+        if grad_norm is not None and self.accelerator.scaler is None and not math.isfinite(grad_norm):
+            self.nonfinite.mark_non_finite([])
+        return grad_norm
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        with self.preemption.listening():
+            return super().train(*args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        check_weights(self)
+        super()._save_checkpoint(model, trial)
 
 
 class PairwiseNCATrainer(NCATrainer):
@@ -281,8 +289,10 @@ class PairwiseNCATrainer(NCATrainer):
     Takes TRL's preference columns: `chosen` and `rejected` (texts or messages), with `prompt` or with it inside them.
     """
 
+    pairs = True
+
     def _to_groups(self, dataset: Dataset) -> Dataset:
-        _check_columns(dataset, {"chosen", "rejected"})
+        check_columns(dataset, {"chosen", "rejected"})
         if "prompt" not in dataset.column_names:
             dataset = dataset.map(extract_prompt, desc="Extracting prompts")
         return dataset.map(
@@ -293,8 +303,3 @@ class PairwiseNCATrainer(NCATrainer):
 
     def _targets(self, scores: Tensor, response_mask: Tensor) -> Tensor:
         return reward_targets(scores, 0.0, response_mask)  # one-hot on chosen
-
-
-def _check_columns(dataset: Dataset, needed: set[str]) -> None:
-    if not needed <= set(dataset.column_names):
-        raise ValueError(f"needs columns {', '.join(sorted(needed))}; found {', '.join(dataset.column_names)}")

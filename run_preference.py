@@ -20,4 +20,4 @@ from nca_trainer import PairwiseNCATrainer
 from run_reward import align
 
 if __name__ == "__main__":
-    errors.run(lambda: align(sys.argv[1:], PairwiseNCATrainer, pairs=True), exit_on_sigterm=True)
+    errors.run(lambda: align(sys.argv[1:], PairwiseNCATrainer), exit_on_sigterm=True)

@@ -45,8 +45,8 @@ def prepare_ours(folder: Path, num_proc: int) -> int:
     """Reads, checks, tokenizes and reports; returns the response tokens."""
     from transformers import AutoTokenizer
 
-    from alignment.data import DataConfig, load_groups
-    from alignment.data_report import data_report, summary
+    from alignment.data.load import DataConfig, load_groups
+    from alignment.data.report import data_report, summary
     from trl_nca.responses import tokenize_dataset
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL)

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from alignment import errors, output
-from alignment.convert import ConvertConfig, convert
+from alignment.data.convert import ConvertConfig, convert
 from alignment.errors import UserError
 from alignment.recipe import read_yaml
-from alignment.runs import Run, read_run
+from alignment.report.runs import Run, read_run
 from benchmarks import figure2_page
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,9 +11,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from alignment import output
-from alignment.figures import COLOURS, GREY, name_lines, tidy
-from alignment.runs import Run
+from alignment.files import write_text
+from alignment.report.figures import COLOURS, GREY, name_lines, tidy
+from alignment.report.runs import Run
 from benchmarks.evidence import Estimate, claims, estimate, verdict
 
 PANELS = [
@@ -222,5 +222,5 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _write(page: Path, parts: Sequence[str]) -> Path:
-    output.write_text(page, "\n\n".join(parts) + "\n")
+    write_text(page, "\n\n".join(parts) + "\n")
     return page

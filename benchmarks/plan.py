@@ -21,11 +21,12 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
-from alignment import layouts
+from alignment.plan import layouts
+from alignment.plan.meta_model import StepSpec
+from alignment.plan.trace import largest_forward, trace_step, weight_sizes
 from benchmarks.systems import LORA
+from benchmarks.tiny import tiny_tokenizer
 from nca_trainer import NCAConfig, NCATrainer
-from tests.tiny import tiny_tokenizer
-from trl_nca import memory
 
 SMOLLM = "models/SmolLM2-135M-Instruct"
 #: Large enough that activations dominate, small enough to train in seconds.
@@ -85,8 +86,8 @@ CASES = [
 def planned(case: Case) -> dict[str, float]:
     """The plan's memory by part, in bytes."""
     prompt, response = case.lengths
-    batch, num_chunks = memory.batch_to_plan([(prompt, [response] * 4)], case.max_tokens)
-    setup = memory.Setup(
+    batch, num_chunks = largest_forward([(prompt, [response] * 4)], case.max_tokens)
+    spec = StepSpec(
         config=case.config(),
         dtype=torch.float32,
         peft_config=None if case.kind == "full" else LORA,
@@ -97,16 +98,16 @@ def planned(case: Case) -> dict[str, float]:
         accumulates=case.prompts > 1 or num_chunks > 1,
     )
     footprint = layouts.Footprint(
-        weights=memory.weights_of(setup),
-        moments=memory.trace_step(setup, batch).moments,
+        weights=weight_sizes(spec),
+        phases=trace_step(spec, batch).phases,
         optim="adamw_torch",
-        mixed=case.precision == "bf16",
-        frozen_copy=case.kind == "full",
-        loads_copy=case.kind == "full",
-        spreads_quantized=False,
+        mixed_precision=case.precision == "bf16",
+        reference_copy=case.kind == "full",
+        loads_reference=case.kind == "full",
+        shards_quantized=False,
         on_gpu=False,
     )
-    return layouts.memory(footprint, "single", 1)[1]
+    return layouts.peak_memory(footprint, "single", 1)[1]
 
 
 def measured(case: Case) -> int:

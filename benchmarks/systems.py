@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
 from trl import DPOConfig, DPOTrainer
 
 from benchmarks.padded import padded_loss
+from benchmarks.tiny import tiny_tokenizer
 from nca_trainer import NCAConfig, NCATrainer
-from tests.tiny import tiny_tokenizer
 
 LORA = LoraConfig(
     r=16,
@@ -108,6 +108,11 @@ class Ours(System):
         for batch in self.batches(rows):
             inputs = trainer._prepare_inputs(trainer.data_collator(batch))
             trainer.training_step(trainer.model, inputs, torch.tensor(len(rows)))
+        self.gather_metrics()
+
+    def gather_metrics(self) -> None:
+        """What the trainer does before the optimizer's step."""
+        self.trainer.step_metrics.gather()
 
 
 class OursCached(Ours):
@@ -137,6 +142,9 @@ class Upstream(OursTogether):
 
     def batches(self, rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
         return [[_as_pair(row) for row in rows]]
+
+    def gather_metrics(self) -> None:
+        """Nothing: upstream gathers in each micro-batch."""
 
 
 SYSTEMS = {

@@ -21,15 +21,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from alignment import layouts
+from alignment.plan import layouts, trace
+from alignment.plan.meta_model import StepSpec, build_meta_model
+from alignment.plan.timeline import Timeline, fake_copy
+from alignment.plan.trace import largest_forward, trace_step, trainer_inputs, weight_sizes
 from benchmarks.bench import draw_rows
 from benchmarks.padded import padded_loss
 from benchmarks.systems import LORA, MISTRAL_4BIT, MISTRAL_BF16, Case, mistral_config
-from trl_nca import logps, memory
+from trl_nca import logps
 from trl_nca.collate import GroupCollator
-from trl_nca.planned_model import build
-from trl_nca.shared_prompt import GroupLayout
-from trl_nca.timeline import Timeline, fake_copy
 
 OURS, UNFUSED = "ours, one micro-batch", "ours with PEFT's layers"
 TOKENS = 8192  # of a forward, where it is bounded
@@ -120,13 +120,13 @@ def count(case: Case, system: str, model: str, rate: float, bandwidth: float, ti
         rate, bandwidth: Those of `Work`.
         tiny: A small model of the same kind, for tests.
     """
-    rows, setup = draw_rows(case, case.prompts), setup_of(case, model, tiny)
+    rows, spec = draw_rows(case, case.prompts), spec_of(case, model, tiny)
     figures = []
     for depth in DEPTHS:
         work = Work(rate, bandwidth)
-        peak = _trace(setup, depth, rows, system, work)
+        peak = _trace(spec, depth, rows, system, work)
         figures.append((work.products, work.passes, work.flops, peak))
-    config = setup.config
+    config = spec.config
     more = config.num_hidden_layers - DEPTHS[0]
     products, passes, flops, peak = (low + more * (high - low) for low, high in zip(*figures, strict=True))
     attention = 4 * config.num_attention_heads * config.head_dim * config.num_hidden_layers
@@ -134,9 +134,9 @@ def count(case: Case, system: str, model: str, rate: float, bandwidth: float, ti
     return Count(products + attention / rate, passes, flops + attention, peak)
 
 
-def setup_of(case: Case, model: str, tiny: bool = False, device: str = "cuda") -> memory.Setup:
-    """What `trl_nca.memory` asks of a run."""
-    return memory.Setup(
+def spec_of(case: Case, model: str, tiny: bool = False, device: str = "cuda") -> StepSpec:
+    """What `alignment.plan.trace` needs of a run."""
+    return StepSpec(
         config=mistral_config(tiny), dtype=torch.bfloat16, peft_config=LORA, device=device, autocast=torch.bfloat16,
         quantization="4bit" if model == MISTRAL_4BIT else None,
         checkpointing={"use_reentrant": False} if case.checkpointing else None,
@@ -145,26 +145,26 @@ def setup_of(case: Case, model: str, tiny: bool = False, device: str = "cuda") -
 
 def _batch(rows: Sequence[dict[str, Any]], max_tokens: int | None) -> tuple[dict[str, Any], int]:
     lengths = [(len(row["prompt_ids"]), [len(r) for r in row["response_ids"]]) for row in rows]
-    return memory.batch_to_plan(lengths, max_tokens)
+    return largest_forward(lengths, max_tokens)
 
 
 def plan(case: Case, model: str, tiny: bool = False, device: str = "cuda") -> dict[str, float]:
     """What `--plan` says of ours, in bytes by part, and their total."""
     batch, num_chunks = _batch(draw_rows(case, case.prompts), case.max_tokens)
-    setup = replace(setup_of(case, model, tiny, device), accumulates=num_chunks > 1)
+    spec = replace(spec_of(case, model, tiny, device), accumulates=num_chunks > 1)
     footprint = layouts.Footprint(
-        weights=memory.weights_of(setup), moments=memory.trace_step(setup, batch).moments, optim="adamw_torch",
-        mixed=True, frozen_copy=False, loads_copy=False, spreads_quantized=False, on_gpu=device == "cuda",
+        weights=weight_sizes(spec), phases=trace_step(spec, batch).phases, optim="adamw_torch",
+        mixed_precision=True, reference_copy=False, loads_reference=False, shards_quantized=False,
+        on_gpu=device == "cuda",
     )  # fmt: skip
-    return layouts.memory(footprint, "single", 1)[1]
+    return layouts.peak_memory(footprint, "single", 1)[1]
 
 
 def _pairs(rows: Sequence[dict[str, Any]], system: str) -> float:
     """Of queries and keys that attention scores: padded rows under a mask in whole squares, ours under the diagonal."""
     if system in (OURS, UNFUSED):
-        batch = GroupCollator()(list(rows))
-        groups = GroupLayout.of(batch["context_lengths"], batch["response_lengths"]).groups
-        sizes = [(c.stop - c.start, [r.stop - r.start for r in responses]) for c, responses in groups]
+        layout = GroupCollator()(list(rows))["layout"]
+        sizes = zip(layout.context_lengths, layout.response_lengths, strict=True)
         return sum(p * p / 2 + sum(n * (p + n / 2) for n in lengths) for p, lengths in sizes)
     longest = [len(row["prompt_ids"]) + max(map(len, row["response_ids"])) for row in rows]
     if system == "upstream":  # pads all pairs of the batch alike
@@ -172,21 +172,21 @@ def _pairs(rows: Sequence[dict[str, Any]], system: str) -> float:
     return sum(len(row["response_ids"]) * n**2 for n, row in zip(longest, rows, strict=True))
 
 
-def _trace(setup: memory.Setup, depth: int, rows: Sequence[dict[str, Any]], system: str, work: Work) -> int:
+def _trace(spec: StepSpec, depth: int, rows: Sequence[dict[str, Any]], system: str, work: Work) -> int:
     """Runs a step of a model of a few layers; returns its peak in bytes above the weights."""
-    model = build(setup, depth)
-    setup = replace(setup, shared_prompt="true" if system in (OURS, UNFUSED) else "false")
+    model = build_meta_model(spec, depth)
+    spec = replace(spec, shared_prompt="true" if system in (OURS, UNFUSED) else "false")
     with contextlib.ExitStack() as patches:
         if system != OURS:
             patches.enter_context(patch.object(logps, "fuse_layers", lambda model: None))
-            patches.enter_context(patch.object(memory, "plan_norms", lambda model: None))
-        inputs = memory.ready(setup, model, _batch(rows, None)[0])
+            patches.enter_context(patch.object(trace, "use_meta_norms", lambda model: None))
+        inputs = trainer_inputs(spec, model, _batch(rows, None)[0])
     if system == "upstream":
         inputs = _upstream_inputs(rows)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         fake_copy(model, fake)
         inputs = {name: fake.from_tensor(v) if isinstance(v, Tensor) else v for name, v in inputs.items()}
-        timeline = Timeline([*model.parameters(), *model.buffers()], setup.config.vocab_size)
+        timeline = Timeline([*model.parameters(), *model.buffers()], spec.config.vocab_size)
         with timeline, work:
             if system == "padded":
                 for row in rows:
@@ -199,8 +199,8 @@ def _trace(setup: memory.Setup, depth: int, rows: Sequence[dict[str, Any]], syst
                         model(**inputs)
                     total = model(**inputs).sum()
                 total.backward()
-        timeline.sort(0, [])
-    return sum(timeline.fullest(0, timeline.now).values())
+        timeline.classify(0, [])
+    return sum(timeline.peak(0, timeline.now).values())
 
 
 def _upstream_inputs(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def run(path: str) -> None:
     draw_nothing()
     for argv in json.loads(Path(path).read_text()):
         pairs = any(flag.startswith("--make_pairs") for flag in argv)
-        align([*argv, *sys.argv[2:]], WatchedPairTrainer if pairs else WatchedTrainer, pairs)
+        align([*argv, *sys.argv[2:]], WatchedPairTrainer if pairs else WatchedTrainer)
 
 
 def free_port() -> int:

@@ -13,13 +13,13 @@ from peft import LoraConfig, get_peft_model
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from alignment import answers as module
-from alignment.answers import TEMPERATURES, answer_mt_bench
 from alignment.errors import UserError
+from alignment.evaluation import answers as module
+from alignment.evaluation.answers import TEMPERATURES, answer_mt_bench
 from alignment.models import load_trained_model
-from alignment.sample import SamplingConfig, encode_prompt, sample_batch
+from alignment.sampling.sample import SamplingConfig, encode_prompt, sample_batch
 from tests.conftest import MODEL, SHARED, needs_model, needs_shared
-from tests.test_sample import Killed, read, save_stopping_model, script, write
+from tests.scripts import Killed, read, save_stopping_model, script, write
 from tests.tiny import save_tiny_model, tiny_tokenizer
 from trl_nca.responses import ResponseTokenizer
 

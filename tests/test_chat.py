@@ -7,10 +7,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from alignment.chat import HELP, chat, speakers
 from alignment.errors import UserError
-from alignment.sample import SamplingConfig, sample_responses
-from tests.test_sample import script
+from alignment.sampling.chat import HELP, chat, speakers
+from alignment.sampling.sample import SamplingConfig, sample_responses
+from tests.scripts import script
 from tests.tiny import tiny_tokenizer
 
 GREEDY = SamplingConfig(num_samples=1, max_new_tokens=6, temperature=0.0, batch_size=1)

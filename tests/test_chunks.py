@@ -6,14 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
-from transformers import LlamaForCausalLM
 
-from tests.tiny import SHAPES, rows_of, tiny_config
-from trl_nca.chunks import logps_for_training, logps_without_gradient, split_batch
+from tests.engine import losses_of, make_model, step
+from tests.tiny import SHAPES, rows_of
+from trl_nca.chunks import logps_without_gradient, split_batch
 from trl_nca.collate import GroupCollator
-from trl_nca.logps import prepare, response_logps
-from trl_nca.losses import LOSSES, SEPARABLE, reward_targets
+from trl_nca.logps import response_logps
 
 lengths = st.integers(1, 9)
 shapes = st.lists(st.tuples(lengths, st.lists(lengths, min_size=2, max_size=6)), min_size=1, max_size=5)
@@ -27,53 +25,17 @@ def test_chunks_hold_every_response_once_and_no_more_tokens_than_allowed(shapes,
     assert torch.equal(sum(chunk["response_mask"].int() for chunk in chunks), batch["response_mask"].int())
     for chunk in chunks:
         copies = chunk["response_mask"].sum(1) if not shared_prompt else chunk["response_mask"].any(1).int()
-        tokens = int(chunk["response_lengths"].sum() + (batch["context_lengths"] * copies).sum())
+        contexts = torch.tensor(batch["layout"].context_lengths)
+        num_targets = sum(map(sum, chunk["layout"].response_lengths))
+        tokens = num_targets + int((contexts * copies).sum())
         assert tokens <= most or chunk["response_mask"].sum() == 1
         assert chunk["input_ids"].shape == chunk["position_ids"].shape
-        assert chunk["input_ids"].shape[1] == chunk["context_lengths"].sum() + chunk["response_lengths"].sum()
-        assert len(chunk["targets"]) == chunk["response_lengths"].sum()
+        assert chunk["input_ids"].shape[1] == sum(chunk["layout"].context_lengths) + num_targets
+        assert len(chunk["targets"]) == num_targets
     if shared_prompt:
         for b, (prompt, responses) in enumerate(shapes):
             parts = sum(bool(chunk["response_mask"][b].any()) for chunk in chunks)
             assert parts == 1 or prompt - 1 + sum(responses) > most, "a group that fits is not split"
-
-
-def make_model(dropout=0.0, dtype=torch.float64):
-    torch.manual_seed(0)
-    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], lora_dropout=dropout)
-    model = get_peft_model(LlamaForCausalLM(tiny_config()), lora).to(dtype)
-    for name, p in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(p, std=0.1)
-    prepare([model])
-    return model.train()
-
-
-def losses_of(loss_type, batch, beta=0.05):
-    ref_logps = torch.linspace(-40, -20, batch["scores"].numel()).view(batch["scores"].shape)
-    targets = reward_targets(batch["scores"], 0.3, batch["response_mask"])
-    return lambda logps: LOSSES[loss_type](beta * (logps - ref_logps), targets, batch["response_mask"])
-
-
-def step(model, batch, loss_type, most, agree=int, deferred=contextlib.nullcontext, runs=None, beta=0.05):
-    """Back-propagates a batch in chunks of `most` tokens; returns its log-probs."""
-    loss = losses_of(loss_type, batch, beta)
-
-    def run(chunk):
-        if runs is not None:
-            runs.append((torch.is_grad_enabled(), chunk["input_ids"].shape[1]))
-        return response_logps(model, chunk, True)
-
-    logps = logps_for_training(
-        run,
-        split_batch(batch, most),
-        separable=loss_type in SEPARABLE,
-        backward=lambda logps: loss(logps).sum().backward(),
-        deferred=deferred,
-        agree=agree,
-    )
-    loss(logps).sum().backward()
-    return logps.detach()
 
 
 def gradients(model, *args, **kwargs):
@@ -122,16 +84,16 @@ def test_idle_chunks_change_nothing(loss_type):
     model, batch = make_model(), GroupCollator()(rows_of(SHAPES))
     expected = gradients(model, batch, loss_type, 12)
     runs = []
-    found = gradients(model, batch, loss_type, 12, agree=lambda n: n + 3, runs=runs)
+    found = gradients(model, batch, loss_type, 12, max_over_ranks=lambda n: n + 3, runs=runs)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
     assert sum(with_gradient for with_gradient, _ in runs) == len(split_batch(batch, 12)) + 3
 
 
-def test_all_chunks_but_the_last_are_deferred():
+def test_all_chunks_but_the_last_are_not_synchronised():
     depth, seen = [0], []
 
     @contextlib.contextmanager
-    def deferred():
+    def no_sync():
         depth[0] += 1
         yield
         depth[0] -= 1
@@ -141,7 +103,7 @@ def test_all_chunks_but_the_last_are_deferred():
             seen.append(depth[0])
 
     batch = GroupCollator()(rows_of(SHAPES))
-    gradients(make_model(), batch, "NCA", 12, deferred=deferred, runs=Runs())
+    gradients(make_model(), batch, "NCA", 12, no_sync=no_sync, runs=Runs())
     assert seen == [1] * (len(split_batch(batch, 12)) - 1) + [0]
 
 

@@ -18,8 +18,8 @@ def test_rows_are_prompt_major_and_positions_restart():
     assert batch["input_ids"].tolist() == [[10, 11, 11, 2, 11, 12, 5, 12]]
     assert batch["position_ids"].tolist() == [[0, 1, 1, 2, 1, 0, 1, 0]]
     assert batch["targets"].tolist() == [1, 2, 3, 4, 5, 6, 7]
-    assert batch["context_lengths"].tolist() == [1, 0]
-    assert batch["response_lengths"].tolist() == [[1, 2, 1], [2, 1, 0]]
+    assert batch["layout"].context_lengths == [1, 0]
+    assert batch["layout"].response_lengths == [[1, 2, 1], [2, 1, 0]]
     assert batch["response_mask"].tolist() == [[True, True, True], [True, True, False]]
     assert batch["scores"].tolist() == [[1, 2, 3], [4, 5, 0]]
     assert next(iter(batch)) == "scores"  # the Trainer counts examples by the first tensor

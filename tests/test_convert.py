@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from alignment.convert import ConvertConfig, convert
-from alignment.data_report import Columns, describe, summary
+from alignment.data.convert import ConvertConfig, convert
+from alignment.data.report import Columns, describe, summary
 from alignment.errors import UserError
 from tests.conftest import SHARED, needs_shared
-from tests.test_data import LONG, PAIR, ROW, ULTRAFEEDBACK, USER, numbered, said, write_jsonl
-from tests.test_sample import script
+from tests.rows import LONG, PAIR, ROW, ULTRAFEEDBACK, USER, numbered, said, write_jsonl
+from tests.scripts import script
 
 
 def run(tmp_path, rows, to="list", name="out.jsonl", **settings):
@@ -92,9 +92,9 @@ def test_script(tmp_path, monkeypatch, capsys):
     words = [source, "--to", "list", "--output", tmp_path / "out.jsonl"]
     assert script(monkeypatch, "convert.py", *words, "--report", tmp_path / "report") == 0
     printed = capsys.readouterr().out
-    assert "2 of 3 rows kept (dropped: not_json 1); mended: text_score 1; 6 responses" in printed
+    assert "2 of 3 rows kept (dropped: not_json 1); fixed: text_score 1; 6 responses" in printed
     report = json.loads((tmp_path / "report" / "data_report.json").read_text())
-    assert (report["rows_in"], report["rows_kept"], report["rows_mended"], report["rows_dropped"]) == (3, 2, 1, 1)
+    assert (report["rows_in"], report["rows_kept"], report["rows_fixed"], report["rows_dropped"]) == (3, 2, 1, 1)
     assert report["examples"]["not_json"][0].startswith(f"{source}, line 2: not JSON")
     assert (tmp_path / "report" / "data_report.png").read_bytes()[1:4] == b"PNG"
     assert script(monkeypatch, "convert.py", *words, "--too", "x") == 2
@@ -104,7 +104,7 @@ def test_script(tmp_path, monkeypatch, capsys):
 def test_lengths_in_tokens(tmp_path, tiny_model, monkeypatch):
     source = write_jsonl(tmp_path / "in.jsonl", [ROW | {"responses": ["Rome<|im_end|>", "Paris", "Oslo"]}])
     words = ["--output", tmp_path / "out.jsonl", "--tokenizer", tiny_model, "--report", tmp_path]
-    assert script(monkeypatch, "convert.py", source, *words, "--row_rules", '{"control_tokens": "mend"}') == 0
+    assert script(monkeypatch, "convert.py", source, *words, "--row_rules", '{"control_tokens": "fix"}') == 0
     assert json.loads((tmp_path / "data_report.json").read_text())["lengths"]["unit"] == "tokens"
     assert lines(tmp_path / "out.jsonl")[0]["responses"] == ROW["responses"]
 
@@ -153,7 +153,7 @@ def test_report_in_lines(tmp_path):
     assert "K: 2 to 39;" in summary("rows", many)
 
 
-#: What becomes of the awkward rows with the default rules, by their number in the file: a reason, or what was mended.
+#: What becomes of the awkward rows with the default rules, by their number in the file: a reason, or what was fixed.
 DROPPED = {
     5: "identical_scores", 14: "too_few_responses", 15: "too_few_responses", 16: "too_few_responses",
     17: "too_few_responses", 19: "too_few_responses", 20: "too_few_responses", 21: "no_prompt",
@@ -165,20 +165,20 @@ MENDED = {0: "empty_response", 1: "empty_response", 3: "duplicate_response", 4: 
 
 
 @needs_shared
-def test_awkward_real_rows_are_kept_mended_or_dropped_under_a_name(tmp_path):
+def test_awkward_real_rows_are_kept_fixed_or_dropped_under_a_name(tmp_path):
     rows = [json.loads(line)["row"] for line in (SHARED / "data" / "messy_rows.jsonl").read_text().splitlines()]
-    dropped, mended = {}, {}
+    dropped, fixed = {}, {}
     for i, row in enumerate(rows):
         report, _ = run(tmp_path, [row, numbered(i)])
         assert report["rows_in"] == report["rows_kept"] + report["rows_dropped"] == 2
-        for what, found in ((dropped, report["dropped_by_reason"]), (mended, report["mended_by_reason"])):
+        for what, found in ((dropped, report["dropped_by_reason"]), (fixed, report["fixed_by_reason"])):
             if found:
                 (what[i],) = found
-    assert (dropped, mended) == (DROPPED, MENDED)
+    assert (dropped, fixed) == (DROPPED, MENDED)
     report, output = run(tmp_path, rows)
     assert report["dropped_by_reason"] == Counter(DROPPED.values())
     assert len(lines(output)) == report["rows_kept"] == 30 - len(DROPPED)
-    assert report["rows_mended"] == len(MENDED)
+    assert report["rows_fixed"] == len(MENDED)
 
 
 @needs_shared
@@ -192,7 +192,7 @@ def test_both_releases_of_ultrafeedback(tmp_path):
         annotations = json.loads(json.dumps(rated["annotations"]).replace('"Rating": "3"', '"Rating": "N/A"'))
         row["completions"][1]["annotations"] = annotations
         report, output = run(tmp_path, [row])
-        assert report["mended_by_reason"] == {"no_overall_score": 1}
+        assert report["fixed_by_reason"] == {"no_overall_score": 1}
         (line,) = lines(output)
         assert line["scores"] in ([2.75, 2.0], [2.5, 2.0])
 

@@ -9,32 +9,14 @@ from datasets import Dataset, DatasetDict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from alignment import reading, sources
-from alignment.data import DataConfig, check_rows, load_groups
+from alignment.data import reading, sources
+from alignment.data.groups import GroupReader, RowConfig
+from alignment.data.load import DataConfig, check_rows, load_groups
+from alignment.data.reading import load_source
+from alignment.data.row import BadRow
 from alignment.errors import UserError
-from alignment.groups import GroupReader, RowConfig
-from alignment.reading import load_source
-from alignment.rules import BadRow
 from tests.conftest import SHARED, needs_shared
-
-USER = [{"role": "user", "content": "Capital of France?"}]
-ROW = {"prompt": "Capital of France?", "responses": ["Rome", "Paris", "Oslo"], "scores": [0.1, 0.9, 0.2]}
-
-
-def said(text):
-    return [{"role": "assistant", "content": text}]
-
-
-def numbered(i, **changes):
-    """A row of its own prompt."""
-    return ROW | {"prompt": f"Question {i}"} | changes
-
-
-def write_jsonl(path, rows):
-    open_text = gzip.open if path.suffix == ".gz" else open
-    with open_text(path, "wt") as file:
-        file.writelines((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
-    return str(path)
+from tests.rows import GROUP, LONG, PAIR, ROW, ULTRAFEEDBACK, USER, numbered, said, write_jsonl
 
 
 def load(path, pairs=False, **settings):
@@ -51,17 +33,6 @@ def read(row, pairs=False, **settings):
     """The groups that a row becomes."""
     groups = GroupReader(RowConfig(**settings), pairs)(row)
     return [{"prompt": g.prompt, "responses": g.responses, "scores": g.scores} for g in groups]
-
-
-GROUP = {"prompt": USER, "responses": ["Rome", "Paris", "Oslo"], "scores": [0.1, 0.9, 0.2]}
-PAIR = {"prompt": USER, "responses": ["Paris", "Rome"], "scores": [0.9, 0.1]}
-ULTRAFEEDBACK = {
-    "instruction": "Capital of France?",
-    "completions": [
-        {"response": r, "overall_score": s, "fine-grained_score": 3, "annotations": {}}
-        for r, s in [("Rome", 0.1), ("Paris", 0.9), ("Oslo", 0.2)]
-    ],
-}
 
 
 @pytest.mark.parametrize(
@@ -213,15 +184,6 @@ def test_files(tmp_path, name):
     }
 
 
-LONG = [
-    {"prompt_id": 1, "prompt": "Capital of France?", "response": "Rome", "score": 0.1},
-    {"prompt_id": 2, "prompt": "Capital of Italy?", "response": "Rome", "score": 5},
-    {"prompt_id": 1, "prompt": None, "response": "Paris", "score": 0.9},
-    {"prompt_id": 2, "prompt": "Capital of Italy?", "response": "Oslo", "score": 1},
-    {"prompt_id": 1, "prompt": "Capital of France?", "response": "Oslo", "score": 0.2},
-]
-
-
 def test_rows_of_one_response_are_gathered(tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "long.jsonl", [*LONG, "{torn", {"prompt": "p", "responses": []}])
     italy = {"prompt": [{"role": "user", "content": "Capital of Italy?"}], "responses": ["Rome", "Oslo"]}
@@ -267,7 +229,7 @@ def test_csv(tmp_path):
         'Capital of France?,"Lyon,\nI think",N/A,said in two lines\nCapital of France?,Nice,,\n'
     )
     assert load(str(long))[0] == PAIR
-    assert counts(str(long))["mended_by_reason"] == {"unreadable_score": 1, "missing_score": 1}
+    assert counts(str(long))["fixed_by_reason"] == {"unreadable_score": 1, "missing_score": 1}
     labels = tmp_path / "labels.csv"
     labels.write_text("prompt,completion,label\nq,Paris,True\nq,Rome,false\nq,torn,False,cell\nr,a,1\nr,b,0\n")
     assert [row["scores"] for row in load(str(labels), max_dropped_fraction=0.5)] == [[1.0, 0.0], [1.0, 0.0]]
@@ -308,7 +270,7 @@ def test_a_killed_read_goes_on_with_the_pieces_that_are_missing(tmp_path, monkey
         patch.setattr(reading, "read_piece", killed)
         load_source(path, config=RowConfig(), num_proc=1)
     monkeypatch.setattr(reading, "read_piece", noted)
-    assert load_source(path, config=RowConfig(), num_proc=1)["where"][39] == f"{path}, line 40"
+    assert load_source(path, config=RowConfig(), num_proc=1)["location"][39] == f"{path}, line 40"
     assert seen == [0, *(piece.start for piece in pieces[2:])]  # the first piece, to see of which form the rows are
 
 
@@ -317,7 +279,7 @@ def test_several_processes_read_the_same_rows(tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "rows.jsonl", ["{torn", *(numbered(i) for i in range(100))])
     assert len(sources.open_source(path)) > 3
     rows = load_source(path, config=RowConfig(), num_proc=2)
-    assert rows["where"][:] == [f"{path}, line {i + 1}" for i in range(101)]
+    assert rows["location"][:] == [f"{path}, line {i + 1}" for i in range(101)]
     assert [p[0]["content"] for p in rows["prompt"][1:]] == [f"Question {i}" for i in range(100)]
 
 
@@ -480,6 +442,49 @@ def test_rows_must_fit_loss_and_tokenizer(tmp_path):
 def test_settings_out_of_range(setting, message):
     with pytest.raises((ValueError, UserError), match=message):
         DataConfig(train_file="x.jsonl", **setting)
+
+
+MIXER = {"dataset_mixer": {"a/b": 1.0}}
+MIXTURE = {"dataset_mixture": {"datasets": [{"id": "a/b"}], "test_split_size": 5}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "no training data; set train_file, dataset_mixer or dataset_mixture"),
+        (
+            MIXER | {"train_file": "t.jsonl"},
+            "train_file: dataset_mixer names training data too; give one of",
+        ),
+        (MIXER | MIXTURE, "dataset_mixer: dataset_mixture names training data too"),
+        (MIXER | {"eval_file": "e.jsonl"}, "eval_file: is read with train_file alone, and .* is in dataset_mixer"),
+        (MIXTURE | {"eval_file": "e.jsonl"}, "eval_file: is read with train_file alone, and .* is in dataset_mixture"),
+        (
+            {"train_file": "t.jsonl", "eval_file": "e.jsonl", "eval_fraction": 0.1},
+            "eval_file: eval_fraction names",
+        ),
+        (
+            MIXER | {"eval_fraction": 0.1, "dataset_splits": ["train", "test"]},
+            "eval_fraction: dataset_splits names",
+        ),
+        (MIXTURE | {"eval_fraction": 0.1}, "eval_fraction: test_split_size names held-out rows too"),
+        ({"train_file": "t.jsonl", "dataset_splits": ["train"]}, "dataset_splits: is read with dataset_mixer alone"),
+        ({"train_file": "t.jsonl", "dataset_configs": ["x"]}, "dataset_configs: is read with dataset_mixer alone"),
+        (MIXER | {"dataset_configs": ["x", "y"]}, "dataset_configs: 2 names for the 1 sources of dataset_mixer"),
+    ],
+)
+def test_keys_that_contradict_each_other_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        DataConfig(**settings)
+
+
+def test_eval_fraction_reads_no_test_split(tmp_path):
+    """It would be thrown away."""
+    parts = {"train": Dataset.from_list([numbered(i) for i in range(40)]), "test": Dataset.from_list([numbered(99)])}
+    DatasetDict(parts).save_to_disk(tmp_path / "both")
+    rows, _ = load_groups(DataConfig(dataset_mixer={str(tmp_path / "both"): 1.0}, eval_fraction=0.3))
+    assert len(rows["train"]) + len(rows["eval"]) == 40
+    assert len(load_groups(DataConfig(dataset_mixer={str(tmp_path / "both"): 1.0}))[0]["eval"]) == 1
 
 
 @needs_shared

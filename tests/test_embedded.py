@@ -9,10 +9,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from alignment.evaluate import bootstrap_interval
-from alignment.report import compare_samples, verdict
-from alignment.sample import sample_responses
-from alignment.score import load_reward_function
+from alignment.evaluation.held_out import bootstrap_interval
+from alignment.report.tables import compare_samples, verdict
+from alignment.sampling.sample import sample_responses
+from alignment.sampling.score import load_reward_function
 from tests.conftest import MODEL, ROOT, needs_model
 from tests.tiny import tiny_config, tiny_tokenizer
 

@@ -190,7 +190,7 @@ def test_sweeps_that_cannot_be(given, message):
 
 
 def test_the_commands_parse():
-    from alignment.data import DataConfig
+    from alignment.data.load import DataConfig
     from alignment.models import PolicyConfig
     from alignment.recipe import RunConfig, parse_recipe
     from nca_trainer import NCAConfig

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import yaml
 
-from alignment import watch
-from alignment.data_report import Columns, describe
+from alignment.data.report import Columns, describe
 from alignment.errors import UserError
-from alignment.figures import draw_all
-from alignment.html_report import report_comparison, report_run
-from alignment.report import key_figures, runs_table
-from alignment.runs import Run, alarm, read_run, read_runs
-from alignment.watch import Watch, write_report
+from alignment.report import callback
+from alignment.report.callback import ReportCallback, write_report
+from alignment.report.figures import draw_all
+from alignment.report.html import report_comparison, report_run
+from alignment.report.runs import Run, alarm, read_run, read_runs
+from alignment.report.tables import key_figures, runs_table
 from tests.conftest import ROOT
 
 EVIL = "<script>alert('x')</script> & $x^{2$ <img src=https://example.org/a.png>"
@@ -52,7 +52,7 @@ def write_run(folder, loss="NCA", best=0.02, **recipe):
     folder.mkdir()
     rng = np.random.default_rng(0)
     columns = Columns(rng.random(40), rng.integers(5, 50, 40), rng.integers(5, 9, 10), np.full(10, 4), "tokens")
-    counts = {"rows_in": 10, "rows_kept": 10, "rows_dropped": 0, "dropped_by_reason": {}, "mended_by_reason": {}}
+    counts = {"rows_in": 10, "rows_kept": 10, "rows_dropped": 0, "dropped_by_reason": {}, "fixed_by_reason": {}}
     recipe = {"model_name_or_path": "models/some-model", "loss_type": loss, "beta": 0.1, "alpha": 0.5} | recipe
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     files = {
@@ -74,7 +74,7 @@ def write_run(folder, loss="NCA", best=0.02, **recipe):
 @pytest.fixture
 def no_figures(monkeypatch):
     """Drawing takes time, and not all tests look at what is drawn."""
-    monkeypatch.setattr("alignment.html_report.draw_all", lambda runs, folder: [])
+    monkeypatch.setattr("alignment.report.html.draw_all", lambda runs, folder: [])
 
 
 class Page(HTMLParser):
@@ -184,7 +184,7 @@ def test_a_failure_to_draw_is_one_warning_line(folder, caplog, monkeypatch):
     def fail(*args):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("alignment.html_report.draw_all", fail)
+    monkeypatch.setattr("alignment.report.html.draw_all", fail)
     write_report(str(folder))
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
@@ -291,14 +291,14 @@ def test_the_script(folder, tmp_path, capsys, no_figures, monkeypatch):
         assert line.startswith("error: ")
 
 
-def test_a_run_is_watched(tmp_path, tiny_model, monkeypatch):
+def test_a_report_is_written_at_each_evaluation(tmp_path, tiny_model, monkeypatch):
     from nca_trainer import NCATrainer
     from run_reward import align
 
     steps = []
-    draw = watch.write_report
+    draw = callback.write_report
     monkeypatch.setattr(
-        watch, "write_report", lambda out, lines=None: (steps.append(lines[-1]["step"]), draw(out, lines))
+        callback, "write_report", lambda out, lines=None: (steps.append(lines[-1]["step"]), draw(out, lines))
     )
     rows = [{"prompt": f"Name {i}", "responses": ["Paris is", "Rome"], "scores": [1.0, 0.5]} for i in range(8)]
     for name, part in (("train", rows[:5]), ("eval", rows[5:])):
@@ -308,7 +308,7 @@ def test_a_run_is_watched(tmp_path, tiny_model, monkeypatch):
               "eval_strategy": "steps", "eval_steps": 2, "report_to": "none", "save_strategy": "no",
               "per_device_eval_batch_size": 2, "disable_tqdm": True}  # fmt: skip
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
-    align([str(tmp_path / "r.yaml"), "--use_peft=true", "--lora_target_modules=q_proj"], NCATrainer, pairs=False)
+    align([str(tmp_path / "r.yaml"), "--use_peft=true", "--lora_target_modules=q_proj"], NCATrainer)
     assert steps == [2, 4], "at each evaluation, before trainer_state.json is there"
     run = read_run(tmp_path / "out")
     assert run.held_out["step"] == 4
@@ -322,7 +322,7 @@ def test_without_held_out_rows_checkpoints_are_reported(folder, no_figures):
     from types import SimpleNamespace
 
     (folder / "held_out.json").unlink()
-    seen = Watch(dict)
+    seen = ReportCallback(SimpleNamespace(eval_metrics={}))
     state = SimpleNamespace(is_world_process_zero=True, log_history=history())
     for strategy, written in (("steps", False), ("no", True)):
         seen.on_train_begin()

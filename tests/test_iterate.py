@@ -8,9 +8,9 @@ import sys
 import pytest
 
 from alignment.errors import UserError
-from alignment.report import rounds_table
+from alignment.report.tables import rounds_table
 from tests.conftest import ROOT
-from tests.test_sample import save_stopping_model
+from tests.scripts import save_stopping_model
 
 
 def scored(means, first="p0"):

@@ -21,16 +21,16 @@ import pytest
 import torch
 from transformers import LlamaForSequenceClassification
 
-from alignment import endpoint as module
-from alignment.endpoint import EndpointConfig
 from alignment.errors import UserError
-from alignment.evaluate import bootstrap_interval
-from alignment.judge import open_judge
-from alignment.judge_alpaca_eval import compare_alpaca_eval, is_flipped
-from alignment.judge_mt_bench import grade_mt_bench
+from alignment.evaluation import endpoint as module
+from alignment.evaluation.endpoint import EndpointConfig
+from alignment.evaluation.held_out import bootstrap_interval
+from alignment.evaluation.judge import open_judge
+from alignment.evaluation.judge_alpaca_eval import compare_alpaca_eval, is_flipped
+from alignment.evaluation.judge_mt_bench import grade_mt_bench
 from alignment.resumable import content_hash
 from tests.conftest import ROOT, SHARED, needs_shared
-from tests.test_sample import read, script, write
+from tests.scripts import read, script, write
 from tests.tiny import tiny_config, tiny_tokenizer
 
 MT_BENCH = SHARED / "data" / "mt_bench"
@@ -457,7 +457,7 @@ def test_a_budget_leaves_out_what_has_no_verdict(pairs, tmp_path, server):
 
 
 def test_the_length_controlled_win_rate_is_alpaca_evals(pairs, tmp_path, server, monkeypatch):
-    monkeypatch.setattr("alignment.judge_alpaca_eval.OFFICIAL_INSTRUCTIONS", 40)
+    monkeypatch.setattr("alignment.evaluation.judge_alpaca_eval.OFFICIAL_INSTRUCTIONS", 40)
     server.answer = prefers_ours
     assert "needs the package alpaca_eval" in compare(pairs, tmp_path, server)
     seen = []

@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from safetensors.torch import load_file
 
@@ -23,8 +22,8 @@ from nca_trainer import NCATrainer, PairwiseNCATrainer
 from run_reward import align
 from tests.conftest import ROOT
 from tests.launch_runs import free_port
-from tests.test_recipe import documentation
-from tests.test_scripts import text
+from tests.scripts import documentation
+from tests.trainers import text
 
 CONFIGS = ROOT / "alignment-handbook" / "recipes" / "accelerate_configs"
 SLURM = ROOT / "alignment-handbook" / "recipes" / "slurm.sh"
@@ -71,7 +70,7 @@ def one_process(work):
     """What one process logs and saves, by LoRA and by full fine-tuning."""
     for run, flags in RUNS.items():
         trainer = PairwiseNCATrainer if run == "pairs" else NCATrainer
-        align(command(work, run, *flags, "--per_device_train_batch_size=8"), trainer, pairs=run == "pairs")
+        align(command(work, run, *flags, "--per_device_train_batch_size=8"), trainer)
     return {run: outcome(work / run) for run in RUNS}
 
 
@@ -119,7 +118,7 @@ def assert_same(launch, folder, expected):
     ids=["accumulation", "padded", "chunks", "checkpointing", "cached-reference"],
 )
 def test_one_process_otherwise(work, one_process, tmp_path, flags):
-    align(command(work, tmp_path / "lora", *flags, f"--ref_logps_dir={tmp_path}/ref"), NCATrainer, pairs=False)
+    align(command(work, tmp_path / "lora", *flags, f"--ref_logps_dir={tmp_path}/ref"), NCATrainer)
     assert_same(" ".join(flags), tmp_path / "lora", one_process["lora"])
 
 
@@ -235,13 +234,6 @@ def test_multi_cpu_starts_the_processes_that_it_is_asked_for(tmp_path):
     assert shell([*ACCELERATE, *launch, str(tmp_path / "hello.py")]).count("2 0 []") == 2
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_launch_config_loads(path):
-    config = load_config_from_file(str(path))
-    assert config.num_processes >= 1
-    assert config.mixed_precision == "no", "the recipe says it"
-
-
 def documented_launches():
     return sorted(set(re.findall(r"accelerate launch (--config_file [^`\n]*run_\w+\.py[^`\n]*)", documentation())))
 
@@ -273,6 +265,6 @@ def test_fsdp2_over_4bit_weights(work, tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU's optimizer is paged: needs one")
 def test_qlora_with_a_paged_optimizer(work, tmp_path):
     flags = ["--load_in_4bit=true", "--dtype=bfloat16", "--bf16=true", "--optim=paged_adamw_32bit"]
-    align(command(work, tmp_path / "out", *flags), NCATrainer, pairs=False)
+    align(command(work, tmp_path / "out", *flags), NCATrainer)
     logged, _ = outcome(tmp_path / "out")
     assert logged[0]["loss"] == pytest.approx(1.3863, abs=1e-3)

@@ -18,7 +18,7 @@ from tests.tiny import SIZES, rows_of, tiny_config, tiny_tokenizer
 from trl_nca import layers
 from trl_nca.collate import GroupCollator
 from trl_nca.layers import fuse_layers
-from trl_nca.logps import prepare, response_logps
+from trl_nca.logps import patch_models, response_logps
 
 LORA = LoraConfig(r=4, lora_alpha=10, target_modules="all-linear", task_type="CAUSAL_LM")
 IDS = torch.arange(40).reshape(2, 20)
@@ -37,10 +37,11 @@ def outcome(model, autocast=False):
     """Logits and the gradient of all that is trained."""
     trained = [p for p in model.parameters() if p.requires_grad]
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        logits = model(input_ids=IDS).logits.float()
+        logits = model(input_ids=IDS).logits
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     gradients = torch.autograd.grad(logits.pow(2).sum(), trained)
     assert [g.dtype for g in gradients] == [p.dtype for p in trained]
-    return logits.detach(), torch.cat([g.flatten().float() for g in gradients])
+    return logits.detach(), torch.cat([g.flatten().to(logits.dtype) for g in gradients])
 
 
 def distances(exact, other):
@@ -60,13 +61,13 @@ def fused_calls(monkeypatch):
 
 
 def test_the_numbers_are_pefts(fused_calls):
-    model = lora_model()
+    model = lora_model().double()
     exact = outcome(model)
     fuse_layers(model)
-    assert max(distances(exact, outcome(model))) < 1e-6
+    assert max(distances(exact, outcome(model))) < 1e-12
     assert fused_calls == [2.5] * 14, "each of seven linear layers, two times over"
     fuse_layers(model)
-    assert max(distances(exact, outcome(model))) < 1e-6, "a second time changes nothing"
+    assert max(distances(exact, outcome(model))) < 1e-12, "a second time changes nothing"
 
 
 def test_in_bfloat16_they_are_as_near_to_float32_as_pefts(fused_calls):
@@ -116,14 +117,14 @@ def test_over_layers_that_give_a_view_of_their_own_tensor(fused_calls):
         def backward(ctx, gradient):
             return gradient @ ctx.saved_tensors[0], None
 
-    model = lora_model()
+    model = lora_model().double()
     exact = outcome(model)
     for module in model.modules():
         if hasattr(module, "base_layer"):
             base = module.base_layer
             base.forward = lambda x, base=base: Viewed.apply(x, base.weight)
     fuse_layers(model)
-    assert max(distances(exact, outcome(model))) < 1e-6
+    assert max(distances(exact, outcome(model))) < 1e-12
     assert len(fused_calls) == 14
 
 
@@ -267,8 +268,8 @@ def test_a_small_learning_rate_moves_a_quantized_models_adapter(tmp_path):
 def test_a_compiled_model_is_not_compiled_again_for_every_layout():
     compiled = CompileCounter()
     model = lora_model(base=LlamaForCausalLM(tiny_config(num_hidden_layers=1)))
-    plain, shared = copy.deepcopy(model), prepare([model])
-    prepare([plain])
+    plain, shared = copy.deepcopy(model), patch_models([model])
+    patch_models([plain])
     model.compile(backend=compiled)
     counts = []
     layouts = [[(7, (3, 5, 1))], [(9, (4, 9)), (3, (2, 2))], [(30, (21, 2)), (4, (5, 1, 1))]]

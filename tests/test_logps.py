@@ -8,39 +8,17 @@ from peft import PromptTuningConfig, get_peft_model
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
 )
 
+from tests.engine import FAMILIES, make
 from tests.tiny import SHAPES, SIZES, rows_of, tiny_config
 from trl_nca import shared_prompt
 from trl_nca.collate import GroupCollator
-from trl_nca.logps import prepare, response_logps
-from trl_nca.shared_prompt import why_not
-
-FAMILIES = {
-    "llama": (LlamaForCausalLM, tiny_config()),
-    "mistral-window": (MistralForCausalLM, MistralConfig(**SIZES, sliding_window=6)),
-    "qwen2": (Qwen2ForCausalLM, Qwen2Config(**{k: v for k, v in SIZES.items() if k != "head_dim"})),
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES)),
-    "gemma3": (
-        Gemma3ForCausalLM,
-        Gemma3TextConfig(**SIZES, sliding_window=5, layer_types=["sliding_attention", "full_attention"]),
-    ),
-}
-
-
-def make(family):
-    torch.manual_seed(0)
-    model_class, config = FAMILIES[family]
-    return model_class(config).double()
+from trl_nca.logps import patch_models, response_logps
+from trl_nca.shared_prompt import unsupported_reason
 
 
 def by_hand(model, rows):
@@ -63,7 +41,7 @@ def test_packed_equals_padded_equals_by_hand(family):
     expected = by_hand(model, rows)
     expected_gradient = torch.autograd.grad(expected.square().mean(), model.parameters())
 
-    assert prepare([model])
+    assert patch_models([model])
     for packed in (True, False):
         logps = response_logps(model, batch, packed)
         assert (logps[~mask] == 0).all()
@@ -75,7 +53,7 @@ def test_packed_equals_padded_equals_by_hand(family):
 
 def test_gradient_checkpointing_changes_nothing():
     model, batch = make("mistral-window"), GroupCollator()(rows_of(SHAPES))
-    assert prepare([model])
+    assert patch_models([model])
     model.train()
     plain = torch.autograd.grad(response_logps(model, batch, True).sum(), model.parameters())
     model.gradient_checkpointing_enable()
@@ -86,10 +64,10 @@ def test_gradient_checkpointing_changes_nothing():
 def test_the_sliding_window_is_seen():
     batch = GroupCollator()(rows_of(SHAPES))
     windowed = make("mistral-window")
-    assert prepare([windowed])
+    assert patch_models([windowed])
     wide = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=None)).double()
     wide.load_state_dict(windowed.state_dict())
-    assert prepare([wide])
+    assert patch_models([wide])
     difference = response_logps(windowed, batch, True) - response_logps(wide, batch, True)
     assert difference.abs().max() > 1e-3
 
@@ -113,7 +91,7 @@ def test_packed_for_flash_attention(family, monkeypatch):
         return torch.cat(outs)
 
     model, batch = make(family), GroupCollator()(rows_of(SHAPES))
-    assert prepare([model])
+    assert patch_models([model])
     expected = response_logps(model, batch, True)
     monkeypatch.setattr(shared_prompt, "varlen_attn", varlen_attn)
     monkeypatch.setattr(shared_prompt, "_has_flash", lambda query: True)
@@ -123,7 +101,7 @@ def test_packed_for_flash_attention(family, monkeypatch):
 
 def test_responses_do_not_see_each_other():
     model, rows = make("llama"), rows_of(SHAPES)
-    assert prepare([model])
+    assert patch_models([model])
     before = response_logps(model, GroupCollator()(rows), True)
     rows[0]["response_ids"][1] = [5, 6, 7, 8]
     after = response_logps(model, GroupCollator()(rows), True)
@@ -134,16 +112,16 @@ def test_responses_do_not_see_each_other():
 def test_sampling_is_as_before_after_the_switch():
     model, prompt = make("gemma3"), torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
     expected = model.generate(prompt, max_new_tokens=12, do_sample=False)
-    assert prepare([model])
+    assert patch_models([model])
     assert torch.equal(model.generate(prompt, max_new_tokens=12, do_sample=False), expected)
 
 
 def test_models_that_cannot_share_say_why():
     softcapped = Gemma2ForCausalLM(Gemma2Config(**SIZES))  # caps attention scores, so it runs eager attention
-    assert "'eager'" in why_not(softcapped)
+    assert "'eager'" in unsupported_reason(softcapped)
     chunked = LlamaForCausalLM(tiny_config(layer_types=["full_attention", "chunked_attention"]))
-    assert "chunked_attention" in why_not(chunked)
+    assert "chunked_attention" in unsupported_reason(chunked)
     virtual = get_peft_model(
         LlamaForCausalLM(tiny_config()), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     )
-    assert "virtual tokens" in why_not(virtual)
+    assert "virtual tokens" in unsupported_reason(virtual)

@@ -14,19 +14,20 @@ from huggingface_hub import constants
 from peft import LoraConfig
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
-from alignment import layouts, planning
-from alignment.data import DataConfig
+from alignment.configs import parse_configs
 from alignment.errors import UserError
+from alignment.launch import launched_layout
 from alignment.models import SHIPPED_CONFIGS, PolicyConfig
-from alignment.planning import describe, make_plan, show_plan
-from alignment.recipe import PLAN_KEYS, RunConfig, parse_recipe
+from alignment.plan import estimate, layouts, trace
+from alignment.plan import show as planning
+from alignment.plan.compatibility import check_layout, incompatibilities
+from alignment.plan.meta_model import StepSpec
+from alignment.plan.show import describe, make_plan, offline_if_unreachable, show_plan
+from alignment.plan.trace import StepMemory, largest_forward, repeat_batch, trace_step, weight_sizes
+from alignment.recipe import PLAN_KEYS
 from benchmarks.plan import LORA, SMALL, Case, measured, planned
-from nca_trainer import NCAConfig
-from run_reward import prepare
 from tests.conftest import ROOT
 from tests.tiny import tiny_config
-from trl_nca import memory
-from trl_nca.planned_model import Setup
 
 RECIPES = sorted((ROOT / "yamls").glob("*.yaml"))
 SHORT = {"lengths": (50, 50)}
@@ -46,9 +47,9 @@ def test_the_plan_is_what_training_takes(case):
     assert abs(plan["total"] / peak - 1) < 0.05, (plan, peak)  # 15 % is what is promised
 
 
-def setup_of(name="mistralai--Mistral-7B-v0.1", **changes):
+def spec_of(name="mistralai--Mistral-7B-v0.1", **changes):
     config = AutoConfig.from_pretrained(SHIPPED_CONFIGS / f"{name}.json")
-    return Setup(config, torch.bfloat16, autocast=torch.bfloat16, **changes)
+    return StepSpec(config, torch.bfloat16, autocast=torch.bfloat16, **changes)
 
 
 @pytest.mark.parametrize(
@@ -62,92 +63,90 @@ def setup_of(name="mistralai--Mistral-7B-v0.1", **changes):
     ],
 )
 def test_shipped_configs_have_the_published_sizes(name, billions):
-    weights = memory.weights_of(setup_of(name))
+    weights = weight_sizes(spec_of(name))
     assert weights.num_trained == pytest.approx(billions * 1e9, rel=1e-4)
     assert weights.base == weights.trained == 2 * weights.num_trained
 
 
 def test_quantization_takes_linear_layers_and_no_experts():
-    mistral = memory.weights_of(setup_of(quantization="4bit", peft_config=LORA))
+    mistral = weight_sizes(spec_of(quantization="4bit", peft_config=LORA))
     num_linear = 32 * (4096 * 4096 * 2 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
     assert mistral.quantized == num_linear * (1 / 2 + 4 / 64)
-    assert mistral.adapter == 4 * 41_943_040 == memory.weights_of(setup_of(peft_config=LORA)).adapter
+    assert mistral.adapter == 4 * 41_943_040 == weight_sizes(spec_of(peft_config=LORA)).adapter
     lora = LoraConfig(r=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    mixtral = memory.weights_of(setup_of("mistralai--Mixtral-8x7B-v0.1", quantization="4bit", peft_config=lora))
+    mixtral = weight_sizes(spec_of("mistralai--Mixtral-8x7B-v0.1", quantization="4bit", peft_config=lora))
     assert mixtral.quantized < 0.01 * mixtral.base
 
 
-def small_setup(num_layers=2, **changes):
-    return Setup(LlamaConfig(**SMALL | {"num_hidden_layers": num_layers}), torch.float32, **changes)
+def small_spec(num_layers=2, **changes):
+    return StepSpec(LlamaConfig(**SMALL | {"num_hidden_layers": num_layers}), torch.float32, **changes)
 
 
 def test_layers_are_counted_by_two_and_three(monkeypatch):
-    batch, _ = memory.batch_to_plan([(30, [40] * 2)], None)
-    setup = small_setup(4, peft_config=LORA, checkpointing={"use_reentrant": False})
-    by_line = memory.trace_step(setup, batch)
-    monkeypatch.setattr(memory, "_DEPTHS", (4, 5))
-    assert memory.trace_step(setup, batch) == by_line
+    batch, _ = largest_forward([(30, [40] * 2)], None)
+    spec = small_spec(4, peft_config=LORA, checkpointing={"use_reentrant": False})
+    by_line = trace_step(spec, batch)
+    monkeypatch.setattr(trace, "_DEPTHS", (4, 5))
+    assert trace_step(spec, batch) == by_line
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_memory_grows_with_the_tokens_and_not_their_square(device):
     kept = []
     for length in (200, 800):
-        batch, _ = memory.batch_to_plan([(length, [length] * 4)], None)
-        kept.append(
-            memory.trace_step(small_setup(device=device), batch, backward=False).kept / batch["targets"].numel()
-        )
+        batch, _ = largest_forward([(length, [length] * 4)], None)
+        kept.append(trace_step(small_spec(device=device), batch, backward=False).activations / batch["targets"].numel())
     assert kept[1] < 1.01 * kept[0]
 
 
 def test_a_budget_cuts_the_batch():
-    batch, num_chunks = memory.batch_to_plan([(101, [50] * 8)], 300)
+    batch, num_chunks = largest_forward([(101, [50] * 8)], 300)
     assert num_chunks == 2 and batch["input_ids"].shape == (1, 300)
-    assert memory.repeated(batch, 3)["input_ids"].shape == (1, 900)
+    assert repeat_batch(batch, 3)["input_ids"].shape == (1, 900)
 
 
 WEIGHTS = SimpleNamespace(
     base=1000.0, adapter=0, trained=1000.0, num_trained=500.0, num_factors=50.0, largest_trained=100.0,
-    largest_layer=100.0, ends=50.0, quantized=0,
+    largest_layer=100.0, outside_layers=50.0, quantized=0,
 )  # fmt: skip
 
 
 def footprint(**changes):
     moment = {"activations": 3000.0, "gradients": 100.0, "logits": 7.0, "working": 5.0}
     settings = {
-        "weights": WEIGHTS, "moments": {"head": moment}, "optim": "adamw_torch", "mixed": True, "frozen_copy": True,
-        "loads_copy": True, "spreads_quantized": False, "on_gpu": False,
+        "weights": WEIGHTS, "phases": {"head": moment}, "optim": "adamw_torch", "mixed_precision": True,
+        "reference_copy": True, "loads_reference": True, "shards_quantized": False, "on_gpu": False,
     }  # fmt: skip
     return layouts.Footprint(**settings | changes)
 
 
 def test_one_process_and_ddp():
-    moment, parts = layouts.memory(footprint(), "single", 1)
+    moment, parts = layouts.peak_memory(footprint(), "single", 1)
     assert moment == "head"
     assert parts == {
         "weights": 1000, "adapter": 0, "gradients": 100, "optimizer": 2000, "activations": 3000, "logits": 7,
         "reference": 1000, "working": 5, "overhead": 0, "total": 7112,
     }  # fmt: skip
-    assert layouts.memory(footprint(), "ddp", 2)[1]["gradients"] == 1100  # DDP's buckets
-    small = footprint(moments={"head": dict.fromkeys(("activations", "gradients", "logits", "working"), 0.0)})
-    assert layouts.memory(small, "single", 1)[0] == "optimizer step"
+    assert layouts.peak_memory(footprint(), "ddp", 2)[1]["gradients"] == 1100  # DDP's buckets
+    small = footprint(phases={"head": dict.fromkeys(("activations", "gradients", "logits", "working"), 0.0)})
+    assert layouts.peak_memory(small, "single", 1)[0] == "optimizer step"
 
 
 def test_sharding_divides_by_the_processes():
     for layout, shared in [("zero2", 1000), ("zero3", 1000 / 8), ("fsdp2", 4 * 500 / 8)]:
-        parts = layouts.memory(footprint(moments={}, frozen_copy=False, loads_copy=False), layout, 8)[1]
+        parts = layouts.peak_memory(footprint(phases={}, reference_copy=False, loads_reference=False), layout, 8)[1]
         assert parts["weights"] == shared
         assert parts["optimizer"] == (12 if "zero" in layout else 8) * 500 / 8
-    whole = layouts.memory(footprint(moments={}), "fsdp2", 8)  # TRL gathers the reference whole
+    whole = layouts.peak_memory(footprint(phases={}), "fsdp2", 8)  # TRL gathers the reference whole
     assert whole[0] == "reference" and whole[1]["working"] == 1000
 
 
 def test_fsdp2_keeps_a_4_bit_models_adapter_in_bfloat16():
     weights = SimpleNamespace(**vars(WEIGHTS) | {"adapter": 2000.0, "trained": 2000.0, "quantized": 900.0})
-    settings = {"weights": weights, "moments": {}, "optim": "sgd", "frozen_copy": False, "loads_copy": False}
-    moment, parts = layouts.memory(footprint(**settings), "fsdp2", 2)
+    settings = {"weights": weights, "phases": {}, "optim": "sgd", "reference_copy": False, "loads_reference": False}
+    moment, parts = layouts.peak_memory(footprint(**settings), "fsdp2", 2)
     assert (moment, parts["weights"], parts["adapter"]) == ("loading", 1000, 2 * 500)
-    assert layouts.memory(footprint(**settings), "ddp", 2)[1]["adapter"] == 4 * 500
+    assert layouts.peak_memory(footprint(**settings), "ddp", 2)[1]["adapter"] == 4 * 500
 
 
 @pytest.mark.parametrize(
@@ -155,7 +154,7 @@ def test_fsdp2_keeps_a_4_bit_models_adapter_in_bfloat16():
                          ("adafactor", 200)],
 )  # fmt: skip
 def test_optimizer_states(optim, state):
-    assert layouts.memory(footprint(optim=optim), "single", 1)[1]["optimizer"] == state
+    assert layouts.peak_memory(footprint(optim=optim), "single", 1)[1]["optimizer"] == state
 
 
 def policy(**changes):
@@ -180,52 +179,46 @@ def policy(**changes):
 )  # fmt: skip
 def test_refused_combinations(layout, settings, optim, what, monkeypatch):
     args = SimpleNamespace(optim=optim, bf16=True, fp16=False, world_size=2)
-    found = layouts.refusals(policy(**settings), args, layout)
-    assert [refusal["what"] for refusal in found] == ([what] if what else [])
+    found = incompatibilities(policy(**settings), args, layout)
+    assert [entry["what"] for entry in found] == ([what] if what else [])
     environ = {"zero": "ACCELERATE_USE_DEEPSPEED", "fsdp": "ACCELERATE_USE_FSDP"}
     for name in environ.values():
         monkeypatch.delenv(name, raising=False)
     if layout[:4] in environ:
         monkeypatch.setenv(environ[layout[:4]], "true")
         monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", layout[-1])
-    assert layouts.launched_layout(2) == layout
+    assert launched_layout(2) == layout
     if what:  # a real run ends too
         with pytest.raises(UserError, match=what):
-            layouts.refuse(policy(**settings), args)
+            check_layout(policy(**settings), args)
     else:
-        layouts.refuse(policy(**settings), args)
+        check_layout(policy(**settings), args)
 
 
-class Stub:
-    """An engine that counts nothing."""
+@pytest.fixture
+def no_tracing(monkeypatch):
+    """Memory is not traced: a step takes a megabyte a token."""
 
-    Setup = Setup
-    batch_to_plan = staticmethod(memory.batch_to_plan)
-    repeated = staticmethod(memory.repeated)
-
-    @staticmethod
-    def weights_of(setup):
-        return footprint().weights
-
-    @staticmethod
-    def trace_step(setup, batch, backward=True):
+    def step(spec, batch, backward=True):
         tokens = batch["input_ids"].shape[1]
         parts = dict.fromkeys(("activations", "gradients", "logits", "working"), 1e6 * tokens)
-        return memory.Step(tokens, 10**6 * tokens, {"head": parts})
+        return StepMemory(tokens, 10**6 * tokens, {"head": parts})
+
+    monkeypatch.setattr(estimate, "trace_step", step)
+    monkeypatch.setattr(estimate, "weight_sizes", lambda spec: WEIGHTS)
 
 
-def plan_of(recipe, *flags, engine=memory):
-    argv = [str(recipe), "--plan", "--num_prompts=1000", *flags]
-    configs = parse_recipe(argv, [DataConfig, PolicyConfig, RunConfig, NCAConfig])
-    return make_plan(configs, recipe.stem.startswith("preference"), prepare, engine)
+def plan_of(recipe, *flags):
+    configs = parse_configs([str(recipe), "--plan", "--num_prompts=1000", *flags])
+    return make_plan(configs, recipe.stem.startswith("preference"))
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
 @pytest.mark.parametrize("num_processes", [1, 2, 4, 8, 16])
-def test_every_recipe_plans_on_any_number_of_processes(recipe, num_processes, monkeypatch):
+def test_every_recipe_plans_on_any_number_of_processes(recipe, num_processes, monkeypatch, no_tracing):
     monkeypatch.chdir(ROOT)
     try:
-        plan, facts, _ = plan_of(recipe, f"--num_processes={num_processes}", engine=Stub)
+        plan, facts, _ = plan_of(recipe, f"--num_processes={num_processes}")
     except UserError as error:
         assert "cannot be split over" in str(error) and recipe.stem.endswith("_cpu") and num_processes > 1
         return
@@ -257,11 +250,11 @@ def test_recipes_fit_where_they_say(name, monkeypatch):
     assert "prompts a step" in text and "fits" in text
 
 
-def test_what_does_not_fit_says_so(monkeypatch):
+def test_what_does_not_fit_says_so(monkeypatch, no_tracing):
     monkeypatch.chdir(ROOT)
     recipe = ROOT / "yamls" / "reward_qlora.yaml"
     flags = ["--num_processes=8", "--gpu_memory_gb=1", "--parallel=fsdp2"]
-    plan, facts, notes = plan_of(recipe, *flags, engine=Stub)
+    plan, facts, notes = plan_of(recipe, *flags)
     assert not facts["fits"] and facts["largest_max_tokens_per_forward"] is None
     assert "REFUSED" in describe(plan, facts, notes) and "--optim=adamw_torch" in describe(plan, facts, notes)
 
@@ -302,31 +295,31 @@ def test_a_plan_asks_a_hub_that_is_not_there_for_nothing(monkeypatch, found):
     monkeypatch.setattr(planning, "getproxies", dict)
     error = socket.gaierror("Name or service not known")
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args: [] if found else (_ for _ in ()).throw(error))
-    planning._settle_offline()
-    assert (constants.is_offline_mode(), datasets.config.HF_HUB_OFFLINE) == (not found, not found)
+    with offline_if_unreachable():
+        assert (constants.is_offline_mode(), datasets.config.HF_HUB_OFFLINE) == (not found, not found)
+    assert (constants.is_offline_mode(), datasets.config.HF_HUB_OFFLINE) == (False, False)
 
 
-def test_a_run_keeps_its_plan(tmp_path, capsys, monkeypatch):
+def test_a_run_keeps_its_plan(tmp_path, capsys, monkeypatch, no_tracing):
     monkeypatch.chdir(ROOT)
     (tmp_path / "plan.json").write_text("{}")
     (tmp_path / "recipe.yaml").write_text("seed: 1")
     argv = ["yamls/reward_cpu.yaml", "--plan", "--num_prompts=100", f"--output_dir={tmp_path}"]
-    show_plan(parse_recipe(argv, [DataConfig, PolicyConfig, RunConfig, NCAConfig]), False, prepare, Stub)
+    show_plan(parse_configs(argv), pairs=False)
     printed = capsys.readouterr().out
     assert "holds a run" in printed and "No GPU here" not in printed  # the recipe says use_cpu
     assert (tmp_path / "plan.json").read_text() == "{}"
 
 
 def test_keys_of_a_plan(tmp_path):
-    types = [DataConfig, PolicyConfig, RunConfig, NCAConfig]
     recipe = str(ROOT / "yamls" / "reward_qlora.yaml")
     with pytest.raises(UserError, match="accelerate launch --num_processes=4"):
-        parse_recipe([recipe, "--num_processes=4"], types)
+        parse_configs([recipe, "--num_processes=4"])
     with pytest.raises(UserError, match="gpu_memory_gb: must be above 0"):
-        parse_recipe([recipe, "--plan", "--gpu_memory_gb=0"], types)
+        parse_configs([recipe, "--plan", "--gpu_memory_gb=0"])
     from alignment.output import resolve
 
-    resolved = resolve(parse_recipe([recipe, "--gpu_memory_gb=24"], types))
+    resolved = resolve(parse_configs([recipe, "--gpu_memory_gb=24"]))
     assert not set(PLAN_KEYS) & set(resolved)
 
 
@@ -341,5 +334,5 @@ def test_a_real_4bit_model_is_as_large_as_planned(tmp_path):
     for nested in (False, True):
         quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=nested)
         real = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantization, dtype=torch.bfloat16)
-        weights = memory.weights_of(Setup(config, torch.bfloat16, LORA, "4bit", nested))
+        weights = weight_sizes(StepSpec(config, torch.bfloat16, LORA, "4bit", nested))
         assert weights.base == pytest.approx(_bytes(real), rel=0.01)

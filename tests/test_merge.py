@@ -15,10 +15,10 @@ from transformers import (
 )
 
 from alignment import merge
-from alignment.card import CITATION
 from alignment.errors import UserError
 from alignment.merge import merge_adapter
-from tests.test_sample import script
+from alignment.report.card import CITATION
+from tests.scripts import script
 from tests.tiny import CHATML, save_tiny_model, tiny_config, tiny_tokenizer
 from trl_nca.layers import keep_4bit_weights
 

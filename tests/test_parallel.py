@@ -12,7 +12,7 @@ from torch import multiprocessing as mp
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.test_chunks import make_model, step
+from tests.engine import make_model, step
 from tests.tiny import rows_of
 from trl_nca.chunks import split_batch
 from trl_nca.collate import GroupCollator
@@ -46,7 +46,7 @@ def with_ddp(rank):
         model.register_comm_hook(exchanges, count)
         batch = GroupCollator()(rows_of(SHAPES[rank]))
         assert len(split_batch(batch, 20)) == [1, 4][rank]
-        step(model, batch, loss_type, 20, deferred=model.no_sync)
+        step(model, batch, loss_type, 20, no_sync=model.no_sync)
         assert exchanges == sorted(set(exchanges)), "each bucket once"
         for name, expected in gradient_of_both(loss_type).items():
             torch.testing.assert_close(model.module.get_parameter(name).grad, expected, rtol=1e-6, atol=1e-9)
@@ -62,7 +62,7 @@ def with_sharded_weights(rank):
         whole = make_model().get_base_model().lm_head.weight.numel()
         assert model.get_base_model().lm_head.weight.to_local().numel() == whole / 2, "nothing was sharded"
         batch = GroupCollator()(rows_of(SHAPES[rank]))
-        # Each forward and backward takes weights from both processes: without `agree` one would wait for the other.
+        # Each forward and backward takes weights from both: without `max_over_ranks` one would wait for the other.
         step(model, batch, loss_type, 20, largest, functools.partial(no_exchange, model))
         for name, expected in gradient_of_both(loss_type).items():
             torch.testing.assert_close(

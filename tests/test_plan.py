@@ -7,7 +7,7 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
 from alignment.errors import UserError
-from alignment.plan import plan_run, set_global_batch
+from alignment.plan.steps import plan_run, set_global_batch
 from alignment.recipe import RunConfig
 from tests.conftest import ROOT
 

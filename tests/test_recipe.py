@@ -13,7 +13,7 @@ import pytest
 import yaml
 from trl import DPOConfig, ModelConfig
 
-from alignment.data import DataConfig
+from alignment.data.load import DataConfig
 from alignment.errors import UserError
 from alignment.models import PolicyConfig
 from alignment.output import resolve, start
@@ -21,6 +21,7 @@ from alignment.recipe import OLD_KEYS, RunConfig, parse_recipe
 from benchmarks.figure2 import parse_sweep, sweep_arms
 from nca_trainer import NCAConfig
 from tests.conftest import ROOT
+from tests.scripts import documentation
 
 TYPES = [DataConfig, PolicyConfig, RunConfig, NCAConfig]
 MINIMAL = {"model_name_or_path": "some/model", "train_file": "rows.jsonl", "output_dir": "out", "bf16": False}
@@ -92,15 +93,18 @@ def test_overrides_win_over_the_recipe(tmp_path):
 
 
 def test_an_empty_override_takes_the_key_back(tmp_path):
-    recipe = MINIMAL | {"eval_file": "held_out.jsonl", "max_prompt_length": 9}
-    data, _, _, args = parse(tmp_path, recipe, "--eval_file=", "--max_prompt_length=null")
+    recipe = MINIMAL | {"eval_file": "held_out.jsonl", "max_prompt_length": 9, "logging_steps": 3, "beta": 0.7}
+    flags = ["--eval_file=", "--max_prompt_length=null", "--logging_steps=", "--beta="]
+    data, _, _, args = parse(tmp_path, recipe, *flags)
     assert data.eval_file is None
     assert args.max_prompt_length is None
+    assert (args.logging_steps, args.beta) == (10, 0.01), "the defaults"
 
 
 def test_yaml_values_arrive_with_their_types(tmp_path):
     recipe = MINIMAL | {
-        "learning_rate": "5e-6", "use_peft": True, "save_total_limit": None, "lr_scheduler_type": "cosine",
+        "train_file": None, "learning_rate": "5e-6", "use_peft": True, "save_total_limit": None,
+        "lr_scheduler_type": "cosine",
         "gradient_checkpointing_kwargs": {"use_reentrant": False}, "dataset_mixer": {"x": 0.5},
         "dataset_splits": ["train", "test"],
     }  # fmt: skip
@@ -112,6 +116,22 @@ def test_yaml_values_arrive_with_their_types(tmp_path):
     assert data.dataset_splits == ["train", "test"]
     assert args.save_total_limit is None
     assert run.overwrite_output_dir is False
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags", "strategy", "words"),
+    [
+        ({"group_by_length": True}, [], "group_by_length", "group_by_length is now called train_sampling_strategy"),
+        ({"group_by_length": False}, [], "random", "false is now called the default"),
+        ({}, ["--group_by_length"], "group_by_length", "true is now called group_by_length"),
+        ({"train_sampling_strategy": "group_by_length"}, ["--group_by_length=false"], "random", "called the default"),
+    ],
+)
+def test_group_by_length_is_translated(tmp_path, caplog, recipe, flags, strategy, words):
+    with caplog.at_level(logging.WARNING):
+        args = parse(tmp_path, MINIMAL | recipe, *flags)[3]
+    assert args.train_sampling_strategy == strategy
+    assert words in caplog.text and "no effect" not in caplog.text
 
 
 def test_a_2024_recipe_is_translated_and_each_old_key_named_once(tmp_path, caplog):
@@ -199,14 +219,6 @@ def test_resolved_recipe_parses_again(tmp_path):
 
 
 PAGES = ROOT / "docs" / "scripts"
-
-
-def documentation():
-    """Every page, script and recipe that names commands, with commands of several lines joined."""
-    paths = [ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("data/*.md"), *ROOT.glob("run_*.py")]
-    paths += [*ROOT.glob("yamls/*.yaml"), *ROOT.glob("alignment-handbook/scripts/*.py")]
-    paths += [*ROOT.glob("alignment-handbook/recipes/*.sh"), *ROOT.glob("alignment-handbook/recipes/*/*.yaml")]
-    return re.sub(r"\\\n[# ]*", " ", "\n".join(path.read_text() for path in paths))
 
 
 def readme_commands():

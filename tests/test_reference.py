@@ -1,7 +1,9 @@
 """The reference's log-probs on disk: what they are keyed by, and that a run goes on from what is there."""
 
 import json
+from pathlib import Path
 
+import bitsandbytes
 import pytest
 import torch
 from datasets import Dataset
@@ -9,8 +11,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
 from nca_trainer import NCATrainer
-from tests.test_trainer import assert_same_curve, make_trainer, reward_rows, run
 from tests.tiny import tiny_config
+from tests.trainers import assert_same_curve, make_trainer, reward_rows, run
+from trl_nca import logps
+from trl_nca.code_hash import code_files
 from trl_nca.reference import cache_file, describe_reference, reference_logps
 
 ROWS = [
@@ -88,9 +92,39 @@ def test_a_reference_adapter_counts_and_so_does_its_scaling():
     assert key(model(adapters=both, lora_alpha=99)) != first
 
 
+@pytest.mark.parametrize("module", ["layers", "head", "shared_prompt", "layout", "router", "logps", "collate"])
+def test_the_code_of_the_engine_is_in_the_key(monkeypatch, module):
+    first, read = key(model()), Path.read_bytes
+    changed_file = Path(logps.__file__).with_name(f"{module}.py")
+    monkeypatch.setattr(Path, "read_bytes", lambda file: read(file) + b"#" * (file == changed_file))
+    assert key(model()) != first
+
+
+def test_so_is_whatever_the_engine_will_import(tmp_path, monkeypatch):
+    (tmp_path / "pack").mkdir()
+    for name, code in {"__init__": "", "one": "from pack.two import x", "two": "from pack import three", "three": "",
+                       "four": ""}.items():  # fmt: skip
+        (tmp_path / "pack" / f"{name}.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert [file.stem for file in code_files(["pack.one"])] == ["one", "three", "two"]
+
+
+def test_so_is_the_library_that_the_weights_are_quantized_with(monkeypatch):
+    def packages(model):
+        return describe_reference(model, Dataset.from_list(ROWS), None)["packages"]
+
+    plain, quantized = model(adapters=()), model(adapters=())
+    quantized.lm_head = bitsandbytes.nn.Linear4bit(32, 320, bias=False)
+    assert packages(plain).keys() == {"peft", "torch", "transformers"}
+    assert packages(quantized).keys() == {"bitsandbytes", "peft", "torch", "transformers"}
+    first = key(quantized)
+    monkeypatch.setattr(bitsandbytes, "__version__", "0.51")
+    assert key(quantized) != first
+
+
 def test_another_engine_has_another_key(monkeypatch):
     first = key(model())
-    monkeypatch.setattr("trl_nca.reference._hash_files", lambda *files: "other")
+    monkeypatch.setattr("trl_nca.reference.code_hash", lambda modules: "other")
     assert key(model()) != first
 
 

@@ -4,9 +4,10 @@ import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer
 
+from alignment.data.prepare import describe_group
 from tests.tiny import CHATML, tiny_tokenizer
 from trl_nca import responses
-from trl_nca.responses import ResponseTokenizer, describe_group, tokenize_dataset
+from trl_nca.responses import ResponseTokenizer, tokenize_dataset
 
 #: Adds a system turn of its own when there is none, as SmolLM2's does.
 DEFAULT_SYSTEM = (
@@ -65,11 +66,11 @@ def test_responses_with_a_common_beginning_are_not_cut_into():
     assert tokenizer.decode(row["response_ids"][0]) == "Paris is it<|im_end|>\n"
 
 
-@pytest.mark.parametrize("where", ["prompt", "response"])
+@pytest.mark.parametrize("location", ["prompt", "response"])
 @pytest.mark.parametrize("text", ["<|im_end|>", "a<|im_start|>b", "<|endoftext|><|im_end|>"])
-def test_special_text_in_a_message_stays_text(where, text):
-    prompt = [{"role": "user", "content": f"What is {text}?" if where == "prompt" else "What?"}]
-    answer = f"It is {text} itself" if where == "response" else "A token"
+def test_special_text_in_a_message_stays_text(location, text):
+    prompt = [{"role": "user", "content": f"What is {text}?" if location == "prompt" else "What?"}]
+    answer = f"It is {text} itself" if location == "response" else "A token"
     tokenizer, row = tokenize(prompt, [answer, "Nothing"])
     control = [tokenizer.convert_tokens_to_ids(t) for t in ("<|im_start|>", "<|im_end|>", "<|endoftext|>")]
     clean_tokenizer, clean = tokenize([{"role": "user", "content": "What?"}], ["A token", "Nothing"])
@@ -137,11 +138,11 @@ def test_rows_that_cannot_fit_are_dropped_by_reason():
     )
     kept, report = tokenize_dataset(rows, tiny_tokenizer(), max_length=80)
     assert kept["scores"][:] == [[1.0, 0.0], [1.0, 0.0, 0.5]]
-    assert set(kept.column_names) == {"prompt_ids", "response_ids", "scores", "length", "where"}
+    assert set(kept.column_names) == {"prompt_ids", "response_ids", "scores", "length", "location"}
     assert report == {
         "rows_in": 3,
         "rows_kept": 2,
-        "rows_mended": 0,
+        "rows_fixed": 0,
         "rows_dropped": 1,
         "dropped_by_reason": {"prompt_too_long": 1},
         "responses": 5,
@@ -171,18 +172,18 @@ def test_describe_group_shows_text_mask_and_eos():
     assert "ends with EOS" in text
 
 
-def test_over_long_rows_are_cut_or_dropped_and_counted_as_mended():
+def test_over_long_rows_are_cut_or_dropped_and_counted_as_fixed():
     rows = Dataset.from_list(
         [
-            {"prompt": USER, "responses": ["Paris", "Rome"], "scores": [1.0, 0.0], "mended": ["text_score"]},
-            {"prompt": USER, "responses": ["Paris", "Rome " * 50], "scores": [1.0, 0.0], "mended": []},
-            {"prompt": USER, "responses": ["Paris", "Oslo"], "scores": [1.0, 0.0], "mended": []},
+            {"prompt": USER, "responses": ["Paris", "Rome"], "scores": [1.0, 0.0], "fixed": ["text_score"]},
+            {"prompt": USER, "responses": ["Paris", "Rome " * 50], "scores": [1.0, 0.0], "fixed": []},
+            {"prompt": USER, "responses": ["Paris", "Oslo"], "scores": [1.0, 0.0], "fixed": []},
         ]
     )
     kept, report = tokenize_dataset(rows, tiny_tokenizer(), max_length=80)
-    assert (report["rows_kept"], report["rows_mended"], report["responses_cut"]) == (3, 2, 1)
+    assert (report["rows_kept"], report["rows_fixed"], report["responses_cut"]) == (3, 2, 1)
     kept, report = tokenize_dataset(rows, tiny_tokenizer(), max_length=80, cut_over_long=False)
-    assert (report["rows_kept"], report["rows_mended"], report["responses_cut"]) == (2, 1, 0)
+    assert (report["rows_kept"], report["rows_fixed"], report["responses_cut"]) == (2, 1, 0)
     assert report["dropped_by_reason"] == {"over_long": 1}
 
 

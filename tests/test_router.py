@@ -14,10 +14,10 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from trl import DPOConfig, DPOTrainer
 
 from nca_trainer import NCAConfig, NCATrainer, PairwiseNCATrainer
-from tests.test_trainer import DEFAULTS, logged, pair_rows, reward_rows
 from tests.tiny import SIZES, rows_of, tiny_config, tiny_tokenizer
+from tests.trainers import DEFAULTS, logged, pair_rows, reward_rows
 from trl_nca.collate import GroupCollator
-from trl_nca.logps import prepare, response_logps
+from trl_nca.logps import patch_models, response_logps
 from trl_nca.router import RouterLoss, check_router, load_balancing_loss
 
 EXPERTS = {"num_experts_per_tok": 2, "bos_token_id": 1, "eos_token_id": 2}
@@ -44,7 +44,7 @@ def gradients(model, loss):
 def test_the_loss_is_the_models_own_over_all_real_tokens(config, shared_prompt):
     model = tiny_moe(config)
     check_router(model, enabled=True)
-    prepare([model], str(shared_prompt).lower())
+    patch_models([model], str(shared_prompt).lower())
     batch = GroupCollator()(rows_of([(5, (4,)), (9, (2,))]))  # one response each: packed holds what padded does
     router = RouterLoss(batch, 0.5)
     response_logps(model, batch, shared_prompt, router)
@@ -57,7 +57,7 @@ def test_the_loss_is_the_models_own_over_all_real_tokens(config, shared_prompt):
     gates = tuple(torch.cat(layer) for layer in zip(*gates, strict=True))
     expected = load_balancing_loss_func(gates, 4, 2)
     torch.testing.assert_close(router.metrics["aux_loss"], expected.float().expand(2))
-    found = gradients(model, router.spend().sum())
+    found = gradients(model, router.pop_gradient_term().sum())
     wanted = gradients(own, expected)
     assert any(g.abs().max() > 1e-4 for g in wanted)
     for ours, theirs in zip(found, wanted, strict=True):  # two prompts at a coefficient of 0.5
@@ -97,12 +97,12 @@ def test_a_step_has_the_coefficient_times_the_mean_over_its_forwards(tmp_path):
     without = first_gradient(make_trainer(tmp_path, rows, router_aux_loss_coef=0.0, **WHOLE))
     found = first_gradient(with_loss)
     model = tiny_moe()
-    prepare([model])
+    patch_models([model])
     dataset = [with_loss.train_dataset[i] for i in range(6)]
     batch = with_loss.data_collator(dataset)
     router = RouterLoss(batch, 0.5)
     response_logps(model, batch, True, router)
-    wanted = gradients(model, router.spend().mean())
+    wanted = gradients(model, router.pop_gradient_term().mean())
     assert max(g.abs().max() for g in wanted) > 1e-3
     for ours, plain, aux in zip(found, without, wanted, strict=True):
         torch.testing.assert_close(ours, plain + aux, rtol=1e-4, atol=1e-6)

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alignment.groups import GroupReader, RowConfig
-from alignment.rules import RULES, BadRow, FailedRow, actions, is_blank
+from alignment.data.groups import GroupReader, RowConfig
+from alignment.data.row import BadRow, FailedRow
+from alignment.data.rules import RULES, actions, is_blank
 from tests.conftest import ROOT
 
 USER = [{"role": "user", "content": "Capital of France?"}]
@@ -76,7 +77,7 @@ BAD = {
 }
 #: Rules that are met when the row is tokenized; tests/test_responses.py and tests/test_scripts.py have them.
 OF_TOKENS = {"template_refused", "prompt_too_long", "empty_prompt", "over_long"}
-#: What is left of the row above when it is mended: responses and scores.
+#: What is left of the row above when it is fixed: responses and scores.
 MENDED = {
     "no_overall_score": (["a", "b"], [2.0, 5.0]),
     "ten_for_one": (["a", "b"], [1.0, 7.0]),
@@ -101,8 +102,8 @@ def test_every_action_of_every_rule(reason, action):
         assert isinstance(caught.value, FailedRow) == (action == "fail")
         return
     group = read(raw, {reason: action}, **settings)
-    assert group.mended == ([reason] if action == "mend" else [])
-    if action == "mend":
+    assert group.fixed == ([reason] if action == "fix" else [])
+    if action == "fix":
         left, scores = MENDED.get(reason, (ROW["responses"][:2], ROW["scores"][:2]))
         assert (group.responses, group.scores) == (left, scores)
     else:
@@ -110,14 +111,14 @@ def test_every_action_of_every_rule(reason, action):
 
 
 def test_joined_turns_and_removed_tokens():
-    assert read(row(prompt=TWO_TURNS), {"roles_do_not_alternate": "mend"}).prompt == [
+    assert read(row(prompt=TWO_TURNS), {"roles_do_not_alternate": "fix"}).prompt == [
         {"role": "user", "content": "Hi\n\nCapital of France?"}
     ]
     # What is left when one is removed may spell another.
-    assert read(row(responses=["Ro<e<eos>os>me", "P", "O"]), {"control_tokens": "mend"}).responses[0] == "Rome"
+    assert read(row(responses=["Ro<e<eos>os>me", "P", "O"]), {"control_tokens": "fix"}).responses[0] == "Rome"
     with pytest.raises(BadRow, match="ends with the assistant's turn"):
         turns = [*USER, {"role": "assistant", "content": "Well,"}]
-        read(row(prompt=turns), {"roles_do_not_alternate": "mend"})
+        read(row(prompt=turns), {"roles_do_not_alternate": "fix"})
 
 
 @pytest.mark.parametrize(
@@ -138,7 +139,7 @@ def test_a_ten_that_nobody_knows_is_left_out(fine_grained):
         {"response": r, "overall_score": n} for r, n in [("b", 5.5), ("c", 6)]
     ]
     group = read({"instruction": "p", "completions": completions})
-    assert (group.responses, group.mended) == (["b", "c"], ["ten_for_one", "missing_score"])
+    assert (group.responses, group.fixed) == (["b", "c"], ["ten_for_one", "missing_score"])
 
 
 def test_scores_of_aspects():
@@ -157,12 +158,12 @@ def test_scores_of_aspects():
 
 
 def test_defaults_are_the_first_action_and_can_be_changed():
-    assert actions(None)["text_score"] == "mend"
+    assert actions(None)["text_score"] == "fix"
     assert actions({"text_score": "drop"})["text_score"] == "drop"
     with pytest.raises(ValueError, match="did you mean 'text_score'"):
         actions({"text_scores": "drop"})
-    with pytest.raises(ValueError, match="not_json is one of drop, fail; got 'mend'"):
-        actions({"not_json": "mend"})
+    with pytest.raises(ValueError, match="not_json is one of drop, fail; got 'fix'"):
+        actions({"not_json": "fix"})
 
 
 def test_the_table_in_the_docs_is_the_table_in_the_code():
@@ -170,7 +171,7 @@ def test_the_table_in_the_docs_is_the_table_in_the_code():
     documented = {m[0]: m.groups() for m in re.finditer(r"^\| `(\w+)` \| (.*) \| (.*) \| (.*) \|$", page, re.MULTILINE)}
     documented = {name: rest for name, *rest in documented.values() if name in RULES or "_" in name}
     assert documented == {
-        reason: [rule.meaning, rule.mend, ", ".join([f"**{rule.actions[0]}**", *rule.actions[1:]])]
+        reason: [rule.meaning, rule.fix, ", ".join([f"**{rule.actions[0]}**", *rule.actions[1:]])]
         for reason, rule in RULES.items()
     }
 
@@ -237,7 +238,7 @@ _rows = st.one_of(
 @settings(max_examples=500, deadline=None)
 @given(
     raw=_rows,
-    action=st.sampled_from(["drop", "mend", "keep"]),
+    action=st.sampled_from(["drop", "fix", "keep"]),
     settings_=st.sampled_from(
         [{}, {"score_range": [0, 1]}, {"num_responses": 2, "choose_responses": "random"}, {"make_pairs": "all"},
          {"scale_scores": "zscore"}, {"scale_scores": "minmax", "make_pairs": "best_random"}, {"score": "fine-grained"}]
@@ -257,4 +258,4 @@ def test_a_malformed_row_is_read_or_dropped_under_a_name(raw, action, settings_)
         assert all(isinstance(score, float) and math.isfinite(score) for score in group.scores)
         assert group.prompt
         json.dumps([group.prompt, group.responses], ensure_ascii=False).encode()
-        assert set(group.mended) <= set(RULES)
+        assert set(group.fixed) <= set(RULES)

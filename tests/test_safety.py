@@ -7,15 +7,17 @@ import socket
 import pytest
 import torch
 import yaml
+from huggingface_hub import constants
 from transformers import LlamaForCausalLM, TrainerCallback
+from trl import DPOConfig, DPOTrainer
 
 from alignment.errors import UserError
 from alignment.models import load_trained_model
 from alignment.recipe import read_yaml
-from nca_trainer import NCAConfig, NCATrainer
+from nca_trainer import NCAConfig, NCATrainer, PairwiseNCATrainer
 from run_reward import align
-from tests.test_trainer import reward_rows
 from tests.tiny import tiny_config, tiny_tokenizer
+from tests.trainers import make_trainer, pair_rows, reward_rows
 
 
 @pytest.fixture
@@ -32,7 +34,23 @@ def recipe(tmp_path, tiny_model):
 
 
 def reward(recipe, *flags):
-    align([str(recipe), *flags], NCATrainer, pairs=False)
+    align([str(recipe), *flags], NCATrainer)
+
+
+@pytest.mark.parametrize("trainer_class", [NCATrainer, PairwiseNCATrainer])
+def test_no_telemetry_is_sent(tmp_path, monkeypatch, trainer_class):
+    """Whatever the environment says: upstream asks it before it sends."""
+    for name in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY", "DO_NOT_TRACK", "CI"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", False)
+    sent = []
+    monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", lambda *args, **kwargs: sent.append(args))
+    rows = reward_rows(2) if trainer_class is NCATrainer else pair_rows(2)
+    make_trainer(tmp_path, rows, trainer_class)
+    assert not sent
+    make_trainer(tmp_path, pair_rows(2), DPOTrainer, DPOConfig)
+    assert sent, "upstream's own trainer does: this test can fail"
 
 
 def test_code_beside_a_model_is_not_run(recipe, tmp_path):
@@ -106,7 +124,7 @@ def test_no_tracker_unless_asked_and_then_it_gets_the_recipe(recipe, tmp_path, m
         def __init__(self, *args, **kwargs):
             super().__init__(*args, callbacks=[Tracker()], **kwargs)
 
-    align([str(recipe), "--beta=0.25"], WithTracker, pairs=False)
+    align([str(recipe), "--beta=0.25"], WithTracker)
     (seen,) = logged
     assert seen["recipe"] == yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
     assert seen["recipe"]["beta"] == 0.25

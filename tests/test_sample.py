@@ -1,7 +1,5 @@
 """Prompts in, responses out: what a file of samples holds, and that a killed run gives the same bytes."""
 
-import json
-import runpy
 import signal
 import subprocess
 import sys
@@ -14,25 +12,18 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from alignment import sample_file as module
 from alignment.errors import UserError
-from alignment.prompts import read_prompts
 from alignment.resumable import PartFile
-from alignment.sample import SamplingConfig, encode_prompt, sample_batch, sample_responses
-from alignment.sample_file import choose_engine, sample_file
+from alignment.sampling import sample_file as module
+from alignment.sampling.prompts import read_prompts
+from alignment.sampling.sample import SamplingConfig, encode_prompt, sample_batch, sample_responses
+from alignment.sampling.sample_file import choose_engine, sample_file
 from tests.conftest import ROOT
+from tests.scripts import Killed, read, save_stopping_model, script, write
 from tests.tiny import save_tiny_model
 
 CONFIG = SamplingConfig(num_samples=2, max_new_tokens=6, batch_size=4)
 PROMPTS = [f"What is {'the capital of ' * n}France?" for n in (1, 4, 0, 2, 3, 6, 5)]
-
-
-def save_stopping_model(folder):
-    """Writes a tiny model that ends about two responses in three itself within 6 tokens: any of 40 tokens stops it."""
-    name = save_tiny_model(folder)
-    file = folder / "generation_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": list(range(2, 320, 8))}))
-    return name
 
 
 @pytest.fixture(scope="module")
@@ -60,25 +51,6 @@ def prompts(tmp_path):
     rows[1]["prompt"] = [{"role": "system", "content": "Be short."}, {"role": "user", "content": PROMPTS[1]}]
     rows[2] |= {"responses": ["old"], "sources": ["old"], "scores": [1.0], "score_parts": {"f": [1.0]}}
     return write(tmp_path / "prompts.jsonl", rows)
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def read(path):
-    return [json.loads(line) for line in open(path, encoding="utf-8").read().split("\n")[:-1]]
-
-
-def script(monkeypatch, name, *arguments):
-    """Runs a script of alignment-handbook/scripts in this process; its exit code."""
-    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-    try:
-        runpy.run_path(str(ROOT / "alignment-handbook" / "scripts" / name), run_name="__main__")
-    except SystemExit as stop:
-        return stop.code
-    return 0
 
 
 def test_rows_are_the_prompts_with_their_samples(prompts, model, tmp_path):
@@ -144,10 +116,6 @@ def test_finished_only_leaves_out_what_ran_into_the_limit(prompts, model, tmp_pa
     assert 0 < cut < len(PROMPTS)
     for some, whole, longer in zip(names["some"], names["all"], names["longer"], strict=True):
         assert some == (whole if whole == longer else [])
-
-
-class Killed(Exception):
-    """Stands for a kill."""
 
 
 def stop_after(monkeypatch, num_batches):
@@ -289,9 +257,9 @@ def test_a_template_that_refuses_names_the_row(prompts, tmp_path):
 
 def test_lines_of_text_are_prompts(tmp_path):
     (tmp_path / "prompts.txt").write_text("First\u2028still first\n\n  Second \n", encoding="utf-8")
-    rows, places = read_prompts(str(tmp_path / "prompts.txt"))
+    rows, locations = read_prompts(str(tmp_path / "prompts.txt"))
     assert [row["prompt"][0]["content"] for row in rows] == ["First\u2028still first", "Second"]
-    assert places[1].endswith("prompts.txt, line 3")
+    assert locations[1].endswith("prompts.txt, line 3")
 
 
 def test_the_script(prompts, model, tmp_path, monkeypatch, capsys):

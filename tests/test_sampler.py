@@ -3,7 +3,7 @@
 import random
 import statistics
 
-from tests.test_trainer import assert_same_curve, logged, make_trainer, reward_rows, run
+from tests.trainers import assert_same_curve, logged, make_trainer, reward_rows, run
 from trl_nca.sampler import SeededLengthSampler
 
 LENGTHS = random.Random(0).choices(range(10, 1000), k=500)

@@ -4,11 +4,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForSequenceClassification
 
-from alignment import score as module
 from alignment.errors import UserError
-from alignment.reward_model import RewardModel
-from alignment.score import Scorer, call_reward_function, score_file
-from tests.test_sample import Killed, read, script, write
+from alignment.sampling import score as module
+from alignment.sampling.reward_model import RewardModel
+from alignment.sampling.score import Scorer, call_reward_function, score_file
+from tests.scripts import Killed, read, script, write
 from tests.tiny import save_tiny_model, tiny_config, tiny_tokenizer
 
 FUNCTIONS = '''
@@ -174,11 +174,11 @@ def stop_after(monkeypatch, num_batches):
     """Makes scoring die after so many batches; returns the sizes of the batches that were scored."""
     seen = []
 
-    def dies(function, name, rows, places):
+    def dies(function, name, rows, locations):
         if len(seen) == num_batches:
             raise Killed
         seen.append(len(rows))
-        return call_reward_function(function, name, rows, places)
+        return call_reward_function(function, name, rows, locations)
 
     monkeypatch.setattr(module, "call_reward_function", dies)
     return seen

@@ -17,12 +17,7 @@ from alignment.errors import UserError
 from nca_trainer import NCATrainer, PairwiseNCATrainer
 from run_reward import align
 from tests.conftest import ROOT, SHARED, needs_shared
-
-WORDS = "Paris Rome is was the capital of France Italy and a city not far from here".split()
-
-
-def text(rng, most):
-    return " ".join(rng.choices(WORDS, k=rng.randint(1, most)))
+from tests.trainers import text
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +54,11 @@ def recipe(tmp_path, data, tiny_model):
 
 
 def reward(recipe, *flags):
-    align([str(recipe), *flags], NCATrainer, pairs=False)
+    align([str(recipe), *flags], NCATrainer)
 
 
 def preference(recipe, *flags):
-    align([str(recipe), *flags], PairwiseNCATrainer, pairs=True)
+    align([str(recipe), *flags], PairwiseNCATrainer)
 
 
 def losses(folder):
@@ -126,7 +121,7 @@ def test_resumed_equals_uninterrupted(recipe, tmp_path):
     for path in (out / "checkpoint-6").iterdir():  # as if the machine had died after step 3
         path.unlink()
     (out / "checkpoint-6").rmdir()
-    with pytest.raises(UserError, match="unfinished run; go on with --resume_from_checkpoint=true"):
+    with pytest.raises(UserError, match="unfinished run; resume it with --resume_from_checkpoint=true"):
         reward(recipe, f"--output_dir={out}")
     reward(recipe, f"--output_dir={out}", "--resume_from_checkpoint=true")
     assert losses(out) == pytest.approx(whole, abs=1e-6)

@@ -29,9 +29,17 @@ from alignment.errors import UserError
 from nca_trainer import NCATrainer
 from run_reward import align
 from tests.conftest import ROOT, draw_nothing
-from tests.test_trainer import LORA, logged, make_trainer, reward_rows
-from trl_nca.checkpoints import MARKER, STAGING, RunStopped, rotate, seal, why_torn, why_unwritable
-from trl_nca.survival import CARRIED
+from tests.trainers import LORA, logged, make_trainer, reward_rows
+from trl_nca.checkpoints import (
+    MARKER,
+    STAGING,
+    UNLOGGED_STATE,
+    RunStopped,
+    find_corruption,
+    rotate,
+    seal,
+    write_error_reason,
+)
 
 # Children are forked from a server that has the slow imports behind it.
 CHILDREN = multiprocessing.get_context("forkserver")
@@ -63,7 +71,7 @@ def recipe(tmp_path_factory, tiny_model):
 @pytest.fixture(scope="module")
 def whole(recipe):
     """Output folder of the run that nothing happens to."""
-    align([str(recipe)], NCATrainer, pairs=False)
+    align([str(recipe)], NCATrainer)
     return recipe.parent / "whole"
 
 
@@ -73,7 +81,7 @@ def run_script(argv, log):
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
         draw_nothing()
-        errors.run(lambda: align(argv, NCATrainer, pairs=False), exit_on_sigterm=True)
+        errors.run(lambda: align(argv, NCATrainer), exit_on_sigterm=True)
 
 
 def launch(recipe, out, *flags):
@@ -120,7 +128,9 @@ def test_ten_kills_and_the_run_ends_as_if_there_had_been_none(recipe, whole, tmp
         os.kill(child.pid, signal.SIGKILL)
         child.join()
         assert child.exitcode == -signal.SIGKILL, "it had ended before"
-        assert [why_torn(checkpoint) for checkpoint in out.glob("checkpoint-*")] == [None] * len(list(out.glob("c*-*")))
+        assert [find_corruption(checkpoint) for checkpoint in out.glob("checkpoint-*")] == [None] * len(
+            list(out.glob("c*-*"))
+        )
         passed.append(staging.exists())
     assert any(passed), "no kill came while saving"
     assert not (out / "train_results.json").exists()
@@ -140,8 +150,8 @@ def test_sigterm_saves_and_exits_0(recipe, whole, tmp_path):
     child.join(30)
     assert child.exitcode == 0 and time.monotonic() - begun < 30
     (checkpoint,) = out.glob("checkpoint-*")
-    assert why_torn(checkpoint) is None
-    assert f"{checkpoint.name} is there" in Path(f"{out}.log").read_text()
+    assert find_corruption(checkpoint) is None
+    assert f"{checkpoint.name} is saved" in Path(f"{out}.log").read_text()
     assert not (out / "train_results.json").exists()
     child = launch(recipe, out, "--resume_from_checkpoint=true")
     child.join()
@@ -164,12 +174,12 @@ class TermAt(TrainerCallback):
 @pytest.mark.parametrize(
     ("moment", "step", "left"),
     [
-        ("on_substep_end", 4, 4),
-        ("on_substep_end", 6, 6),  # the first step of an epoch
-        ("on_step_end", 5, 5),
-        ("on_step_end", 6, 6),  # the last of an epoch
+        ("on_substep_end", 4, 5),  # the stop is at the end of the step that it comes in
+        ("on_substep_end", 5, 6),  # the last of an epoch
+        ("on_step_end", 5, 6),  # after the step's metrics were gathered: the next one is done too
+        ("on_step_end", 6, 6),  # the last of an epoch: the evaluation that follows is interrupted
         ("on_prediction_step", 6, 6),
-        ("on_substep_end", 0, None),
+        ("on_substep_end", 0, 1),
     ],
 )
 def test_a_stop_at_any_moment_loses_nothing(tmp_path, monkeypatch, moment, step, left, evaluated):
@@ -191,23 +201,23 @@ def test_a_stop_at_any_moment_loses_nothing(tmp_path, monkeypatch, moment, step,
     with pytest.raises(SystemExit) as exit_code:
         runs[1].train()
     assert exit_code.value.code == 0
-    assert runs[1].state.global_step == step
+    assert runs[1].state.global_step == left
     found = sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*"))
-    assert found == ([f"checkpoint-{left}"] if left else [])
-    if left:
-        runs.append(make("out"))
-        runs[2].train(resume_from_checkpoint=str(tmp_path / "out" / found[0]))
-        for key in ("loss", "logps/chosen", "grad_norm", "eval_loss", "num_input_tokens_seen"):
-            assert logged(runs[2], key) == logged(runs[0], key), key
-        for one, other in zip(runs[0].model.parameters(), runs[2].model.parameters(), strict=True):
-            assert torch.equal(one, other)
-        state = json.loads((tmp_path / "out" / found[0] / "trainer_state.json").read_text())
-        before = 4 * logged(runs[0])[0] + state["stateful_callbacks"][CARRIED]["tr_loss"]
-        rest = (9 * logged(runs[0], "train_loss")[0] - before) / (9 - step)
-        assert logged(runs[2], "train_loss")[-1] == pytest.approx(rest, abs=1e-5), "of this launch's steps"
+    assert found == [f"checkpoint-{left}"]
+    runs.append(make("out"))
+    runs[2].train(resume_from_checkpoint=str(tmp_path / "out" / found[0]))
+    for key in ("loss", "logps/chosen", "grad_norm", "eval_loss", "num_input_tokens_seen"):
+        assert logged(runs[2], key) == logged(runs[0], key), key
+    for one, other in zip(runs[0].model.parameters(), runs[2].model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    state = json.loads((tmp_path / "out" / found[0] / "trainer_state.json").read_text())
+    before = sum(4 * loss for loss in logged(runs[0])[: left // 4])
+    before += state["stateful_callbacks"][UNLOGGED_STATE]["tr_loss"]
+    rest = (9 * logged(runs[0], "train_loss")[0] - before) / (9 - left)
+    assert logged(runs[2], "train_loss")[-1] == pytest.approx(rest, abs=1e-5), "of this launch's steps"
 
 
-def test_a_torn_checkpoint_is_passed_over_with_a_line(recipe, whole, tmp_path, caplog):
+def test_a_corrupt_checkpoint_is_skipped_with_a_line(recipe, whole, tmp_path, caplog):
     out = tmp_path / "out"
     shutil.copytree(whole, out)
     for name in ("train_results.json", "adapter_model.safetensors"):
@@ -218,14 +228,14 @@ def test_a_torn_checkpoint_is_passed_over_with_a_line(recipe, whole, tmp_path, c
         stream.truncate(1000)
     (second / MARKER).unlink()
     with caplog.at_level(logging.WARNING):
-        align([str(recipe), f"--output_dir={out}", "--resume_from_checkpoint=true"], NCATrainer, pairs=False)
-    assert f"{newest} is passed over, it is torn: optimizer.pt is not as it was written" in caplog.text
-    assert f"{second} is passed over, it is torn: it has no {MARKER}" in caplog.text
-    assert f"Going on from {third}" in caplog.text
+        align([str(recipe), f"--output_dir={out}", "--resume_from_checkpoint=true"], NCATrainer)
+    assert f"{newest} is skipped, it is corrupt: optimizer.pt is not as it was written" in caplog.text
+    assert f"{second} is skipped, it is corrupt: it has no {MARKER}" in caplog.text
+    assert f"Resuming from {third}" in caplog.text
     assert_same_run(whole, out)
     (newest / "trainer_state.json").write_text("{}")
-    with pytest.raises(UserError, match=f"{newest.name} is torn: trainer_state.json is not as it was written"):
-        align([str(recipe), f"--output_dir={out}", f"--resume_from_checkpoint={newest}"], NCATrainer, pairs=False)
+    with pytest.raises(UserError, match=f"{newest.name} is corrupt: trainer_state.json is not as it was written"):
+        align([str(recipe), f"--output_dir={out}", f"--resume_from_checkpoint={newest}"], NCATrainer)
 
 
 def test_all_steps_done_inside_an_epoch_means_none_more(tmp_path):
@@ -245,7 +255,7 @@ def test_the_best_checkpoint_is_named_by_its_place_and_kept(tmp_path):
     )  # fmt: skip
     trainer.train()
     best = Path(trainer.state.best_model_checkpoint)
-    assert best.parent == tmp_path and why_torn(best) is None
+    assert best.parent == tmp_path and find_corruption(best) is None
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-4", best.name} | (
         {"checkpoint-3"} if best.name == "checkpoint-4" else set()
     )
@@ -254,7 +264,7 @@ def test_the_best_checkpoint_is_named_by_its_place_and_kept(tmp_path):
 
 
 def test_rotation_keeps_the_one_just_written(tmp_path):
-    for step in (2, 4, 6, 99):  # the last is torn, from before a resume
+    for step in (2, 4, 6, 99):  # the last is corrupt, from before a resume
         (tmp_path / f"checkpoint-{step}").mkdir()
     rotate(str(tmp_path), None, {"checkpoint-6"})
     assert len(list(tmp_path.iterdir())) == 4
@@ -266,7 +276,7 @@ def test_rotation_keeps_the_one_just_written(tmp_path):
 
 def test_a_killed_worker_ends_all_processes_and_the_run_goes_on(recipe, tmp_path):
     flags = ["--lora_dropout=0", "--disable_dropout=true", "--logging_steps=1"]
-    align([str(recipe), f"--output_dir={tmp_path}/one", *flags], NCATrainer, pairs=False)
+    align([str(recipe), f"--output_dir={tmp_path}/one", *flags], NCATrainer)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -283,10 +293,10 @@ def test_a_killed_worker_ends_all_processes_and_the_run_goes_on(recipe, tmp_path
         assert launcher.wait(60) != 0
     assert not any(worker.is_running() for worker in workers)
     assert "another process of this run has died" in (tmp_path / "log").read_text()
-    assert all(why_torn(checkpoint) is None for checkpoint in out.glob("checkpoint-*"))
+    assert all(find_corruption(checkpoint) is None for checkpoint in out.glob("checkpoint-*"))
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert again.returncode == 0, again.stderr[-3000:]
-    assert "Going on from" in again.stdout
+    assert "Resuming from" in again.stdout
     losses = [[entry["loss"] for entry in history(folder) if "loss" in entry] for folder in (tmp_path / "one", out)]
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
     one, other = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "one", out))
@@ -301,15 +311,17 @@ def test_a_checkpoint_is_uploaded_from_where_it_stays(tmp_path, monkeypatch):
     trainer.args.push_to_hub = True
     trainer.train()
     assert uploaded == [tmp_path / "checkpoint-1", tmp_path / "checkpoint-2"]
-    assert [why_torn(folder) for folder in uploaded] == [None, None]
+    assert [find_corruption(folder) for folder in uploaded] == [None, None]
 
 
 def test_only_what_cannot_be_written_is_said_to_be():
-    assert why_unwritable(OSError(errno.ENOSPC, "No space left on device")) == "No space left on device"
-    assert why_unwritable(SafetensorError("I/O error: Read-only file system (os error 30)")) == "Read-only file system"
-    assert "is the disk full?" in why_unwritable(RuntimeError("PytorchStreamWriter failed writing file"))
+    assert write_error_reason(OSError(errno.ENOSPC, "No space left on device")) == "No space left on device"
+    assert (
+        write_error_reason(SafetensorError("I/O error: Read-only file system (os error 30)")) == "Read-only file system"
+    )
+    assert "is the disk full?" in write_error_reason(RuntimeError("PytorchStreamWriter failed writing file"))
     for other in (OSError("401 Client Error"), ConnectionResetError(errno.ECONNRESET, "reset"), RuntimeError("a bug")):
-        assert why_unwritable(other) is None
+        assert write_error_reason(other) is None
 
 
 def test_what_a_seal_covers(tmp_path):
@@ -317,13 +329,13 @@ def test_what_a_seal_covers(tmp_path):
     for name in ("one", "deep/two"):
         (tmp_path / name).write_text(name)
     seal(tmp_path)
-    assert why_torn(tmp_path) is None
+    assert find_corruption(tmp_path) is None
     (tmp_path / "deep/two").write_text("owt")
-    assert why_torn(tmp_path) == "deep/two is not as it was written"
+    assert find_corruption(tmp_path) == "deep/two is not as it was written"
     (tmp_path / "deep/two").unlink()
-    assert why_torn(tmp_path) == "deep/two is missing"
+    assert find_corruption(tmp_path) == "deep/two is missing"
     (tmp_path / MARKER).write_text('{"files"')
-    assert why_torn(tmp_path) == f"it has no {MARKER}"
+    assert find_corruption(tmp_path) == f"it has no {MARKER}"
 
 
 @pytest.fixture
@@ -341,37 +353,37 @@ def small_disk(tmp_path):
 def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(recipe, whole, small_disk, tmp_path):
     out = small_disk / "out"
     flags = [str(recipe), f"--output_dir={out}", "--save_total_limit=20", "--resume_from_checkpoint=true"]
-    with pytest.raises(UserError, match="a checkpoint cannot be written: .*No space left.* Mend that; .*--resume"):
-        align(flags, NCATrainer, pairs=False)
+    with pytest.raises(UserError, match="a checkpoint cannot be written: .*No space left.* Fix that; .*--resume"):
+        align(flags, NCATrainer)
     found = list(out.glob("checkpoint-*"))
-    assert found and all(why_torn(checkpoint) is None for checkpoint in found)
+    assert found and all(find_corruption(checkpoint) is None for checkpoint in found)
     assert not (out / STAGING).exists()
     subprocess.run(["mount", "-o", "remount,size=50m", small_disk], check=True)
-    align(flags, NCATrainer, pairs=False)
+    align(flags, NCATrainer)
     assert_same_run(whole, out)
 
 
 def test_a_read_only_folder_is_found_before_the_model_is_loaded(recipe, small_disk):
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     with pytest.raises(UserError, match=f"output_dir: {small_disk}/out cannot be written .{small_disk} is read-only"):
-        align([str(recipe), f"--output_dir={small_disk}/out", "--model_name_or_path=nowhere"], NCATrainer, pairs=False)
+        align([str(recipe), f"--output_dir={small_disk}/out", "--model_name_or_path=nowhere"], NCATrainer)
 
 
 def bad_rows(*bad):
     """Rows of which some have a score that makes their loss NaN."""
     rows = reward_rows(12)
     return Dataset.from_list(
-        [row | {"scores": [float("nan")] * len(row["scores"]), "where": f"line {i}"} if i in bad else
-         row | {"where": f"line {i}"} for i, row in enumerate(rows)]
+        [row | {"scores": [float("nan")] * len(row["scores"]), "location": f"line {i}"} if i in bad else
+         row | {"location": f"line {i}"} for i, row in enumerate(rows)]
     )  # fmt: skip
 
 
-def test_a_step_that_is_not_finite_is_left_out_and_its_row_named(tmp_path, caplog):
+def test_a_step_that_is_not_finite_is_skipped_and_its_row_named(tmp_path, caplog):
     settings = {"max_steps": 3, "train_sampling_strategy": "sequential"}
     trainer = make_trainer(tmp_path, bad_rows(5), **settings)
     with caplog.at_level(logging.WARNING):
         trainer.train()
-    assert "Step 2: the loss of line 5 is not finite; the step is left out (1 of max_nan_steps 3)" in caplog.text
+    assert "Step 2: the loss of line 5 is not finite; the step is skipped (1 of max_nan_steps 3)" in caplog.text
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
     assert logged(trainer, "rewards/chosen")[2] != 0, "the other steps count"
 
@@ -399,7 +411,7 @@ def test_a_run_that_blows_up_names_rows_and_keeps_no_broken_weights(recipe, tmp_
     with pytest.raises(UserError, match="not finite"):
         align(
             [str(recipe), f"--output_dir={out}", "--learning_rate=1e38", "--max_grad_norm=0", "--optim=sgd"],
-            NCATrainer, pairs=False,
+            NCATrainer,
         )  # fmt: skip
     for checkpoint in out.glob("checkpoint-*"):
         weights = load_file(checkpoint / "adapter_model.safetensors")

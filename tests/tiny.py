@@ -1,53 +1,13 @@
-"""Tiny random models and a small tokenizer, made in memory."""
+"""Tiny random models, a small tokenizer, and rows of random token ids."""
 
 import random
-from pathlib import Path
 from typing import Any
 
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from benchmarks.tiny import CHATML, SIZES, save_tiny_model, tiny_config, tiny_tokenizer
 
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+__all__ = ["CHATML", "SHAPES", "SIZES", "rows_of", "save_tiny_model", "tiny_config", "tiny_tokenizer"]
 
-
-def tiny_tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of a few hundred tokens, with ChatML's special tokens."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(["the capital of France is Paris. What is the name of this city? \n\n"] * 8, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        eos_token="<|im_end|>",
-        bos_token="<|im_start|>",
-        pad_token="<|endoftext|>",
-        chat_template=chat_template,
-    )
-
-
-#: Of a model of any family. Weights are drawn wide, so that predictions are far from uniform.
-SIZES = {
-    "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 2048,
-    "initializer_range": 0.1, "pad_token_id": 0,
-}  # fmt: skip
 SHAPES = [(7, (3, 5, 1)), (1, (4, 9)), (12, (6, 2, 2, 8))]  # of ragged rows, for `rows_of`
-
-
-def tiny_config(**overrides) -> LlamaConfig:
-    """A two-layer Llama with grouped keys."""
-    return LlamaConfig(**SIZES | {"bos_token_id": 1, "eos_token_id": 2} | overrides)
 
 
 def rows_of(shapes: list[tuple[int, tuple[int, ...]]]) -> list[dict[str, Any]]:
@@ -58,11 +18,3 @@ def rows_of(shapes: list[tuple[int, tuple[int, ...]]]) -> list[dict[str, Any]]:
         {"prompt_ids": ids(p), "response_ids": [ids(n) for n in ns], "scores": [rng.random() for _ in ns]}
         for p, ns in shapes
     ]
-
-
-def save_tiny_model(folder: Path) -> str:
-    """Writes a tiny model and its tokenizer; returns the folder as a model name."""
-    torch.manual_seed(0)
-    LlamaForCausalLM(tiny_config()).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return str(folder)

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Iterator
 
 from alignment import errors
-from alignment.chat import HELP, chat, speakers
-from alignment.sample import SamplingConfig
+from alignment.sampling.chat import HELP, chat, speakers
+from alignment.sampling.sample import SamplingConfig
 
 
 def typed() -> Iterator[str]:

@@ -5,9 +5,12 @@
 A RUN is the output folder of run_reward.py with a `reward_function` (`samples_before.json`, `samples_after.json`).
 """
 
-from alignment import errors, output
+from pathlib import Path
+
+from alignment import errors
 from alignment.errors import UserError
-from alignment.report import rounds_table
+from alignment.files import read_json
+from alignment.report.tables import rounds_table
 
 
 def main() -> None:
@@ -16,7 +19,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output folders, in the order of the rounds")
     runs = parser.parse_args().runs
     files = [(runs[0], "samples_before.json"), *((run, "samples_after.json") for run in runs)]
-    rounds = [output.read_json(*file) for file in files]
+    rounds = [read_json(Path(run) / name) for run, name in files]
     for (run, name), samples in zip(files, rounds, strict=True):
         if not samples:
             raise UserError(f"{run}: no {name}; set eval_file and reward_function in the recipe")

@@ -8,14 +8,18 @@ The ending of the output says its format: .jsonl, .jsonl.gz or .parquet. docs/da
 rules for bad rows; `--help` lists all options. Any machine; no GPU.
 """
 
+from pathlib import Path
+
 from datasets import Dataset
 from transformers import AutoTokenizer
 
 from alignment import errors
-from alignment.convert import ConvertConfig, convert
-from alignment.data_report import Columns, summary
+from alignment.data.convert import ConvertConfig, convert
+from alignment.data.report import Columns, summary
 from alignment.errors import UserError
+from alignment.files import write_json
 from alignment.recipe import StrictParser
+from alignment.report.figures import draw_data_report
 from trl_nca.responses import tokenize_dataset
 
 
@@ -37,6 +41,11 @@ def main() -> None:
             return Columns.of_tokens(tokenize_dataset(rows, tokenizer)[0])
 
         report = convert(rest.inputs, config, measure, control_tokens)
+    if config.report:
+        folder = Path(config.report)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "data_report.json", report)
+        draw_data_report(report, folder / "data_report.png")
     print(summary(config.output, report))
 
 

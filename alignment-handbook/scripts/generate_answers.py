@@ -14,9 +14,9 @@ import argparse
 from pathlib import Path
 
 from alignment import errors
-from alignment.answers import answer_alpaca_eval, answer_mt_bench
 from alignment.errors import UserError
-from alignment.sample import SamplingConfig
+from alignment.evaluation.answers import answer_alpaca_eval, answer_mt_bench
+from alignment.sampling.sample import SamplingConfig
 
 
 def main() -> None:

@@ -18,12 +18,12 @@ comes: the same command goes on after a kill, a failure or a spent budget, and a
 import argparse
 
 from alignment import errors
-from alignment.endpoint import EndpointConfig
 from alignment.errors import UserError
-from alignment.judge_alpaca_eval import compare_alpaca_eval
-from alignment.judge_local import compare_models
-from alignment.judge_mt_bench import grade_mt_bench
-from alignment.score import Scorer
+from alignment.evaluation.endpoint import EndpointConfig
+from alignment.evaluation.judge_alpaca_eval import compare_alpaca_eval
+from alignment.evaluation.judge_local import compare_models
+from alignment.evaluation.judge_mt_bench import grade_mt_bench
+from alignment.sampling.score import Scorer
 
 
 def main() -> None:

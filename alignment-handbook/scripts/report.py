@@ -11,9 +11,9 @@ from pathlib import Path
 
 from alignment import errors
 from alignment.errors import UserError
-from alignment.html_report import REPORT, report_comparison, report_run
-from alignment.report import runs_table
-from alignment.runs import read_runs
+from alignment.report.html import REPORT, report_comparison, report_run
+from alignment.report.runs import read_runs
+from alignment.report.tables import runs_table
 
 
 def main() -> None:

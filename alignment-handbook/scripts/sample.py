@@ -9,8 +9,8 @@ that was killed goes on where it stopped (`OUTPUT.part`) and gives the same file
 """
 
 from alignment import errors
-from alignment.sample import SamplingConfig
-from alignment.sample_file import choose_engine, sample_file
+from alignment.sampling.sample import SamplingConfig
+from alignment.sampling.sample_file import choose_engine, sample_file
 
 #: Responses in a batch: what is written at once, and what a kill can cost.
 BATCH_SIZES = {"transformers": 64, "vllm": 1024}

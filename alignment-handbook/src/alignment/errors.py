@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-#: What gloo and NCCL say when a process that they wait for is gone.
+#: Messages of gloo and NCCL when a process that they wait for is gone.
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 
 
@@ -36,14 +36,15 @@ def run(main: Callable[[], None], exit_on_sigterm: bool = False) -> None:
 
     Args:
         main: What to run.
-        exit_on_sigterm: SIGTERM ends the program with exit code 0, as a batch system expects of a run that can go on.
+        exit_on_sigterm: Whether SIGTERM ends the program with one line and exit code 143. (While a trainer trains it
+            has a handler of its own, which saves a checkpoint and exits with 0.)
     """
-    is_main = os.environ.get("RANK", "0") == "0"  # what is said is said once, not once a process
+    is_main = os.environ.get("RANK", "0") == "0"  # messages are printed once, not once a process
     logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.WARNING if is_main else logging.ERROR)
     # Notices of one upstream package to another about names that are to change; no user can act on them.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|accelerate|peft)\.")
     if exit_on_sigterm:
-        signal.signal(signal.SIGTERM, _leave)
+        signal.signal(signal.SIGTERM, _exit_on_signal)
     try:
         main()
     except UserError as error:
@@ -60,16 +61,17 @@ def run(main: Callable[[], None], exit_on_sigterm: bool = False) -> None:
             traceback.print_exc()
             print(
                 f"error: another process of this run has died ({_one_line(error)}); the newest checkpoint is "
-                "untouched, --resume_from_checkpoint=true goes on from it",
+                "untouched, --resume_from_checkpoint=true resumes from it",
                 file=sys.stderr,
             )
             sys.exit(1)
         raise
 
 
-def _leave(number: int, frame: Any) -> NoReturn:
-    print("Stopped by SIGTERM, outside of training: nothing had to be saved", flush=True)
-    sys.exit(0)
+def _exit_on_signal(number: int, frame: Any) -> NoReturn:
+    """Exits as a shell says it, and not with 0: the results of the run are not there."""
+    print("Stopped by SIGTERM outside of training: the results are not written", flush=True)
+    sys.exit(128 + number)
 
 
 def _one_line(error: Exception) -> str:

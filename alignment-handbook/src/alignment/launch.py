@@ -1,18 +1,31 @@
-"""What a launch without GPUs asked for, and upstream does not do by itself."""
+"""The processes of a run: how they were launched, and how much memory they took."""
 
 import os
+import resource
+import sys
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 
 
-def settle_cpu_launch() -> None:
-    """Makes CPU processes shard as they were launched to: by FSDP, or by DeepSpeed. Does nothing to any other launch.
+def launched_layout(num_processes: int) -> str:
+    """The layout that accelerate launched, from its environment: `single`, `ddp`, `zero2`, `zero3` or `fsdp2`."""
+    if _asked_for("DEEPSPEED"):
+        stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+        return f"zero{stage}" if stage in ("2", "3") else "ddp"
+    if _asked_for("FSDP"):
+        return "fsdp2"
+    return "ddp" if num_processes > 1 else "single"
+
+
+def enable_cpu_sharding() -> None:
+    """Enables FSDP and DeepSpeed sharding on CPU-only launches that ask for it. Changes no other launch.
 
     - accelerate 1.15 turns a launch with `use_fsdp` into FSDP only where the processes have GPUs or the like
       (`AcceleratorState.__init__` in accelerate/state.py looks for MULTI_GPU and its kin). On CPUs it trains as plain
       DDP, every process with all weights, without a word. Called MULTI_GPU, CPU processes take the same way; their
-      device and their backend, gloo, are settled by then.
+      device and their backend, gloo, are set by then.
     - DeepSpeed 0.19 compiles a kernel for reductions on CPUs at the first launch (`build_shm_op` in
       deepspeed/comm/torch.py): that takes minutes, and fails without a compiler. gloo does without.
 
@@ -27,6 +40,14 @@ def settle_cpu_launch() -> None:
         from deepspeed import ops
 
         ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def peak_memory_gb() -> float:
+    """Peak memory of this process in GB (1e9 bytes): of the GPU's allocator where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def _asked_for(engine: str) -> bool:

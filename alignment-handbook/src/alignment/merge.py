@@ -1,7 +1,6 @@
 """Merge a LoRA adapter into the model it was trained on: one model, that needs neither PEFT nor quantization."""
 
 import copy
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from alignment.card import write_card
 from alignment.errors import UserError
+from alignment.files import atomic_path
 from alignment.models import adapter_base, load_trained_model, load_trained_tokenizer
+from alignment.report.card import write_card
+from trl_nca.layers import keep_4bit_weights
 
 #: Largest difference of a logit, in parts of the largest logit, that rounding may make: of float32 arithmetic, and of
 #: weights that are kept in fewer bits.
@@ -31,7 +32,7 @@ _PROBE = "Numbers: 1, 2, 3. The quick brown fox"
 def merge_adapter(adapter: str, output: str, dtype: str = "auto", quantized: bool | None = None) -> float:
     """Writes base + adapter as one model, with its tokenizer and a model card, and reads it back to see it is the same.
 
-    An adapter of a QLoRA run was trained on a base in 4 bits, and mends that base's errors too. So the base is taken
+    An adapter of a QLoRA run was trained on a base in 4 bits, and fixes that base's errors too. So the base is taken
     as it was trained on: quantized, and turned back into whole numbers, which loses nothing more. (PEFT's own merge
     into 4-bit weights quantizes the sum again.) The sum is made in float32.
 
@@ -53,8 +54,6 @@ def merge_adapter(adapter: str, output: str, dtype: str = "auto", quantized: boo
     folder = Path(output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--output: {output} is not empty; name a new folder")
-    partial = folder.with_name(f".{folder.name}.partial")  # a kill leaves no half-made folder under the real name
-    shutil.rmtree(partial, ignore_errors=True)
     tokenizer, _ = load_trained_tokenizer(adapter)
     probe = tokenizer(_PROBE, return_tensors="pt")["input_ids"]  # (1, L)
     recipe = read_recipe(adapter)
@@ -68,24 +67,21 @@ def merge_adapter(adapter: str, output: str, dtype: str = "auto", quantized: boo
 
     def check(what: str, model: PreTrainedModel, allowed: float) -> float:
         difference = ((_logits(model, probe) - expected).abs().max() / expected.abs().max()).item()
-        if difference <= allowed:
-            return difference
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(
-            f"{adapter}: {what}, it gives other logits (by {difference:.2g} of the largest, {allowed:g} is allowed), "
-            "as when embeddings are tied and the adapter changes one of them; sample from the adapter itself"
-        )
+        if difference > allowed:
+            raise UserError(
+                f"{adapter}: {what}, it gives other logits (by {difference:.2g} of the largest, {allowed:g} is "
+                "allowed), as when embeddings are tied and the adapter changes one of them; sample from the adapter "
+                "itself"
+            )
+        return difference
 
     check("merged", merged, TOLERANCE[torch.float32])
     kept = _dtype(dtype, base)
-    _save(merged.to(kept), tokenizer, partial)
-    write_card(partial, base, run=adapter)
-    read_back = AutoModelForCausalLM.from_pretrained(partial, dtype="float32", use_safetensors=True)
-    difference = check(f"merged and kept as {kept}", read_back, TOLERANCE[kept])
-    if folder.is_dir():
-        folder.rmdir()
-    partial.rename(folder)
-    return difference
+    with atomic_path(folder) as partial:
+        _save(merged.to(kept), tokenizer, partial)
+        write_card(partial, base, run=adapter, name=folder.resolve().name)
+        read_back = AutoModelForCausalLM.from_pretrained(partial, dtype="float32", use_safetensors=True)
+        return check(f"merged and kept as {kept}", read_back, TOLERANCE[kept])
 
 
 def push(folder: str, repository: str) -> str:
@@ -126,9 +122,7 @@ def _in_4_bits(base: str, recipe: dict[str, Any], adapter: str | None = None) ->
     model = AutoModelForCausalLM.from_pretrained(
         base, quantization_config=quantization, dtype=torch.float32, use_safetensors=True
     )
-    for module in model.modules():  # on a CPU with bfloat16 bitsandbytes would repack the weights, with coarser scales
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    keep_4bit_weights(model)  # which bitsandbytes would repack, with coarser scales
     return PeftModel.from_pretrained(model, adapter) if adapter else model
 
 

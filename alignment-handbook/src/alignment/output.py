@@ -1,4 +1,4 @@
-"""The output folder of a run: what an earlier run left there, and the files this one writes."""
+"""The output folder of a run: what an earlier run left there, and the files that this one writes."""
 
 import dataclasses
 import json
@@ -6,14 +6,16 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from alignment.errors import UserError
+from alignment.files import write_json, write_text
 from alignment.recipe import PLAN_KEYS
+from trl_nca.checkpoints import find_corruption, list_checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -27,23 +29,20 @@ _WRITTEN = (
 ).split()
 
 
-def resume_point(
-    output_dir: str, resume: str | None, overwrite: bool, why_torn: Callable[[Path], str | None]
-) -> str | None:
-    """Where to go on: a checkpoint, or None for a run from the start.
+def resume_point(output_dir: str, resume: str | None, overwrite: bool) -> str | None:
+    """The checkpoint to resume from, or None for a run from the start.
 
     `true` is the newest complete checkpoint, or the start where there is none: a run that dies may die before its
-    first, and what launches it again need not look.
+    first, and the launcher that starts it again need not look.
 
     Args:
         output_dir: Folder of the run; it need not exist.
         resume: The key `resume_from_checkpoint`: true, false, or the path of a checkpoint.
         overwrite: The key `overwrite_output_dir`.
-        why_torn: What is wrong with a checkpoint; None for a complete one.
 
     Raises:
-        UserError: The folder cannot be written, holds a finished run, or an unfinished one that was not asked to go on,
-            or the checkpoint is not there or torn.
+        UserError: The folder cannot be written, holds a finished run, or an unfinished one without being asked to
+            resume it, or the checkpoint is missing or corrupt.
     """
     folder = Path(output_dir)
     _check_writable(folder)
@@ -53,16 +52,18 @@ def resume_point(
     if asked and asked.lower() != "true":
         if not (Path(asked) / "trainer_state.json").is_file():
             raise UserError(f"resume_from_checkpoint: {asked} holds no checkpoint; give a folder checkpoint-N, or true")
-        if torn := why_torn(Path(asked)):
-            raise UserError(f"resume_from_checkpoint: {asked} is torn: {torn}; give another, or true for the newest")
+        if corruption := find_corruption(Path(asked)):
+            raise UserError(
+                f"resume_from_checkpoint: {asked} is corrupt: {corruption}; give another, or true for the newest"
+            )
         return asked
-    found = _checkpoints(folder)
+    found = list_checkpoints(folder)
     if asked:
         for checkpoint in reversed(found):
-            if (torn := why_torn(checkpoint)) is None:
-                logger.warning("Going on from %s", checkpoint)
+            if (corruption := find_corruption(checkpoint)) is None:
+                logger.warning("Resuming from %s", checkpoint)
                 return str(checkpoint)
-            logger.warning("!!! %s is passed over, it is torn: %s", checkpoint, torn)
+            logger.warning("!!! %s is skipped, it is corrupt: %s", checkpoint, corruption)
         logger.warning("!!! No complete checkpoint in %s: the run starts from the beginning", output_dir)
         return None
     if overwrite:
@@ -71,7 +72,7 @@ def resume_point(
         raise UserError(f"output_dir: {output_dir} holds a finished run; give another, or --overwrite_output_dir")
     if found:
         raise UserError(
-            f"output_dir: {output_dir} holds an unfinished run; go on with --resume_from_checkpoint=true, or start "
+            f"output_dir: {output_dir} holds an unfinished run; resume it with --resume_from_checkpoint=true, or start "
             "anew with --overwrite_output_dir"
         )
     return None
@@ -123,39 +124,22 @@ def start(
     """Makes the folder, clears an earlier run's files if asked, and writes resolved recipe, plan and data report."""
     folder = Path(output_dir)
     if overwrite and folder.is_dir():
-        for checkpoint in _checkpoints(folder):
+        for checkpoint in list_checkpoints(folder):
             shutil.rmtree(checkpoint)
         for name in _WRITTEN:
             (folder / name).unlink(missing_ok=True)
         shutil.rmtree(folder / "figures", ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(output_dir, "plan.json", plan)
-    write_json(output_dir, "data_report.json", data_report)
+    write_json(folder / "plan.json", plan)
+    write_json(folder / "data_report.json", data_report)
     write_text(folder / STARTED, yaml.safe_dump(recipe, sort_keys=False))
 
 
 def finish(output_dir: str, results: dict[str, Any]) -> None:
     """Writes the results; from then on the folder holds a finished run."""
-    write_json(output_dir, "eval_results.json", {key: results[key] for key in ("eval", "samples")})
-    write_json(output_dir, FINISHED, results)
-
-
-def write_json(output_dir: str, name: str, value: Any) -> None:
-    """Writes a file of the output folder, whole or not at all."""
-    write_text(Path(output_dir) / name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def read_json(output_dir: str, name: str) -> Any | None:
-    """Reads a file of the output folder; None if it is not there."""
-    path = Path(output_dir) / name
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file, whole or not at all."""
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+    folder = Path(output_dir)
+    write_json(folder / "eval_results.json", {key: results[key] for key in ("eval", "samples")})
+    write_json(folder / FINISHED, results)
 
 
 def _check_writable(folder: Path) -> None:
@@ -164,9 +148,3 @@ def _check_writable(folder: Path) -> None:
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not os.access(existing, os.W_OK):
         raise UserError(f"output_dir: {folder} cannot be written ({existing} is read-only); name another folder")
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """Folders checkpoint-N, oldest first."""
-    found = [checkpoint for checkpoint in folder.glob("checkpoint-*") if checkpoint.name[11:].isdigit()]
-    return sorted(found, key=lambda checkpoint: int(checkpoint.name[11:]))

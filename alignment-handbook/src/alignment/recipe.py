@@ -1,8 +1,8 @@
 """Recipes: a YAML file and `--key=value` overrides, parsed strictly into dataclasses.
 
 A recipe is read as flags, so that its values and those of the command line are converted and checked alike. A key on
-the command line replaces the recipe's, and `--key=` (empty) takes it back. Keys of older scripts are translated by one
-table, `OLD_KEYS`.
+the command line replaces the recipe's, and `--key=` (empty) resets it to its default. Keys of older scripts are
+translated by one table, `OLD_KEYS`.
 """
 
 import argparse
@@ -27,14 +27,14 @@ class RunConfig:
     """What a script does around the training.
 
     Attributes:
-        given: Keys that the recipe or the command line gives a value, each with the flags that give it.
+        given: Keys that the recipe or the command line sets, each with the flags that set it.
     """
 
     global_batch_size: int | None = field(
         default=None,
         metadata={
-            "help": "Prompts of one optimizer step, over all processes: gradient_accumulation_steps follows from it; "
-            "one given by hand wins."
+            "help": "Prompts of one optimizer step, over all processes. gradient_accumulation_steps follows from it, "
+            "unless that key is set too."
         },
     )
     show_batch: bool = field(
@@ -96,7 +96,7 @@ class RunConfig:
                 raise ValueError(f"{key}: must be above 0, got {getattr(self, key)}")
 
 
-#: Keys of a plan, which are of one launch and not of the run.
+#: Keys of `--plan`, which describe one launch and not the run.
 PLAN_KEYS = ("plan", "num_processes", "gpu_memory_gb", "parallel", "num_prompts")
 
 
@@ -109,7 +109,7 @@ OLD_KEYS: dict[str, str | None] = {
     "warmup_ratio": "warmup_steps",  # below 1 it is a share of all steps
     "preprocessing_num_workers": "dataset_num_proc",
     "no_cuda": "use_cpu",
-    "group_by_length": None,
+    "group_by_length": "train_sampling_strategy",
     "tokenizer_name": "tokenizer_name_or_path",
     "push_to_hub_model_id": "hub_model_id",
     "push_to_hub_token": "hub_token",
@@ -134,10 +134,11 @@ OLD_KEYS: dict[str, str | None] = {
     "include_tokens_per_second": None,
 }
 
-#: Values of older recipes -> today's, by today's key.
+#: Values of older recipes -> today's, by today's key; "" is the default.
 OLD_VALUES: dict[str, dict[str, str]] = {
     "loss_type": {"sigmoid": "DPO", "nca_pair": "NCA"},
     "attn_implementation": {"true": "flash_attention_2", "false": ""},
+    "train_sampling_strategy": {"true": "group_by_length", "false": ""},
 }
 
 
@@ -170,6 +171,7 @@ def parse_recipe(argv: Sequence[str], config_types: Sequence[type]) -> tuple[Any
     known = sorted({action.dest for action in parser._actions})
     for key in recipe:
         _check_known(key, known, path)
+    defaults = {key: parser.get_default(key) for key in known}
     recipe_flags = {key: _as_flags(key, value) for key, value in recipe.items() if value is not None}
     parser.set_defaults(**{key: None for key, value in recipe.items() if value is None})
     parser.source = path
@@ -182,9 +184,9 @@ def parse_recipe(argv: Sequence[str], config_types: Sequence[type]) -> tuple[Any
         )
     flags = {key: _with_values(key, values) for key, values in _translate(overrides, "command line").items()}
     for key in [key for key, flag in flags.items() if flag in ([f"--{key}="], [f"--{key}=null"])]:
-        del flags[key]  # `--key=` takes back what the recipe says
+        is_null = flags.pop(key) == [f"--{key}=null"]
         recipe_flags.pop(key, None)
-        parser.set_defaults(**{key: None})
+        parser.set_defaults(**{key: None if is_null else defaults.get(key)})
     parser.source = "command line"
     try:
         configs = parser.parse_args_into_dataclasses(args=_flatten(recipe_flags | flags), look_for_args_file=False)
@@ -246,14 +248,18 @@ def _translate(recipe: dict[str, Any], source: str) -> dict[str, Any]:
             translated[new] = value
     for key, values in OLD_VALUES.items():
         value = translated.get(key)
-        single = value[0] if isinstance(value, list) and len(value) == 1 else value
+        is_flag = isinstance(value, list)  # of the command line, where a bare one means true
+        single = "true" if value == [] else value[0] if is_flag and len(value) == 1 else value
         new = values.get(_scalar(single).lower()) if single is not None and not isinstance(single, list) else None
-        if new is not None:
-            logger.warning("%s: %s: %s is now called %s", source, key, _scalar(single), new or "the default")
-            if new:
-                translated[key] = [new] if isinstance(value, list) else new
-            else:
-                del translated[key]
+        if new is None:
+            continue
+        logger.warning("%s: %s: %s is now called %s", source, key, _scalar(single), new or "the default")
+        if is_flag:
+            translated[key] = [new]  # an empty one resets what the recipe says
+        elif new:
+            translated[key] = new
+        else:
+            del translated[key]
     return translated
 
 

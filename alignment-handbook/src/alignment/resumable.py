@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.errors import UserError
+from alignment.files import atomic_path
 
 Entry = dict[str, Any]
 #: Files of a model folder that decide what it computes.
@@ -85,17 +86,15 @@ class PartFile:
 
 
 def write_rows(path: Path, rows: Iterable[Entry]) -> None:
-    """Writes rows as JSON lines, or to a `.json` as one list; beside it first, so that it is never there in part."""
+    """Writes rows as JSON lines, or to a `.json` as one list; whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.tmp")
-    with beside.open("w", encoding="utf-8", newline="") as file:
+    with atomic_path(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
         if path.suffix == ".json":
             json.dump(list(rows), file, ensure_ascii=False, indent=2)
         else:
             file.writelines(map(_line, rows))
         file.flush()
         os.fsync(file.fileno())  # or a power cut could leave an empty file and no batches
-    beside.replace(path)
 
 
 def content_hash(value: Any) -> str:

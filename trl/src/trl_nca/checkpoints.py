@@ -1,7 +1,7 @@
-"""Checkpoints on disk that are complete or absent: written beside, sealed with hashes, then renamed.
+"""Checkpoints that are complete or absent: written to a temporary folder, hashed, then renamed.
 
 A kill at any moment leaves the folder `_saving` at most, which the next save removes. A machine that loses its power
-may leave a torn `checkpoint-N`, which its hashes tell.
+may leave a corrupt `checkpoint-N`, which its hashes reveal.
 """
 
 import json
@@ -12,10 +12,12 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import xxhash
 from accelerate import PartialState
 from safetensors import SafetensorError
+from torch import nn
 
 logger = logging.getLogger(__name__)
 
@@ -23,15 +25,18 @@ logger = logging.getLogger(__name__)
 MARKER = "complete.json"
 #: In the output folder: where a checkpoint is written. Uploads to the Hub leave out what begins with an underscore.
 STAGING = "_saving"
-GO_ON = "the last complete checkpoint is untouched, --resume_from_checkpoint=true goes on from it"
+RESUME_HINT = "the last complete checkpoint is untouched, --resume_from_checkpoint=true resumes from it"
+#: In a checkpoint, upstream's state of the Trainer; and the key under which it keeps what was not logged yet.
+TRAINER_STATE = "trainer_state.json"
+UNLOGGED_STATE = "since_last_log"
 
 
 class RunStopped(RuntimeError):
-    """The run cannot go on. The message says why, and what to do."""
+    """The run cannot continue. The message says why, and what to do."""
 
 
 def seal(folder: Path) -> None:
-    """Writes the marker of a checkpoint: the hash of each of its files. All is on the disk when this returns."""
+    """Writes the marker of a checkpoint, the hash of each of its files. All is on the disk when this returns."""
     hashes = {str(file.relative_to(folder)): _hash(file, sync=True) for file in _files(folder)}
     marker = folder / MARKER
     marker.write_text(json.dumps({"files": hashes}, indent=2) + "\n")
@@ -39,8 +44,8 @@ def seal(folder: Path) -> None:
         _sync(path)
 
 
-def why_torn(folder: Path) -> str | None:
-    """What is wrong with a checkpoint; None for a complete one."""
+def find_corruption(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, in words; None for a complete one."""
     try:
         files = json.loads((folder / MARKER).read_text())["files"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -56,7 +61,7 @@ def why_torn(folder: Path) -> str | None:
 
 @contextmanager
 def staged(output_dir: str) -> Iterator[str]:
-    """Where to write a checkpoint-N, on all processes; at the end it is sealed, and moved to the output folder.
+    """Gives the folder to write checkpoint-N to, on all processes; at the end it is sealed and moved to its place.
 
     The processes of all machines must see the same `output_dir`.
 
@@ -76,32 +81,38 @@ def staged(output_dir: str) -> Iterator[str]:
             _publish(checkpoint)
     except Exception as error:
         shutil.rmtree(folder, ignore_errors=True)
-        reason = why_unwritable(error)
+        reason = write_error_reason(error)
         if reason is None:
             raise
-        stopped = RunStopped(f"{output_dir}: a checkpoint cannot be written: {reason}. Mend that; {GO_ON}")
-        if not state.is_main_process:  # which may be able to write, and then has nothing to say
+        stopped = RunStopped(f"{output_dir}: a checkpoint cannot be written: {reason}. Fix that; {RESUME_HINT}")
+        if not state.is_main_process:  # which may be able to write, and then prints nothing
             logger.error("%s", stopped)
         raise stopped from error
     state.wait_for_everyone()
 
 
+def list_checkpoints(folder: str | Path) -> list[Path]:
+    """Folders checkpoint-N of a run's output folder, complete or not, oldest step first."""
+    found = [checkpoint for checkpoint in Path(folder).glob("checkpoint-*") if checkpoint.name[11:].isdigit()]
+    return sorted(found, key=lambda checkpoint: int(checkpoint.name[11:]))
+
+
 def rotate(output_dir: str, limit: int | None, kept: set[str]) -> None:
-    """Removes the oldest checkpoints above a limit. (Upstream would take a torn one of a later step for the newest.)
+    """Removes the oldest checkpoints above a limit. (Upstream would take a corrupt one of a later step for the newest.)
 
     Args:
         output_dir: Folder of the run.
         limit: Checkpoints to keep; None for all.
         kept: Names of those to keep whatever the limit is.
     """
-    found = [folder for folder in Path(output_dir).glob("checkpoint-*") if folder.name[11:].isdigit()]
-    rest = sorted((folder for folder in found if folder.name not in kept), key=lambda folder: int(folder.name[11:]))
+    found = list_checkpoints(output_dir)
+    rest = [folder for folder in found if folder.name not in kept]
     for folder in rest[: max(len(found) - (limit or len(found)), 0)]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def why_unwritable(error: Exception) -> str | None:
-    """What keeps files from being written, if that is what an error says; None for any other error."""
+def write_error_reason(error: Exception) -> str | None:
+    """Why files cannot be written, if an error says so; None for any other error."""
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
         return error.strerror  # and not what the Hub's client says, which is an OSError too
     if isinstance(error, SafetensorError) or "PytorchStreamWriter" in str(error) or "inline_container" in str(error):
@@ -113,7 +124,7 @@ def why_unwritable(error: Exception) -> str | None:
 def _publish(folder: Path) -> None:
     seal(folder)
     target = folder.parent.parent / folder.name
-    if target.exists():  # torn, or of the same step
+    if target.exists():  # corrupt, or of the same step
         target.rename(folder.with_name("old"))
     folder.rename(target)
     _sync(target.parent)
@@ -125,7 +136,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _hash(file: Path, sync: bool = False) -> str:
-    """Of the contents; against accidents, not against malice. With `sync`, once they are on the disk."""
+    """A hash of the contents, against accidents and not against malice; with `sync`, once they are on the disk."""
     digest = xxhash.xxh3_128()
     with file.open("rb") as stream:
         if sync:
@@ -141,3 +152,64 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class AtomicCheckpoints:
+    """Mixed into a transformers Trainer, writes its checkpoints by `staged`, with the numbers that are not logged yet.
+
+    Upstream's checkpoint holds weights, optimizer, scheduler, random numbers and position. With the losses and metrics
+    since the last logged step too, a resumed run logs next what an uninterrupted run logs.
+    """
+
+    _staging: str | None = None  # folder of a checkpoint that is being written
+
+    def store_unlogged_state(self) -> None:
+        """Puts the losses and metrics since the last logged step into the state that is saved. Called by all ranks."""
+        self.state.stateful_callbacks[UNLOGGED_STATE] = {
+            "tr_loss": self.accelerator.gather(self._tr_loss.detach()).mean().item(),
+            "last_logged": self._globalstep_last_logged,
+            "metrics": {name: list(values) for name, values in self._metrics["train"].items() if values},
+        }
+
+    def restore_unlogged_state(self) -> None:
+        """Takes them from the checkpoint that the run resumes from; to be called when training begins."""
+        stored = self.state.stateful_callbacks.get(UNLOGGED_STATE)
+        if stored is None:
+            return
+        self._tr_loss += stored["tr_loss"]
+        self._total_loss_scalar -= stored["tr_loss"]  # train_loss is that of this launch's steps
+        self._globalstep_last_logged = stored["last_logged"]
+        for name, values in stored["metrics"].items():
+            self._metrics["train"][name] += values
+
+    def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
+        begin = super()._init_training_state(max_steps, *args)
+        # Upstream would train one step more, where all steps are done and the last is inside an epoch.
+        return begin if self.state.global_step < max_steps else (self.state.num_train_epochs, 0)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._staging or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        output_dir, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        self.store_unlogged_state()
+        with staged(str(output_dir)) as staging:
+            self._staging = staging
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = None
+            best = Path(self.state.best_model_checkpoint or "")
+            if best.parent == Path(staging):  # this one: named by the place it is moved to
+                self.state.best_model_checkpoint = str(output_dir / best.name)
+                if self.args.should_save:
+                    self.state.save_to_json(str(best / TRAINER_STATE))
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(output_dir / name))
+        if self.args.should_save:
+            kept = {name, Path(self.state.best_model_checkpoint or "").name}
+            rotate(str(output_dir), self.args.save_total_limit, kept)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._staging is None:  # else it is about to move, and an upload takes a while
+            super()._push_from_checkpoint(checkpoint_folder)

@@ -1,4 +1,4 @@
-"""Batches of any K in bounded memory: runs of a few responses at a time, with the exact gradient.
+"""Batches of any K in bounded memory: a forward of a few responses at a time, with the exact gradient.
 
 Legend: B prompts, K responses. A batch is that of `GroupCollator`, a chunk a part of it with the same keys and shapes.
 """
@@ -9,16 +9,19 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
+from trl_nca.layout import GroupLayout
 from trl_nca.logps import Batch
 
-Run = Callable[[Batch], Tensor]
-Agree = Callable[[int], int]
+#: Log-probs of a chunk, shape (B, K), 0 for responses that are in another chunk.
+LogpsFn = Callable[[Batch], Tensor]
+#: The largest of a number over all processes; `int` where there is one.
+MaxOverRanks = Callable[[int], int]
 
 
 def split_batch(batch: Batch, max_tokens: int | None, shared_prompt: bool = True) -> list[Batch]:
     """Cuts a batch into chunks of at most `max_tokens` tokens.
 
-    A group that fits a chunk is not split. One that does not is spread over as many as it needs, each behind a copy
+    A group that fits a chunk is not split. One that does not is divided over as many as it needs, each behind a copy
     of the prompt. A single response that is too long, with its prompt, is a chunk of its own.
 
     Args:
@@ -27,81 +30,90 @@ def split_batch(batch: Batch, max_tokens: int | None, shared_prompt: bool = True
         shared_prompt: Whether a prompt counts once for the responses in a chunk, or for each.
 
     Returns:
-        Chunks in which prompts and responses that are elsewhere have length 0 and mask False, so that log-probs of
+        Chunks in which prompts and responses of other chunks have length 0 and mask False, so that log-probs of
         the chunks, shape (B, K) each, add up to those of the batch.
 
     Example:
         >>> from trl_nca.collate import GroupCollator
         >>> row = {"prompt_ids": [1, 2, 3], "response_ids": [[4, 5], [6], [7, 8]], "scores": [2, 1, 0]}
         >>> batch = GroupCollator()([row])
-        >>> [chunk["response_lengths"].tolist() for chunk in split_batch(batch, max_tokens=5)]
+        >>> [chunk["layout"].response_lengths for chunk in split_batch(batch, max_tokens=5)]
         [[[2, 1, 0]], [[0, 0, 2]]]
         >>> [chunk["input_ids"].tolist() for chunk in split_batch(batch, max_tokens=5)]
         [[[1, 2, 3, 4, 3]], [[1, 2, 3, 7]]]
     """
     if max_tokens is None:
         return [batch]
-    owners: list[list[tuple[int, int]]] = [[]]  # the responses (b, k) of each chunk
+    layout: GroupLayout = batch["layout"]
+    chunks: list[list[tuple[int, int]]] = [[]]  # the responses (b, k) of each chunk
     used = 0
-    for b, (context, lengths) in enumerate(
-        zip(batch["context_lengths"].tolist(), batch["response_lengths"].tolist(), strict=True)
-    ):
+    for b, (context, lengths) in enumerate(zip(layout.context_lengths, layout.response_lengths, strict=True)):
         real = [k for k, length in enumerate(lengths) if length]
         whole = sum(lengths) + context * (1 if shared_prompt else len(real))
         if used and used + whole > max_tokens:
-            owners.append([])
+            chunks.append([])
             used = 0
         for k in real:
-            has_prompt = shared_prompt and bool(owners[-1]) and owners[-1][-1][0] == b
+            has_prompt = shared_prompt and bool(chunks[-1]) and chunks[-1][-1][0] == b
             cost = lengths[k] + (0 if has_prompt else context)
             if used and used + cost > max_tokens:
-                owners.append([])
+                chunks.append([])
                 used, cost = 0, lengths[k] + context
-            owners[-1].append((b, k))
+            chunks[-1].append((b, k))
             used += cost
-    if len(owners) == 1:
+    if len(chunks) == 1:
         return [batch]
-    return [_part(batch, chunk) for chunk in owners]
+    return [_select(batch, set(chunk)) for chunk in chunks]
 
 
-def _part(batch: Batch, owners: list[tuple[int, int]]) -> Batch:
-    """The chunk that holds these responses (b, k), and the contexts of their prompts."""
-    device = batch["scores"].device
-    chosen = torch.zeros_like(batch["response_mask"], device="cpu")
-    chosen[tuple(torch.tensor(owners).T)] = True
-    chosen = chosen.to(device)  # (B, K)
-    has_prompt = chosen.any(dim=1)  # (B,)
-    lengths = batch["response_lengths"]
-    segments = torch.cat([batch["context_lengths"][:, None], lengths], dim=1)  # (B, 1 + K)
-    tokens = torch.cat([has_prompt[:, None], chosen], dim=1).flatten().repeat_interleave(segments.flatten())  # (T,)
+def _select(batch: Batch, chosen: set[tuple[int, int]]) -> Batch:
+    """The chunk with these responses (b, k), and the contexts of their prompts."""
+    layout: GroupLayout = batch["layout"]
+    prompts = {b for b, _ in chosen}
+    lengths = [
+        [length if (b, k) in chosen else 0 for k, length in enumerate(row)]
+        for b, row in enumerate(layout.response_lengths)
+    ]
+    tokens, targets = [], []  # slices of the T tokens, and of the R targets
+    num_targets = 0
+    for b, (context, responses) in enumerate(layout.groups):
+        tokens += [context] if b in prompts else []
+        real = (k for k, length in enumerate(layout.response_lengths[b]) if length)
+        for k, response in zip(real, responses, strict=True):
+            length = response.stop - response.start
+            if (b, k) in chosen:
+                tokens.append(response)
+                targets.append(slice(num_targets, num_targets + length))
+            num_targets += length
+    mask = torch.tensor([[length > 0 for length in row] for row in lengths])  # (B, K)
+    contexts = [length if b in prompts else 0 for b, length in enumerate(layout.context_lengths)]
     return batch | {
-        "response_mask": chosen,
-        "context_lengths": batch["context_lengths"] * has_prompt,
-        "response_lengths": lengths * chosen,
-        "input_ids": batch["input_ids"][:, tokens],
-        "position_ids": batch["position_ids"][:, tokens],
-        "targets": batch["targets"][chosen.flatten().repeat_interleave(lengths.flatten())],
+        "response_mask": mask.to(batch["response_mask"].device, non_blocking=True),
+        "input_ids": torch.cat([batch["input_ids"][:, part] for part in tokens], dim=1),
+        "position_ids": torch.cat([batch["position_ids"][:, part] for part in tokens], dim=1),
+        "targets": torch.cat([batch["targets"][part] for part in targets]),
+        "layout": GroupLayout(contexts, lengths, layout.device),
     }
 
 
-def logps_without_gradient(run: Run, chunks: list[Batch], agree: Agree = int) -> Tensor:
-    """Log-probs of a batch run in chunks. Shape (B, K). For the arguments see `logps_for_training`."""
+def logps_without_gradient(logps_fn: LogpsFn, chunks: list[Batch], max_over_ranks: MaxOverRanks = int) -> Tensor:
+    """Log-probs of a batch that is run in chunks. Shape (B, K). For the arguments see `logps_for_training`."""
     with torch.no_grad():
         logps = torch.zeros_like(chunks[0]["response_mask"], dtype=torch.float32)
-        for chunk in _level(chunks, agree):
-            logps = _fill(logps, run, chunk)
+        for chunk in pad_num_chunks(chunks, max_over_ranks):
+            logps = _fill(logps, logps_fn, chunk)
     return logps
 
 
 def logps_for_training(
-    run: Run,
+    logps_fn: LogpsFn,
     chunks: list[Batch],
     separable: bool,
     backward: Callable[[Tensor], None],
-    deferred: Callable[[], AbstractContextManager[None]] = nullcontext,
-    agree: Agree = int,
+    no_sync: Callable[[], AbstractContextManager[None]] = nullcontext,
+    max_over_ranks: MaxOverRanks = int,
 ) -> Tensor:
-    r"""Log-probs of a batch run in chunks, with the gradient of all chunks but the last already spent.
+    r"""Log-probs of a batch that is run in chunks, all but the last of which have already been back-propagated.
 
     The derivative of the loss by a response's log-prob is known as soon as those it depends on are: its own, where the
     loss separates over the responses (NCA: \(\sigma(r_i)/K - w_i \sigma(-r_i)\)), or those of its group (InfoNCA:
@@ -109,51 +121,56 @@ def logps_for_training(
     group whose loss does not separate is run once before, without gradient and with the same dropout.
 
     Args:
-        run: Log-probs of a chunk, shape (B, K), 0 for responses that are elsewhere.
+        logps_fn: Log-probs of a chunk.
         chunks: From `split_batch`.
         separable: Whether the loss of a prompt is a sum over its responses.
         backward: Takes log-probs, shape (B, K), and back-propagates their loss.
-        deferred: A context in which gradients are summed up and not synchronised between processes.
-        agree: The largest of a number over all processes, where all must run the same number of times.
+        no_sync: A context in which gradients are accumulated and not exchanged between processes.
+        max_over_ranks: The largest of a number over all processes, where all must run the same number of forwards.
 
     Returns:
         Log-probs of the whole batch, shape (B, K). Gradients flow to the last chunk: back-propagating the loss of these
         completes the gradient.
     """
-    chunks = _level(chunks, agree)
-    real = torch.stack([chunk["response_mask"] for chunk in chunks]).any(dim=0)  # (B, K)
-    first = [] if separable else [i for i, chunk in enumerate(chunks) if _splits_a_group(chunk, real)]
-    first += [len(chunks) - 1] * (agree(len(first)) - len(first))
+    first = [] if separable else _split_groups(chunks)
+    chunks = pad_num_chunks(chunks, max_over_ranks)
+    mask = chunks[0]["response_mask"]  # (B, K)
+    first += [len(chunks) - 1] * (max_over_ranks(len(first)) - len(first))
     states = {}
     with torch.no_grad():
-        logps = real.new_zeros(real.shape, dtype=torch.float32)
+        logps = mask.new_zeros(mask.shape, dtype=torch.float32)
         for i in first:
-            states[i] = _random_state(real.device)
-            logps = _fill(logps, run, chunks[i])
+            states[i] = _random_state(mask.device)
+            logps = _fill(logps, logps_fn, chunks[i])
     for i, chunk in enumerate(chunks[:-1]):
-        with deferred():
-            with _replayed(states.get(i), real.device):
-                logps = _fill(logps, run, chunk)
+        with no_sync():
+            with _replayed(states.get(i), mask.device):
+                logps = _fill(logps, logps_fn, chunk)
             backward(logps)
         logps = logps.detach()
-    with _replayed(states.get(len(chunks) - 1), real.device):
-        return _fill(logps, run, chunks[-1])
+    with _replayed(states.get(len(chunks) - 1), mask.device):
+        return _fill(logps, logps_fn, chunks[-1])
 
 
-def _fill(logps: Tensor, run: Run, chunk: Batch) -> Tensor:
+def _fill(logps: Tensor, logps_fn: LogpsFn, chunk: Batch) -> Tensor:
     """Log-probs with those of a chunk filled in. Shape (B, K)."""
-    return torch.where(chunk["response_mask"], run(chunk), logps)
+    return torch.where(chunk["response_mask"], logps_fn(chunk), logps)
 
 
-def _level(chunks: list[Batch], agree: Agree) -> list[Batch]:
-    """As many chunks on every process, some run for nothing: sharded weights are gathered by all processes or none."""
+def pad_num_chunks(chunks: list[Batch], max_over_ranks: MaxOverRanks) -> list[Batch]:
+    """Repeats the last chunk, with no response that counts, until all processes have the same number.
+
+    Sharded weights are gathered by all processes or by none.
+    """
     idle = chunks[-1] | {"response_mask": torch.zeros_like(chunks[-1]["response_mask"])}
-    return chunks + [idle] * (agree(len(chunks)) - len(chunks))
+    return chunks + [idle] * (max_over_ranks(len(chunks)) - len(chunks))
 
 
-def _splits_a_group(chunk: Batch, real: Tensor) -> bool:
-    here = chunk["response_mask"]  # (B, K)
-    return bool((here.any(dim=1) & (here != real).any(dim=1)).any())
+def _split_groups(chunks: list[Batch]) -> list[int]:
+    """Which chunks hold a part of a group whose other responses are in other chunks."""
+    counts = [[sum(map(bool, lengths)) for lengths in chunk["layout"].response_lengths] for chunk in chunks]
+    totals = [sum(counts_of_group) for counts_of_group in zip(*counts, strict=True)]
+    return [i for i, row in enumerate(counts) if any(0 < n < total for n, total in zip(row, totals, strict=True))]
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trl_nca.layout import GroupLayout
+
 
 @dataclass
 class GroupCollator:
@@ -30,9 +32,8 @@ class GroupCollator:
         tensor([[0, 1, 2, 1, 0, 0, 0]])
         >>> batch["targets"]
         tensor([3, 4, 5, 7, 8, 9])
-        >>> batch["context_lengths"], batch["response_lengths"]
-        (tensor([1, 0]), tensor([[2, 1, 0],
-                [1, 1, 1]]))
+        >>> batch["layout"].context_lengths, batch["layout"].response_lengths
+        ([1, 0], [[2, 1, 0], [1, 1, 1]])
         >>> batch["scores"]
         tensor([[0.9000, 0.1000, 0.0000],
                 [1.0000, 2.0000, 3.0000]], dtype=torch.float64)
@@ -43,14 +44,15 @@ class GroupCollator:
 
         Args:
             rows: Each with `prompt_ids` (ints, at least one), `response_ids` (K lists of ints), `scores` (K numbers)
-                and, where the reference was computed before, `ref_logps` (K numbers); also `where`, the row's place.
+                and, where the reference was precomputed, `ref_logps` (K numbers); also `location`, the row's place in
+                its file.
 
         Returns:
             `scores` (float64) and `response_mask` (bool), shape (B, K), padded with 0 and False;
-            `context_lengths`, shape (B,): tokens of each prompt but its last;
-            `response_lengths`, shape (B, K): tokens of each response, 0 where padded;
             `input_ids` and `position_ids`, shape (1, T); `targets`, the tokens of all responses, shape (R,);
-            `ref_logps`, shape (B, K), where the rows have it; `where`, B texts to name the rows by.
+            `ref_logps`, shape (B, K), where the rows have it;
+            `layout`, a `GroupLayout`: the lengths of contexts and responses, on the CPU;
+            `location`, B texts to name the rows by.
         """
         input_ids: list[int] = []
         position_ids: list[int] = []
@@ -64,20 +66,18 @@ class GroupCollator:
                 position_ids += range(len(context), len(context) + len(response))
                 targets += response
         response_lengths = _padded([[len(r) for r in row["response_ids"]] for row in rows], torch.long)
+        layout = GroupLayout([len(row["prompt_ids"]) - 1 for row in rows], response_lengths.tolist())
         batch: dict[str, Any] = {
             # First in the batch: the Trainer takes the number of examples from the first tensor it meets.
             "scores": _padded([row["scores"] for row in rows], torch.float64),
             "response_mask": response_lengths > 0,
-            "context_lengths": torch.tensor([len(row["prompt_ids"]) - 1 for row in rows]),
-            "response_lengths": response_lengths,
             "input_ids": torch.tensor([input_ids]),
             "position_ids": torch.tensor([position_ids]),
             "targets": torch.tensor(targets),
         }
         if "ref_logps" in rows[0]:
             batch["ref_logps"] = _padded([row["ref_logps"] for row in rows], torch.float32)
-        batch["where"] = [row.get("where", "") for row in rows]
-        return batch
+        return batch | {"layout": layout, "location": [row.get("location", "") for row in rows]}
 
 
 def _padded(rows: list[list[Any]], dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,4 @@
-"""The settings of a run."""
+"""The training arguments."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,25 +9,28 @@ from trl import DPOConfig
 
 from trl_nca.losses import LOSSES
 
-#: `DPOConfig` keys that act inside upstream's loss or forward, which these trainers replace: (key, neutral value).
-UNSUPPORTED = [
-    ("use_liger_kernel", False),
-    ("padding_free", False),
-    ("loss_weights", None),
-    ("ld_alpha", None),
-    ("f_divergence_type", "reverse_kl"),
-    ("label_smoothing", 0.0),
-    ("use_weighting", False),
-    ("truncation_mode", "keep_start"),
-]
+_LOSS = "acts inside upstream's loss, which these trainers do not use"
+_FORWARD = "acts inside upstream's forward, which these trainers do not use"
+#: Keys of `DPOConfig` that these trainers do not support: the value that asks for nothing, and the reason.
+UNSUPPORTED: dict[str, tuple[Any, str]] = {
+    "loss_weights": (None, _LOSS),
+    "ld_alpha": (None, _LOSS),
+    "f_divergence_type": ("reverse_kl", _LOSS),
+    "label_smoothing": (0.0, _LOSS),
+    "use_weighting": (False, _LOSS),
+    "use_liger_kernel": (False, _FORWARD),
+    "padding_free": (False, _FORWARD + "; rows are packed without padding anyway"),
+    "truncation_mode": ("keep_start", "prompts lose their beginning and responses their end"),
+    "enable_jit_checkpoint": (False, "these trainers save a checkpoint on SIGTERM by themselves"),
+}
 
 
 @dataclass
 class NCAConfig(DPOConfig):
-    r"""Settings of a run: those of `trl.DPOConfig` (and so of `transformers.TrainingArguments`), and these.
+    r"""Training arguments: those of `trl.DPOConfig` (and so of `transformers.TrainingArguments`), and these.
 
     Raises:
-        ValueError: A value is out of range, or a key of `DPOConfig` is set that has no meaning here.
+        ValueError: A value is out of range, or a key of `DPOConfig` is set that is not supported.
     """
 
     loss_type: str = field(
@@ -90,7 +93,7 @@ class NCAConfig(DPOConfig):
         default=3,
         metadata={
             "help": "Optimizer steps in a row whose loss or gradient is not finite, after which the run ends. Each is "
-            "left out, and its rows are named; the last good checkpoint stays."
+            "skipped, and its rows are named; the last good checkpoint stays."
         },
     )
     include_num_input_tokens_seen: str = field(
@@ -128,9 +131,9 @@ class NCAConfig(DPOConfig):
                 raise ValueError(f"{key}: must be at least 1, got {getattr(self, key)}")
         if self.max_length is not None and (self.max_prompt_length or 0) >= self.max_length:
             raise ValueError(f"max_prompt_length: {self.max_prompt_length} fills max_length {self.max_length}")
-        for key, neutral in UNSUPPORTED:
+        for key, (neutral, reason) in UNSUPPORTED.items():
             if getattr(self, key) != neutral:
-                raise ValueError(f"{key}: {getattr(self, key)!r} has no effect with these losses; remove the key")
+                raise ValueError(f"{key}: {getattr(self, key)!r} is not supported: {reason}; remove the key")
         self.shared_prompt = str(self.shared_prompt).lower()
         counts_tokens = str(self.include_num_input_tokens_seen).lower() not in ("false", "no")
         self.include_num_input_tokens_seen = "all" if counts_tokens else "no"  # packed: all tokens are real

@@ -1,5 +1,9 @@
 """The LM head fused with the log-softmax: log-probs of given tokens, without a (tokens, vocabulary) tensor.
 
+trl 1.16 has a fused head too (`trl.trainer.utils.add_fused_lm_head`, which `DPOTrainer` puts on the model before ours).
+It is not used because it projects every position on a CPU, and runs a frozen head, which LoRA's is, twice: forwards and
+again for the gradient. `_FrozenHead` makes that gradient on the way forward.
+
 Legend: R response tokens, H hidden size, V vocabulary.
 """
 
@@ -21,10 +25,10 @@ LOGITS_AT_ONCE = 2**24
 
 
 def fuse_head(model: nn.Module) -> None:
-    """Teaches a causal language model `model(..., positions=, targets=)`, which returns log-probs in place of logits.
+    """Patches a causal language model so that `model(..., positions=, targets=)` returns log-probs in place of logits.
 
     `targets`, shape (R,), are token ids, and `positions`, shape (R,), the places in the flattened (batch x length) rows
-    that predict them; the result is their log-probs, shape (R,). Only these positions meet the LM head. Without
+    that predict them; the result is their log-probs, shape (R,). Only these positions are projected. Without
     `targets` the model runs as before. With `output_router_logits` a mixture of experts returns its load-balancing loss
     too. To be called on the bare model; wrapped by PEFT, DDP, FSDP or DeepSpeed it
     takes the two arguments all the same.
@@ -82,7 +86,7 @@ def target_logps(
         head: The module behind `project`; says whether its weights are trained.
         hidden: Hidden states that predict the targets. Shape (R, H).
         targets: Token ids. Shape (R,).
-        rows: Tokens that meet the head together.
+        rows: Tokens that are projected together.
 
     Returns:
         Log-probs in nats, float32 or wider. Shape (R,).

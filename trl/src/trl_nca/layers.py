@@ -1,9 +1,9 @@
-"""Decoder layers that pass over their activations less often, and adapters that are kept in float32.
+"""Decoder layers with fewer memory-bound operations, and adapters that are kept in float32.
 
-On a GPU a pass over the activations of all tokens costs a good part of a matrix product, and PEFT's LoRA layers and
-transformers' norms make many: an input written in float32 and back, a product, the product scaled, the sum. Here LoRA's
-product goes straight into the base layer's output, and the norm is torch's own, one kernel on a GPU. The numbers are
-theirs but for rounding, which happens once in place of several times.
+On a GPU an elementwise operation on the activations of all tokens costs a good part of a matrix product, and PEFT's
+LoRA layers and transformers' norms make many: an input written in float32 and back, a product, the product scaled, the
+sum. Here LoRA's product goes straight into the base layer's output, and the norm is torch's own, one kernel on a GPU.
+The numbers are theirs but for rounding, which happens once in place of several times.
 
 Legend: N tokens, I input size, O output size, r rank.
 """
@@ -21,9 +21,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 
 def fuse_layers(model: nn.Module) -> None:
-    """Teaches a model's LoRA layers over linear ones, quantized or not, and norms of Llama's kind to do so.
+    """Patches LoRA layers over linear ones, quantized or not, and Llama-style RMSNorms in place with fused forwards.
 
-    What is not plain LoRA at work on plain tensors runs as before: see `_plain_adapter`.
+    What is not plain LoRA on plain tensors runs as before: see `_plain_adapter`.
     """
     keep_4bit_weights(model)  # where the reference is run before the trainer is made
     for module in model.modules():
@@ -34,7 +34,7 @@ def fuse_layers(model: nn.Module) -> None:
 
 
 def keep_4bit_weights(model: nn.Module) -> None:
-    """Stops bitsandbytes 0.50 from repacking 4-bit weights on a CPU with bfloat16; to be called before anything is run.
+    """Keeps bitsandbytes 0.50 from repacking 4-bit weights on a CPU with bfloat16. To be called before any forward.
 
     It does so at a first forward without gradient, such as sampling's. No gradient goes through them afterwards, and
     input sizes below 64 fail.
@@ -44,18 +44,13 @@ def keep_4bit_weights(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def settle_quantized(model: nn.Module, widens: bool) -> None:
-    """Makes a quantized model fit to train: `keep_4bit_weights`, and an adapter in float32.
+def cast_adapter_to_float32(model: nn.Module) -> None:
+    """Casts the trained weights of a PEFT model to float32 in place; any other model is left as it is.
 
-    trl 1.16 makes it bfloat16. There a weight of 0.008 moves by 3e-5 or not at all, and AdamW's step is the learning
-    rate, 5e-6 in the recipes.
-
-    Args:
-        model: Bare or wrapped by PEFT.
-        widens: False where the adapter's type must be the base's: FSDP shards them together.
+    trl 1.16 makes the adapter of a quantized model bfloat16. There a weight of 0.008 moves by 3e-5 or not at all, and
+    AdamW's step is the learning rate, 5e-6 in the recipes.
     """
-    keep_4bit_weights(model)
-    for parameter in model.parameters() if widens and isinstance(model, PeftModel) else ():
+    for parameter in model.parameters() if isinstance(model, PeftModel) else ():
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()
 
@@ -90,7 +85,7 @@ def _lora_forward(self: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tens
 
 
 def _plain_adapter(layer: LoraLayer, x: Tensor) -> str | None:
-    """The one adapter that is to be added, or None where PEFT has more to do than that."""
+    """Name of the only active adapter, or None where PEFT does more than add its product."""
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     if layer.disable_adapters or layer.merged or len(active) != 1 or not x.numel():
         return None
@@ -108,10 +103,10 @@ class _AddLowRank(torch.autograd.Function):
     r"""\(y + s\,(x A^T) B^T\), in y's place and in y's type.
 
     Args:
-        out: y, of the base layer and nobody else's. Shape (..., O).
-        x: Shape (..., I).
+        out: y, the base layer's output, which nothing else refers to. Shape (..., O).
+        x: The layer's input. Shape (..., I).
         a, b: The adapter's weights, shapes (r, I) and (O, r), in any floating type; so are their gradients.
-        scaling: s.
+        scaling: s, LoRA's alpha / r.
     """
 
     @staticmethod

@@ -13,14 +13,15 @@ from torch.nn.utils.rnn import pad_sequence
 
 from trl_nca.head import fuse_head
 from trl_nca.layers import fuse_layers
+from trl_nca.layout import GroupLayout
 from trl_nca.router import RouterLoss
-from trl_nca.shared_prompt import GroupLayout, base_model, share_prompts
+from trl_nca.shared_prompt import base_model, share_prompts
 
-Batch = dict[str, Any]  # tensors, and the rows' places
+Batch = dict[str, Any]  # tensors, the layout, and the rows' locations
 
 
-def prepare(models: Sequence[nn.Module], shared_prompt: str = "auto") -> bool:
-    """Makes models ready for `response_logps`. Sampling, and any other use of them, is as before.
+def patch_models(models: Sequence[nn.Module], shared_prompt: str = "auto") -> bool:
+    """Patches models in place so that `response_logps` can run them. Sampling, and any other use, is as before.
 
     Args:
         models: Policy and, where it is a model of its own, reference; bare or wrapped by PEFT.
@@ -44,57 +45,66 @@ def response_logps(model: nn.Module, batch: Batch, shared_prompt: bool, router: 
     .. math:: \log \pi(y | x) = \sum_t \log \pi(y_t | x, y_{<t})
 
     Args:
-        model: A causal language model after `prepare`, bare or wrapped (PEFT, DDP, FSDP, DeepSpeed).
+        model: A causal language model after `patch_models`, bare or wrapped (PEFT, DDP, FSDP, DeepSpeed).
         batch: Packed groups from `GroupCollator`.
-        shared_prompt: What `prepare` said. True: run packed, each prompt once. False: every response is run in a padded
-            row of its own, behind its own copy of the prompt.
+        shared_prompt: What `patch_models` returned. True: run packed, each prompt once. False: every response is run in
+            a padded row of its own, behind its own copy of the prompt.
         router: Where it is enabled, the load-balancing loss of this forward is added to it.
 
     Returns:
         Log-probs in nats, float32 or wider, 0 for padded responses. Shape (B, K).
     """
-    inputs, positions = (_packed if shared_prompt else _padded)(batch)
+    inputs = model_inputs(batch, shared_prompt)
     if router is not None and router.enabled:
         inputs["output_router_logits"] = True
-    per_token_logps = model(**inputs, use_cache=False, positions=positions, targets=batch["targets"])  # (R,)
+    per_token_logps = model(**inputs)  # (R,)
     if router is not None and router.enabled:
         per_token_logps, balance = per_token_logps
         router.add(batch, balance)
-    lengths = batch["response_lengths"].flatten()  # (B * K,)
-    owners = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)  # (R,), b * K + k
-    logps = per_token_logps.new_zeros(len(lengths)).index_add(0, owners, per_token_logps)
-    return logps.view(batch["response_lengths"].shape)
+    response_index = _layout(batch).response_index  # (R,)
+    logps = per_token_logps.new_zeros(batch["scores"].numel()).index_add(0, response_index, per_token_logps)
+    return logps.view(batch["scores"].shape)
 
 
-def _packed(batch: Batch) -> tuple[dict[str, Any], Tensor]:
-    """All groups in one row: the model's inputs, and the positions in it that predict the targets, shape (R,)."""
-    context_lengths, response_lengths = batch["context_lengths"], batch["response_lengths"]
-    device, num_responses = response_lengths.device, response_lengths.shape[1]
-    is_response = torch.tensor([False] + [True] * num_responses, device=device).repeat(len(context_lengths))
-    lengths = torch.cat([context_lengths[:, None], response_lengths], dim=1).flatten()
-    inputs = {
+def model_inputs(batch: Batch, shared_prompt: bool) -> dict[str, Any]:
+    """Keyword arguments of the patched model's forward for a batch. For the arguments see `response_logps`."""
+    inputs = (_packed if shared_prompt else _padded)(batch)
+    return inputs | {"targets": batch["targets"], "use_cache": False}
+
+
+def _layout(batch: Batch) -> GroupLayout:
+    """The layout of the batch, with its tensors where the tokens are."""
+    return batch["layout"].to(batch["input_ids"].device)
+
+
+def _packed(batch: Batch) -> dict[str, Any]:
+    """All groups in one row. `positions`, shape (R,), are those in it that predict the targets."""
+    layout = _layout(batch)
+    return {
         "input_ids": batch["input_ids"],
         "position_ids": batch["position_ids"],
         # transformers hands a mask of four dimensions on as it is and builds none of its own: (T, T) would be large.
-        "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
-        "group_layout": GroupLayout.of(context_lengths, response_lengths),
+        "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=layout.device),
+        "group_layout": layout,
+        "positions": layout.target_positions,
     }
-    return inputs, is_response.repeat_interleave(lengths).nonzero().squeeze(1)
 
 
-def _padded(batch: Batch) -> tuple[dict[str, Any], Tensor]:
-    """The same with one padded row a response: contexts padded on the left, responses on the right."""
-    tokens = batch["input_ids"][0]
-    groups = GroupLayout.of(batch["context_lengths"], batch["response_lengths"]).groups
+def _padded(batch: Batch) -> dict[str, Any]:
+    """One padded row a response: contexts padded on the left, responses on the right."""
+    tokens, groups = batch["input_ids"][0], batch["layout"].groups
     rows = [(tokens[context], tokens[response]) for context, responses in groups for response in responses]
     contexts = pad_sequence([c for c, _ in rows], batch_first=True, padding_value=-1, padding_side="left")
     responses = pad_sequence([r for _, r in rows], batch_first=True, padding_value=-1)  # (N, L)
     input_ids = torch.cat([contexts, responses], dim=1)  # (N, longest context + L)
     real = input_ids >= 0
-    inputs = {
+    # The positions that predict targets are known from the lengths: to look for them would wait for the device.
+    length, start = input_ids.shape[1], contexts.shape[1]
+    spans = [(row * length + start, len(response)) for row, (_, response) in enumerate(rows)]
+    positions = torch.cat([torch.arange(first, first + count) for first, count in spans])  # (R,)
+    return {
         "input_ids": input_ids.clamp(min=0),
         "position_ids": (real.cumsum(dim=1) - 1).clamp(min=0),
         "attention_mask": real.long(),
+        "positions": positions.to(tokens.device, non_blocking=True),
     }
-    scored = torch.cat([torch.zeros_like(contexts, dtype=torch.bool), responses >= 0], dim=1)
-    return inputs, scored.flatten().nonzero().squeeze(1)

@@ -1,7 +1,10 @@
 """What is logged of each prompt: implicit rewards by rank of score, accuracy, margin, log-probs."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 def group_metrics(
@@ -54,3 +57,19 @@ def group_metrics(
     }
     ranked = rewards.masked_fill(~real, torch.nan)
     return metrics | {f"rewards/rank_{k}": ranked[:, k] for k in range(ranked.shape[1])}
+
+
+def stack_metrics(batches: Sequence[dict[str, Tensor]]) -> tuple[list[str], Tensor]:
+    """The metrics of several batches as one table.
+
+    Args:
+        batches: From `group_metrics`, with further metrics of shape (B,) before those by rank. K may differ by batch.
+
+    Returns:
+        The names of the columns before `rewards/rank_0`, and the table, with NaN where a batch has fewer responses.
+        Shape (prompts, metrics).
+    """
+    width = max(map(len, batches))
+    tables = [torch.stack(list(metrics.values()), dim=1) for metrics in batches]
+    table = torch.cat([pad(t, (0, width - t.shape[1]), value=torch.nan) for t in tables])
+    return [name for name in batches[0] if not name.startswith("rewards/rank_")], table

@@ -1,13 +1,13 @@
 """Log-probs of the data set under the reference, computed once and kept on disk.
 
 The cache is a file of JSON lines, one a row, whose name is a hash of everything that the values depend on: a changed
-model, adapter, row, template, truncation, precision or engine has another name. It may be deleted at any time.
+model, adapter, row, template, truncation, precision, engine or package has another name. It may be deleted at any time.
 """
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,13 @@ from peft import PeftModel
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from trl_nca.code_hash import code_hash
 from trl_nca.shared_prompt import base_model
 
-#: The modules whose code the values depend on, and the packages that do the arithmetic.
-ENGINE = ("collate", "head", "logps", "shared_prompt")
-PACKAGES = ("torch", "transformers", "peft")
+#: The modules that the values come from; with all that these import of their package, they are the engine.
+ENGINE = ("trl_nca.collate", "trl_nca.logps")
+#: Packages that the values depend on, whatever the model; those of its layers are added.
+PACKAGES = {"torch", "transformers", "peft"}
 
 
 def reference_logps(
@@ -35,13 +37,13 @@ def reference_logps(
 ) -> list[list[float]]:  # fmt: skip
     """Log-probs of all rows, from the file as far as it goes, else computed and added to it as they come.
 
-    Longest rows first, so that too little memory shows at once. A run that is killed goes on where it stopped, also
+    Longest rows first, so that a lack of memory shows at once. A run that was killed resumes where it stopped, also
     with another number of processes.
 
     Args:
         dataset: Tokenized rows, with `length`.
-        file: Of `cache_file`. Read and written by the main process alone.
-        about: What the file's name is the hash of; its first line, for a person who wonders.
+        file: From `cache_file`. Read and written by the main process alone.
+        about: What the file's name is the hash of; written as its first line, for a person who wonders.
         score: Log-probs of some rows, K for each. Called equally often on all processes.
         batch_size: Rows to score at a time, on each process.
         desc: Text of the progress bar.
@@ -54,11 +56,11 @@ def reference_logps(
     lengths = dataset["length"][:]
     missing = sorted((i for i in range(len(dataset)) if i not in logps), key=lambda i: (-lengths[i], i))
     if missing and state.is_main_process:
-        _append(file, [about])  # also takes the place behind a line that a kill left torn
+        _append(file, [about])  # also ends a line that a kill cut short
     step = batch_size * state.num_processes
     for at in tqdm(range(0, len(missing), step), desc=desc, disable=not missing):
         batch = missing[at : at + step]
-        mine = batch[state.process_index :: state.num_processes] or batch[:1]  # without a row left: one for nothing
+        mine = batch[state.process_index :: state.num_processes] or batch[:1]  # no row is left: any
         found = gather_object(list(zip(mine, score([dataset[i] for i in mine]), strict=True)))
         if state.is_main_process:
             _append(file, [{"row": i, "logps": values} for i, values in found])
@@ -83,8 +85,8 @@ def describe_reference(model: nn.Module, dataset: Dataset, adapter: str | None, 
         if isinstance(model, PeftModel)
         else {},
         "rows": _hash_rows(dataset),
-        "engine": _hash_files(*(Path(__file__).with_name(f"{name}.py") for name in ENGINE)),
-        "packages": {name: version(name) for name in PACKAGES},
+        "engine": code_hash(ENGINE),
+        "packages": _package_versions(model),
         **settings,
     }
     return json.loads(json.dumps(about, sort_keys=True, default=lambda v: sorted(v) if isinstance(v, set) else str(v)))
@@ -97,7 +99,7 @@ def cache_file(about: dict[str, Any], folder: str | None) -> Path:
 
 
 def _read(file: Path) -> dict[int, list[float]]:
-    """Rows and their log-probs; a line that a killed run left torn is passed over."""
+    """Rows and their log-probs; a line that a kill cut short is skipped."""
     logps = {}
     for line in file.read_text().splitlines() if file.exists() else []:
         try:
@@ -141,5 +143,8 @@ def _hash_rows(dataset: Dataset) -> str:
     return digest.hexdigest()
 
 
-def _hash_files(*files: Path) -> str:
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+def _package_versions(model: nn.Module) -> dict[str, str]:
+    """Versions of the packages that do the arithmetic: `PACKAGES`, and those of layers, such as a quantization's."""
+    names = PACKAGES | {type(module).__module__.partition(".")[0] for module in model.modules()}
+    versions = {name: getattr(sys.modules.get(name), "__version__", None) for name in sorted(names)}
+    return {name: str(version) for name, version in versions.items() if version}

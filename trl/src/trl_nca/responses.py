@@ -34,14 +34,24 @@ TOKENIZED_FEATURES = Features(
         "response_ids": List(List(Value("int32"))),
         "scores": List(Value("float64")),
         "length": Value("int32"),
-        "where": Value("string"),  # the row's place, for a person
+        "location": Value("string"),  # the row's place in its file, for a person
     }
 )
 
 
 def group_length(row: Mapping[str, Any]) -> int:
-    """Tokens that a packed forward runs for a tokenized row: the prompt but its last token, and the responses."""
+    """Tokens of a packed forward of a tokenized row: the prompt but its last token, and the responses."""
     return len(row["prompt_ids"]) - 1 + sum(map(len, row["response_ids"]))
+
+
+def check_columns(dataset: Dataset, needed: set[str]) -> None:
+    """Checks that a data set has the columns that are needed.
+
+    Raises:
+        ValueError: One is missing; names them all.
+    """
+    if not needed <= set(dataset.column_names):
+        raise ValueError(f"needs columns {', '.join(sorted(needed))}; found {', '.join(dataset.column_names)}")
 
 
 class ResponseTokenizer:
@@ -101,8 +111,8 @@ class ResponseTokenizer:
 
         Returns:
             `prompt_ids` (ints), `response_ids` (K lists of ints), `scores`, `length` (tokens of the packed group),
-            `where` (as given); and what was done to fit them: `prompt_trimmed` (bool), `responses_cut` (count),
-            `mended` (bool: one of these, or the row came with a `mended` that is not empty), `dropped` (a reason, or ""
+            `location` (as given); and what was done to fit them: `prompt_trimmed` (bool), `responses_cut` (count),
+            `fixed` (bool: one of these, or the row came with a `fixed` that is not empty), `dropped` (a reason, or ""
             for a row to train on).
         """
         prompt, responses, dropped = row["prompt"], row["responses"], ""
@@ -131,12 +141,21 @@ class ResponseTokenizer:
         return fitted | {
             "scores": row["scores"],
             "length": group_length(fitted),
-            "where": row.get("where", ""),
+            "location": row.get("location", ""),
             "prompt_trimmed": is_trimmed,
             "responses_cut": num_cut,
-            "mended": bool(is_trimmed or num_cut or row.get("mended")),
+            "fixed": bool(is_trimmed or num_cut or row.get("fixed")),
             "dropped": dropped,
         }
+
+    def encode_prompt(self, messages: Messages) -> list[int]:
+        """Token ids that sampling starts from: the prompt up to where the assistant begins.
+
+        Text that spells a special token stays text, as in training. Without a chat template, the ids of the one turn.
+        """
+        if self.tokenizer.chat_template is None and len(messages) == 1:
+            return self._encode_text(self._stand_in(messages[0]["content"]))
+        return self._encode(self._render(self._protect(messages), add_generation_prompt=True))
 
     def _cut_rendering(
         self, prompt: Messages, responses: Sequence[str | Messages]
@@ -169,16 +188,11 @@ class ResponseTokenizer:
     def _join_text(self, prompt: str, responses: Sequence[str]) -> tuple[list[int], list[list[int]]]:
         eos, eos_id = self.tokenizer.eos_token, self.tokenizer.eos_token_id
         prompt = self._stand_in(prompt)
-
-        def encode(text: str) -> list[int]:
-            ids = self._encode(text, add_special_tokens=True)
-            return ids[:-1] if ids and ids[-1] == eos_id else ids
-
-        prompt_ids = encode(prompt)
+        prompt_ids = self._encode_text(prompt)
         response_ids = []
         for response in responses:
             response = self._stand_in(response.removesuffix(eos) if eos else response)
-            whole = encode(prompt + response)
+            whole = self._encode_text(prompt + response)
             prefix_holds = whole[: len(prompt_ids)] == prompt_ids
             ids = whole[len(prompt_ids) :] if prefix_holds else self._encode(response)
             response_ids.append(ids if eos_id is None else [*ids, eos_id])
@@ -201,6 +215,11 @@ class ResponseTokenizer:
         return [
             {**m, "content": self._stand_in(m["content"])} if isinstance(m.get("content"), str) else m for m in messages
         ]
+
+    def _encode_text(self, text: str) -> list[int]:
+        """Token ids of plain text, with a BOS where the tokenizer adds one, and without the EOS that some add."""
+        ids = self._encode(text, add_special_tokens=True)
+        return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
 
     def _encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Token ids of a rendering in which stand-ins mark text that must not become special tokens."""
@@ -225,25 +244,25 @@ def tokenize_dataset(
 ) -> tuple[Dataset, dict[str, Any]]:
     """Tokenizes rows of `prompt`, `responses`, `scores`; drops those that cannot fit, and counts.
 
-    Large data sets are done in pieces that are cached one by one: a killed run goes on where it stopped.
+    Large data sets are done in pieces that are cached one by one: a killed run resumes where it stopped.
 
     Args:
-        dataset: Columns `prompt`, `responses` (K >= 2 a row, K may differ by row), `scores`, and `where`, if the
+        dataset: Columns `prompt`, `responses` (K >= 2 a row, K may differ by row), `scores`, and `location`, if the
             rows can be named. Others are dropped.
         tokenizer: See `ResponseTokenizer`, also for `max_length`, `max_prompt_length` (tokens) and `cut_over_long`.
         num_proc: Processes to use; None for this one.
-        desc: Text of the progress bar.
+        desc: Label of the progress bar.
 
     Returns:
-        The data set with columns `prompt_ids`, `response_ids`, `scores`, `length`, `where`, and the counts `rows_in`,
-        `rows_kept`, `rows_mended`, `rows_dropped`, `dropped_by_reason`, `responses`, `responses_cut`,
+        The data set with columns `prompt_ids`, `response_ids`, `scores`, `length`, `location`, and the counts
+        `rows_in`, `rows_kept`, `rows_fixed`, `rows_dropped`, `dropped_by_reason`, `responses`, `responses_cut`,
         `prompts_trimmed`.
     """
     tokenize = ResponseTokenizer(tokenizer, max_length, max_prompt_length, cut_over_long)
     outcome = {
         "prompt_trimmed": Value("bool"),
         "responses_cut": Value("int32"),
-        "mended": Value("bool"),
+        "fixed": Value("bool"),
         "dropped": Value("string"),
     }
     pieces = []
@@ -271,7 +290,7 @@ def tokenize_dataset(
     report = {
         "rows_in": len(rows),
         "rows_kept": len(kept),
-        "rows_mended": total(table["mended"]),
+        "rows_fixed": total(table["fixed"]),
         "rows_dropped": len(rows) - len(kept),
         "dropped_by_reason": {reason: count for reason, count in reasons.items() if reason},
         "responses": total(pc.list_value_length(table["scores"])),
@@ -279,21 +298,3 @@ def tokenize_dataset(
         "prompts_trimmed": total(table["prompt_trimmed"]),
     }
     return kept.remove_columns(list(outcome)), report
-
-
-def describe_group(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
-    """A tokenized group for a person to check: what the model is given, and which tokens count.
-
-    Args:
-        row: `prompt_ids`, `response_ids`, `scores`.
-    """
-    prompt = tokenizer.decode(row["prompt_ids"])
-    lines = [f"prompt ({len(row['prompt_ids'])} tokens, mask 0):", repr(prompt), ""]
-    for k, (ids, score) in enumerate(zip(row["response_ids"], row["scores"], strict=True)):
-        ends = "ends with EOS" if tokenizer.eos_token_id in ids[-2:] else "has no EOS at its end"
-        lines += [
-            f"response {k + 1}, score {score:g} ({len(ids)} tokens, mask 1, {ends}):",
-            repr(tokenizer.decode(ids)),
-        ]
-        lines += [" ".join(f"{token!r}:1" for token in tokenizer.convert_ids_to_tokens(ids)), ""]
-    return "\n".join(lines)

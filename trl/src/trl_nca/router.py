@@ -28,13 +28,13 @@ def load_balancing_loss(model: nn.Module, router_logits: tuple[Tensor, ...], att
     Returns:
         A scalar; num_experts_per_tok (Mixtral: 2) where the load is even.
     """
-    function = _function_of(model)
+    function = _loss_function(model)
     mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
     return function(router_logits, model.num_experts, model.num_experts_per_tok, mask)
 
 
 def check_router(model: nn.Module, enabled: bool) -> None:
-    """Looks whether `load_balancing_loss` can be had of a model, bare or wrapped by PEFT, where it is to be trained on.
+    """Checks that a model, bare or wrapped by PEFT, has the load-balancing loss that it is to be trained on.
 
     Raises:
         ValueError: It cannot; says what to set.
@@ -42,7 +42,7 @@ def check_router(model: nn.Module, enabled: bool) -> None:
     if not enabled:
         return
     model = base_model(model)
-    function = _function_of(model)
+    function = _loss_function(model)
     known = function is not None and list(inspect.signature(function).parameters)[1:] == [
         "num_experts", "top_k", "attention_mask",
     ]  # fmt: skip
@@ -53,7 +53,7 @@ def check_router(model: nn.Module, enabled: bool) -> None:
         )
 
 
-def _function_of(model: nn.Module) -> Any:
+def _loss_function(model: nn.Module) -> Any:
     """transformers gives each family a copy of the function, beside the model's class, from which FSDP2 derives one."""
     modules = [sys.modules[family.__module__] for family in type(model).__mro__]
     return next((m.load_balancing_loss_func for m in modules if hasattr(m, "load_balancing_loss_func")), None)
@@ -78,7 +78,7 @@ class RouterLoss:
         self.num_responses = batch["response_mask"].sum(dim=1)  # (B,)
         self._training = torch.is_grad_enabled()
         self._values = torch.zeros_like(self.num_responses, dtype=torch.float32)
-        self._terms: list[Tensor] = []  # of forwards whose gradient is not spent yet. Shape (B,) each
+        self._terms: list[Tensor] = []  # of forwards that are not back-propagated yet. Shape (B,) each
 
     @property
     def enabled(self) -> bool:
@@ -92,8 +92,8 @@ class RouterLoss:
         self._values += term.detach()
         self._terms.append(term)
 
-    def spend(self) -> Tensor | float:
-        """The gradient of the forwards since the last call, as a term of value 0 for each prompt. Shape (B,).
+    def pop_gradient_term(self) -> Tensor | float:
+        """A term of value 0 for each prompt, with the gradient of the forwards since the last call. Shape (B,).
 
         The value is left out so that the loss that is logged is that of the responses alone.
         """

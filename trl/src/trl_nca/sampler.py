@@ -1,4 +1,4 @@
-"""The order of the training rows: groups of like cost meet."""
+"""The order of the training rows: groups of similar length share a batch."""
 
 from collections.abc import Iterator
 
@@ -7,15 +7,15 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 
 class SeededLengthSampler(LengthGroupedSampler):
-    """Shuffled rows in which neighbours have like length, the longest of all first.
+    """Shuffled rows in which neighbours have similar length, the longest of all first.
 
-    Upstream's order drawn from a generator of its own: it depends on seed and epoch alone, so a resumed run sees the
+    Upstream's order, drawn from a generator of its own: it depends on seed and epoch alone, so a resumed run sees the
     rows that an uninterrupted one does.
 
     Args:
         lengths: Tokens of each row.
-        batch_size: Rows that should have like length: those of an optimizer step on one process.
-        seed: Of the order.
+        batch_size: Rows that should have similar length: the global batch.
+        seed: Seeds the shuffle.
     """
 
     def __init__(self, lengths: list[int], batch_size: int, seed: int):

@@ -7,12 +7,9 @@ Legend: B prompts, K responses, H heads, T packed tokens, D head dimension, P to
 `GroupCollator` says what belongs to a context and to a response.
 """
 
-import functools
 import inspect
-import itertools
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,75 +21,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from trl_nca.layout import GroupLayout
+
 NAME = "shared_prompt"
 # What scaled_dot_product_attention calls on a CPU; called here because they give and take the logsumexp.
 _cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _cpu_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 # Fewer heads of keys than of queries: torch 2.11 takes them as they are, later releases want to be told.
 _GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-
-
-@dataclass(frozen=True)
-class GroupLayout:
-    """Where each prompt's context and its responses lie in the packed row of a batch.
-
-    Args:
-        groups: For each prompt the slice of the T tokens that holds its context, and the slices of its responses.
-        device: Where the tokens are.
-    """
-
-    groups: list[tuple[slice, list[slice]]]
-    device: torch.device
-
-    @classmethod
-    def of(cls, context_lengths: Tensor, response_lengths: Tensor) -> "GroupLayout":
-        """From lengths in tokens, shapes (B,) and (B, K); a length of 0 is a padded response.
-
-        Example:
-            >>> GroupLayout.of(torch.tensor([2]), torch.tensor([[3, 1, 0]])).groups
-            [(slice(0, 2, None), [slice(2, 5, None), slice(5, 6, None)])]
-        """
-        groups, at = [], 0
-        for context_length, lengths in zip(context_lengths.tolist(), response_lengths.tolist(), strict=True):
-            context = slice(at, at := at + context_length)
-            groups.append((context, [slice(at, at := at + length) for length in lengths if length]))
-        return cls(groups, context_lengths.device)
-
-    @functools.cached_property
-    def longest(self) -> int:
-        """Tokens of the longest context with a response."""
-        return max(
-            c.stop - c.start + max((r.stop - r.start for r in responses), default=0) for c, responses in self.groups
-        )
-
-    @functools.cached_property
-    def sequences(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
-        """The row as sequences of queries, contexts and responses in turn, each with keys of its own.
-
-        Returns:
-            The keys of all sequences, as positions in the row; where each sequence's queries and its keys begin and the
-            last one's end, int32; the most queries and keys of a sequence.
-
-        Example:
-            >>> layout = GroupLayout.of(torch.tensor([2]), torch.tensor([[3, 1]]))
-            >>> keys, query_starts, key_starts, *most = layout.sequences
-            >>> keys
-            tensor([0, 1, 0, 1, 2, 3, 4, 0, 1, 5])
-            >>> query_starts.tolist(), key_starts.tolist(), most
-            ([0, 2, 5, 6], [0, 2, 7, 10], [3, 5])
-        """
-        pieces = []  # (queries, keys)
-        for context, responses in self.groups:
-            seen = range(context.start, context.stop)
-            pieces += [(len(seen), [*seen])] if len(seen) else []
-            pieces += [(r.stop - r.start, [*seen, *range(r.start, r.stop)]) for r in responses]
-        num_queries, num_keys = [n for n, _ in pieces], [len(keys) for _, keys in pieces]
-        starts = [
-            torch.tensor([0, *itertools.accumulate(n)], dtype=torch.int32, device=self.device)
-            for n in (num_queries, num_keys)
-        ]
-        keys = torch.tensor([i for _, keys in pieces for i in keys], device=self.device)
-        return keys, *starts, max(num_queries), max(num_keys)
 
 
 @torch.compiler.disable  # a layout differs at every step: compiled, it would be compiled at every step
@@ -114,7 +50,7 @@ def shared_prompt_attention(
         query: Shape (1, H, T, D).
         key, value: Shape (1, H or fewer, T, D).
         sliding_window: Keys at this distance or more from the query are not seen.
-        group_layout: Of the packed row, handed through the model's forward.
+        group_layout: Layout of the packed row, handed through the model's forward.
 
     Returns:
         The output, shape (1, T, H, D), and no weights.
@@ -134,6 +70,22 @@ def shared_prompt_attention(
     return _attend_by_parts(query, key, value, dropout, scaling, sliding_window, group_layout), None
 
 
+def gpu_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    group_layout: GroupLayout,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """What `shared_prompt_attention` does on a GPU, on any device: for a plan to trace."""
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    return _attend_by_flash(query, key, value, scaling, sliding_window, group_layout), None
+
+
 def _has_flash(query: Tensor) -> bool:
     """Whether torch's own FlashAttention for sequences of any lengths takes these queries."""
     fits = query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
@@ -144,16 +96,18 @@ def _attend_by_flash(
     query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None, layout: GroupLayout
 ) -> Tensor:
     """All contexts and responses in one kernel. Shape (1, T, H, D)."""
-    keys, query_starts, key_starts, most_queries, most_keys = layout.sequences
+    keys, query_starts, key_starts, max_queries, max_keys = layout.to(query.device).sequences
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # (T, H, D)
     return varlen_attn(
-        q, k[keys], v[keys], query_starts, key_starts, most_queries, most_keys,
+        q, k[keys], v[keys], query_starts, key_starts, max_queries, max_keys,
         scale=scaling, window_size=(window - 1 if window else -1, 0), **_GROUPED,
     )[None]  # fmt: skip
 
 
 class _TwoPartAttention(torch.autograd.Function):
     """On a CPU: all responses of a prompt over its context at once, each over itself, and the two joined.
+
+    Against `_attend_by_parts` it saves a copy of the context's keys and values for each response, in memory and time.
 
     With logsumexps a and b of the two parts' scores, l = log(e^a + e^b), the output is their outputs weighted by
     e^(a - l) and e^(b - l). Given l and the joined output, each part's gradient is that of attention by itself, so the
@@ -257,7 +211,7 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def share_prompts(models: Sequence[nn.Module], mode: str = "auto") -> bool:
-    """Switches models over to packed groups, if all of them can. Sampling, and batches without a layout, run as before.
+    """Makes models run packed groups, if all of them can. Sampling, and batches without a layout, run as before.
 
     Args:
         models: Policy and, where it is a model of its own, reference; plain or wrapped by PEFT.
@@ -269,9 +223,9 @@ def share_prompts(models: Sequence[nn.Module], mode: str = "auto") -> bool:
     Raises:
         ValueError: The mode is "true" and a model cannot; says why.
     """
-    reason = next(filter(None, map(why_not, models)), None)
     if mode == "false":
         return False
+    reason = next(filter(None, map(unsupported_reason, models)), None)
     if reason is not None:
         if mode == "true":
             raise ValueError(f"shared_prompt: this model cannot share prompts: {reason}; set it to auto or false")
@@ -282,7 +236,7 @@ def share_prompts(models: Sequence[nn.Module], mode: str = "auto") -> bool:
     return True
 
 
-def why_not(model: nn.Module) -> str | None:
+def unsupported_reason(model: nn.Module) -> str | None:
     """Why this model cannot run packed groups; None when it can."""
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         return "its adapter puts virtual tokens before the prompt"

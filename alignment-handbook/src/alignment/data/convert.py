@@ -1,0 +1,130 @@
+"""Reward data of any known form to rows in list form or to pairs, in one file."""
+
+import gzip
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+from datasets import Dataset, concatenate_datasets
+from tqdm.auto import tqdm
+
+from alignment.data.groups import RowConfig
+from alignment.data.load import check_dropped, count_outcomes, kept_rows
+from alignment.data.reading import column, load_source
+from alignment.data.report import Columns, describe
+from alignment.errors import UserError
+from alignment.files import atomic_path
+
+_ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")
+
+
+@dataclass
+class ConvertConfig(RowConfig):
+    """What to write, besides how rows are read."""
+
+    to: str = field(
+        default="list",
+        metadata={
+            "help": "Form of the output: list (prompt, responses, scores) or pairs (prompt, chosen, rejected and their "
+            "scores; of more than two responses best_worst, unless make_pairs says otherwise).",
+            "choices": ["list", "pairs"],
+        },
+    )
+    output: str = field(default="", metadata={"help": "File to write: .jsonl, .jsonl.gz or .parquet."})
+    report: str | None = field(
+        default=None, metadata={"help": "Folder for data_report.json and data_report.png: what the rows look like."}
+    )
+    split: str | None = field(default=None, metadata={"help": "Split, for inputs that are folders or Hub ids."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace the output if it is there."})
+    max_dropped_fraction: float = field(
+        default=1.0, metadata={"help": "Write nothing when more than this share of the rows has to be dropped."}
+    )
+    alpha: float | None = field(
+        default=None, metadata={"help": "Say in the report what labels softmax(score / alpha) makes."}
+    )
+    tokenizer: str | None = field(
+        default=None,
+        metadata={
+            "help": "Measure lengths in this tokenizer's tokens, not in characters, and look for its control tokens."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.output.endswith(_ENDINGS):
+            raise ValueError(f"output: ends in one of {', '.join(_ENDINGS)}, and this is {self.output!r}")
+        if self.to == "pairs":
+            self.make_pairs = self.make_pairs or "best_worst"
+
+
+def convert(
+    inputs: Sequence[str],
+    config: ConvertConfig,
+    measure: Callable[[Dataset], Columns] = Columns.of_texts,
+    control_tokens: list[str] | None = None,
+) -> dict[str, Any]:
+    """Reads the inputs, writes what is kept of them to one file, and reports.
+
+    The same inputs and settings give the same bytes. The output is there whole or not at all.
+
+    Args:
+        inputs: Files, folders or Hub ids, in the order of their rows in the output.
+        config: How rows are read, and what to write.
+        measure: Lengths and scores of the rows, for the report.
+        control_tokens: Texts of a tokenizer's control tokens, to look for in the rows.
+
+    Returns:
+        The report: as in data_report.json.
+
+    Raises:
+        UserError: An input cannot be read, the output is there already, or no row is left.
+    """
+    output = Path(config.output)
+    if output.exists() and not config.overwrite:
+        raise UserError(f"output: {output} is there already; give another name, or --overwrite=true")
+    parts = [
+        load_source(path, config.split, config=config, unscored_pairs=True, control_tokens=control_tokens)
+        for path in inputs
+    ]
+    rows = concatenate_datasets(parts)
+    counts = count_outcomes(rows)
+    check_dropped("input", counts, config.max_dropped_fraction)
+    kept = kept_rows(rows)
+    columns = measure(kept)
+    fixed = int((pc.list_value_length(column(kept, "fixed")).to_numpy() > 0).sum())
+    counts |= {"rows_kept": len(kept), "rows_fixed": fixed, "responses": len(columns.scores)}
+    report = counts | describe(columns, config.alpha)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(output) as partial:
+        _write(kept, config.to, partial, str(output))
+    return report
+
+
+def _write(rows: Dataset, to: str, file: Path, name: str) -> None:
+    if name.endswith(".parquet"):
+        made = rows.map(lambda row: _shape(row, to), remove_columns=rows.column_names, desc=f"Writing {name}")
+        made.to_parquet(file)
+        return
+    with file.open("wb") as raw:
+        # No name and no time in the header: the same rows are the same bytes.
+        stream = gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if name.endswith(".gz") else raw
+        for row in tqdm(rows, desc=f"Writing {name}"):
+            stream.write(json.dumps(_shape(row, to), ensure_ascii=False).encode() + b"\n")
+        if stream is not raw:
+            stream.close()
+
+
+def _shape(row: dict[str, Any], to: str) -> dict[str, Any]:
+    if to == "list":
+        return {name: row[name] for name in ("prompt", "responses", "scores")}
+    chosen, rejected = ([{"role": "assistant", "content": text}] for text in row["responses"])
+    return {
+        "prompt": row["prompt"],
+        "chosen": chosen,
+        "rejected": rejected,
+        "score_chosen": row["scores"][0],
+        "score_rejected": row["scores"][1],
+    }

@@ -1,0 +1,242 @@
+"""What is done to a group once its row is read: which responses are taken, the unit of their scores, pairs of them.
+
+Everything random is drawn by a hash of the row and a seed: the same row gives the same draw wherever it stands.
+"""
+
+import hashlib
+import json
+import random
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from alignment.data import rules, ultrafeedback
+from alignment.data.formats import to_group
+from alignment.data.row import BadRow, Group, Messages, Row
+from alignment.data.rules import RowCleaner
+from alignment.errors import UserError
+
+
+@dataclass
+class RowConfig:
+    """How rows of reward data are read: what `run_reward.py`, `run_preference.py` and `convert.py` share."""
+
+    row_rules: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "What happens to bad rows, {reason: drop, keep, fix or fail}; docs/data.md has the table."},
+    )
+    score_range: list[float] | None = field(
+        default=None,
+        metadata={"help": "Least and largest score that can be meant; a score outside is a sentinel, such as -1."},
+    )
+    min_responses: int = field(default=2, metadata={"help": "Rows with fewer usable responses are dropped."})
+    tie_margin: float = field(
+        default=0.0, metadata={"help": "Scores that differ by no more are a tie, in the unit of the scores as read."}
+    )
+    drop_sources: list[str] | None = field(
+        default=None,
+        metadata={"help": "Rows whose column `source` is one of these are dropped: truthful_qa false_qa."},
+    )
+    score: str = field(
+        default="overall",
+        metadata={
+            "help": "Which score of raw UltraFeedback: overall, fine-grained, or a weighted mean of aspects, such as "
+            "helpfulness=2,honesty=1."
+        },
+    )
+    scale_scores: str = field(
+        default="none",
+        metadata={
+            "help": "Unit of the scores, prompt by prompt: none (as they are), zscore (mean 0, spread 1) or minmax "
+            "(0 to 1).",
+            "choices": ["none", "zscore", "minmax"],
+        },
+    )
+    num_responses: int | None = field(
+        default=None, metadata={"help": "Take at most so many responses of a row. None: all of them."}
+    )
+    choose_responses: str = field(
+        default="spread",
+        metadata={
+            "help": "Which of them: the top or bottom ones by score, random ones, or spread evenly from best to worst.",
+            "choices": ["top", "bottom", "random", "spread"],
+        },
+    )
+    make_pairs: str | None = field(
+        default=None,
+        metadata={
+            "help": "Make pairs of rows with more than two responses: best_worst, best_random (the best against "
+            "another), or all (every two whose scores differ).",
+            "choices": ["best_worst", "best_random", "all"],
+        },
+    )
+    draw_seed: int = field(default=0, metadata={"help": "Seeds the draw of random responses and random pairs."})
+
+    def __post_init__(self) -> None:
+        self.row_rules = json.loads(self.row_rules) if isinstance(self.row_rules, str) else self.row_rules
+        if self.row_rules is not None and not isinstance(self.row_rules, dict):
+            raise ValueError(f"row_rules: not a mapping of reason to action: {self.row_rules!r}")
+        rules.actions(self.row_rules)
+        if self.score_range is not None and (len(self.score_range) != 2 or self.score_range[0] >= self.score_range[1]):
+            raise ValueError(f"score_range: needs a least and a largest score, got {self.score_range}")
+        for key, least in (("min_responses", 2), ("num_responses", 2), ("tie_margin", 0)):
+            value = getattr(self, key)
+            if value is not None and not value >= least:
+                raise ValueError(f"{key}: must be at least {least}, got {value}")
+        if self.num_responses is not None and self.num_responses < self.min_responses:
+            raise ValueError(f"num_responses: {self.num_responses} is less than min_responses {self.min_responses}")
+        ultrafeedback.parse_score(self.score)
+
+
+class GroupReader:
+    """Reads rows by a `RowConfig`.
+
+    Args:
+        config: The settings.
+        pairs: Take `chosen` and `rejected` as better and worse, whatever their scores.
+        unscored_pairs: Take them so where they have no scores.
+        control_tokens: Texts of the tokenizer's control tokens, to look for in the rows.
+    """
+
+    def __init__(
+        self,
+        config: RowConfig,
+        pairs: bool = False,
+        unscored_pairs: bool = False,
+        control_tokens: list[str] | None = None,
+    ):
+        self.config = config
+        self.pairs = pairs
+        self.unscored_pairs = unscored_pairs
+        self.cleaner = RowCleaner(
+            rules.actions(config.row_rules), control_tokens or (), config.score_range, config.min_responses
+        )
+
+    def __call__(self, row: Any) -> list[Group]:
+        """A row, or the `BadRow` that reading it gave, as a group that can be trained on, or the pairs made of it.
+
+        Raises:
+            BadRow: It is to be dropped, or, a `FailedRow`, to end the run.
+            UserError: A pair is wanted of more than two responses, and `make_pairs` does not say which.
+        """
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            if not isinstance(row, dict):
+                raise BadRow("not_json", f"expected an object with named columns, got {type(row).__name__}")
+            if row.get("source") in (self.config.drop_sources or []):
+                raise BadRow("dropped_source", str(row["source"]))
+            ranked = self.pairs or (self.unscored_pairs and "score_chosen" not in row)
+            group = to_group(row, ranked, self.config.score)
+        except BadRow as bad:
+            raise self.cleaner.error(bad.reason, bad.detail) from None
+        margin = 0.0 if group.ranked else self.config.tie_margin
+        self.cleaner.clean(group)
+        choose(group, self.config.num_responses, self.config.choose_responses, self.config.draw_seed)
+        if max(group.scores) - min(group.scores) <= margin:
+            self.cleaner.apply(group, "identical_scores", f"all of them {group.scores[0]:g}")
+        if not (self.pairs or self.config.make_pairs):
+            scale(group, self.config.scale_scores)
+            return [group]
+        return self._pairs(group, margin)
+
+    def _pairs(self, group: Group, margin: float) -> list[Group]:
+        how = self.config.make_pairs
+        if how is None and len(group.responses) > 2:
+            raise UserError(
+                f"{len(group.responses)} responses; a pair has two: set make_pairs to best_worst, best_random or all, "
+                "or use run_reward.py"
+            )
+        found = list(pairs_of(group, how, self.config.draw_seed, margin))
+        if not found:  # tied scores that were to be kept make no pair
+            raise self.cleaner.error("identical_scores", f"all of them {group.scores[0]:g}")
+        scale(group, self.config.scale_scores)
+        return [
+            Group(
+                group.prompt,
+                [group.responses[a], group.responses[b]],
+                [1.0, 0.0] if self.pairs else [group.scores[a], group.scores[b]],
+                group.fixed,
+            )
+            for a, b in found
+        ]
+
+
+def gather(records: list[Row]) -> Row:
+    """Records of one prompt (see `formats.as_record`) as a row in list form.
+
+    Raises:
+        BadRow: Their prompts differ.
+    """
+    prompts = [record["prompt"] for record in records if record["prompt"] is not None]
+    if any(prompt != prompts[0] for prompt in prompts):
+        raise BadRow("prompts_differ", "one prompt_id has two prompts")
+    return {
+        "prompt": prompts[0] if prompts else None,
+        "responses": [record["response"] for record in records],
+        "scores": [record["score"] for record in records],
+    }
+
+
+def choose(group: Group, num: int | None, how: str, seed: int) -> None:
+    """Takes `num` responses of the group, in their order: top, bottom or random ones, or spread from best to worst."""
+    if num is None or len(group.responses) <= num:
+        return
+    best_first = sorted(range(len(group.scores)), key=lambda k: -group.scores[k])
+    if how == "random":
+        taken = _rng(group, seed).sample(best_first, num)
+    elif how == "spread":
+        taken = [best_first[round(i * (len(best_first) - 1) / (num - 1))] for i in range(num)]
+    else:
+        taken = best_first[:num] if how == "top" else best_first[-num:]
+    taken.sort()
+    group.responses = [group.responses[k] for k in taken]
+    group.scores = [group.scores[k] for k in taken]
+
+
+def scale(group: Group, how: str) -> None:
+    """Scores prompt by prompt: `zscore` to mean 0 and spread 1, `minmax` to 0 and 1; equal ones become 0."""
+    if how == "none":
+        return
+    low, spread = min(group.scores), max(group.scores) - min(group.scores)
+    if how == "zscore":
+        low, spread = statistics.fmean(group.scores), statistics.pstdev(group.scores)
+    group.scores = [(score - low) / spread if spread else 0.0 for score in group.scores]
+
+
+def pairs_of(group: Group, how: str | None, seed: int, tie_margin: float = 0.0) -> Iterator[tuple[int, int]]:
+    """Indices (better, worse) of the pairs that are made of a group; a tie is no pair.
+
+    Args:
+        group: K responses and their scores.
+        how: `best_worst`, `best_random`, `all`; None for a group of two.
+        seed: Of the random draw.
+        tie_margin: Scores that differ by no more are a tie.
+    """
+    best_first = sorted(range(len(group.scores)), key=lambda k: -group.scores[k])
+    if how == "all":
+        candidates = [(a, b) for i, a in enumerate(best_first) for b in best_first[i + 1 :]]
+    else:
+        candidates = [(best_first[0], b) for b in best_first[1:]]
+    found = [(a, b) for a, b in candidates if group.scores[a] - group.scores[b] > tie_margin]
+    if how == "best_random":
+        found = [_rng(group, seed).choice(found)] if found else []
+    yield from found if how == "all" else found[-1:]
+
+
+def prompt_hash(prompt: Messages) -> int:
+    """63 bits that stand for the prompt, the same on every machine."""
+    digest = hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def record_key(record: Row) -> int:
+    """63 bits that stand for what records are gathered by: the `prompt_id`, else the prompt."""
+    key = record["prompt"] if record["id"] is None else ["id", record["id"]]
+    return int.from_bytes(hashlib.sha256(json.dumps(key).encode()).digest()[:8], "big") >> 1
+
+
+def _rng(group: Group, seed: int) -> random.Random:
+    digest = hashlib.sha256("\0".join([str(seed), *group.responses]).encode("utf-8", "replace")).digest()
+    return random.Random(digest)

@@ -1,0 +1,304 @@
+"""Reward data for a run: sources are mixed and split, and what became of each row is counted.
+
+What a row may look like is in `formats`, what happens to a bad one in `rules`, and how a source is read in `reading`.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+from datasets import Dataset, concatenate_datasets
+
+from alignment.data.groups import RowConfig
+from alignment.data.reading import column, load_source
+from alignment.errors import UserError
+
+#: Rows that the report names for a reason.
+_EXAMPLES = 3
+
+
+@dataclass
+class DataConfig(RowConfig):
+    """Where the rows come from: two files, or a mixture of sources."""
+
+    train_file: str | None = field(
+        default=None, metadata={"help": "Rows to train on: .jsonl, .json, .csv (each also with .gz) or .parquet."}
+    )
+    eval_file: str | None = field(default=None, metadata={"help": "Held-out rows, in the same formats."})
+    eval_fraction: float | None = field(
+        default=None,
+        metadata={"help": "Hold out this share of the prompts, drawn by their hash, with all their rows."},
+    )
+    allow_shared_prompts: bool = field(
+        default=False, metadata={"help": "Go on though training and held-out rows share prompts."}
+    )
+    max_dropped_fraction: float = field(
+        default=0.2, metadata={"help": "End the run when more than this share of the rows has to be dropped."}
+    )
+    dataset_mixer: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Sources and the fraction of each to use: {file, folder or Hub id: fraction}."},
+    )
+    dataset_splits: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Splits of the sources; those with 'train' in their name are trained on, the others held out. "
+            "Default: train test, or with eval_fraction train alone."
+        },
+    )
+    dataset_configs: list[str] | None = field(
+        default=None, metadata={"help": "Configuration of each Hub source, in the order of dataset_mixer."}
+    )
+    dataset_mixture: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "alignment-handbook's 2025 form of a mixture: {datasets: [{id, config, split, columns, weight}], "
+            "test_split_size, seed}."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("dataset_mixer", "dataset_mixture"):
+            value = getattr(self, key)
+            if isinstance(value, str):
+                try:
+                    setattr(self, key, json.loads(value))
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{key}: not a mapping: {value!r}") from error
+        if self.eval_fraction is not None and not 0 < self.eval_fraction < 1:
+            raise ValueError(f"eval_fraction: a share between 0 and 1, got {self.eval_fraction}")
+        if not 0 <= self.max_dropped_fraction <= 1:
+            raise ValueError(f"max_dropped_fraction: a share from 0 to 1, got {self.max_dropped_fraction}")
+        self._check_sources()
+
+    def _check_sources(self) -> None:
+        """Refuses keys that contradict each other: one of them would not be read."""
+        given = [key for key in ("train_file", "dataset_mixer", "dataset_mixture") if getattr(self, key)]
+        if not given:
+            raise ValueError("no training data; set train_file, dataset_mixer or dataset_mixture")
+        if len(given) > 1:
+            raise ValueError(f"{given[0]}: {given[1]} names training data too; {_how_to_reset(*given)}")
+        for key in ("dataset_splits", "dataset_configs"):
+            if getattr(self, key) and not self.dataset_mixer:
+                raise ValueError(f"{key}: is read with dataset_mixer alone; {_how_to_reset(key)}")
+        if self.eval_file is not None and self.train_file is None:
+            raise ValueError(
+                f"eval_file: is read with train_file alone, and the training data is in {given[0]}, which has the "
+                f"held-out rows too; {_how_to_reset('eval_file', given[0])}"
+            )
+        held_out = [key for key in ("eval_file", "eval_fraction") if getattr(self, key) is not None]
+        held_out += ["dataset_splits"] if any("train" not in split for split in self.dataset_splits or []) else []
+        held_out += ["test_split_size"] if (self.dataset_mixture or {}).get("test_split_size") is not None else []
+        if len(held_out) > 1:
+            raise ValueError(f"{held_out[0]}: {held_out[1]} names held-out rows too; {_how_to_reset(*held_out)}")
+        if self.dataset_configs and len(self.dataset_configs) != len(self.dataset_mixer):
+            raise ValueError(
+                f"dataset_configs: {len(self.dataset_configs)} names for the {len(self.dataset_mixer)} sources of "
+                "dataset_mixer; give one for each, in their order"
+            )
+
+
+def _how_to_reset(*keys: str) -> str:
+    """How to be left with one of some keys, of which the recipe may set one and the command line another."""
+    rest = "remove the key" if len(keys) == 1 else "give one of them"
+    return f"{rest} ({' or '.join(f'--{key}=' for key in keys)} resets what a recipe sets)"
+
+
+def load_groups(
+    config: DataConfig,
+    pairs: bool = False,
+    control_tokens: list[str] | None = None,
+    num_proc: int | None = None,
+    keep_columns: bool = False,
+) -> tuple[dict[str, Dataset], dict[str, dict[str, Any]]]:
+    """The rows to train on and the held-out rows.
+
+    Args:
+        config: Where they come from and how they are read.
+        pairs: Take them as preference pairs: two responses, the better one first, scores 1 and 0. Rows with more
+            responses need `config.make_pairs`.
+        control_tokens: Texts of the tokenizer's control tokens, to look for in the rows.
+        num_proc: Processes to read with. None: one for each core.
+        keep_columns: Keep the rows' other columns, for a reward function.
+
+    Returns:
+        `train` and, where there are held-out rows, `eval`: data sets with the columns of `GROUP_FEATURES`; and for each
+        what became of its rows, see `count_outcomes`.
+
+    Raises:
+        UserError: A source is not there or has no train split, a row is of a kind that ends the run, too many rows
+            were dropped, or training and held-out rows share prompts; names the file and row.
+    """
+    load = partial(
+        load_source,
+        config=config,
+        pairs=pairs,
+        control_tokens=control_tokens,
+        num_proc=num_proc,
+        keep_columns=keep_columns,
+    )
+    if config.train_file is not None:
+        files = {"train": config.train_file, "eval": config.eval_file}
+        rows = {name: load(file) for name, file in files.items() if file is not None}
+    elif config.dataset_mixture:
+        rows = _load_mixture(config.dataset_mixture, load)
+    else:
+        rows = _load_mixer(config, load)
+    if config.eval_fraction is not None:
+        hashes = column(rows["train"], "prompt_hash").to_numpy()
+        rows = _split(rows["train"], (hashes >= 0) & (hashes < config.eval_fraction * 2**63), "eval_fraction")
+    counts = {name: count_outcomes(part) for name, part in rows.items()}
+    for name, count in counts.items():
+        check_dropped(name, count, config.max_dropped_fraction)
+    kept = {name: kept_rows(part) for name, part in rows.items()}
+    if "eval" in kept:
+        shared = _shared_prompts(kept["train"], kept["eval"])
+        counts["train"]["prompts_shared_with_eval"] = len(shared)
+        if len(shared) and not config.allow_shared_prompts:
+            hashes = column(kept["eval"], "prompt_hash").to_numpy()
+            place = kept["eval"][int(np.flatnonzero(hashes == shared[0])[0])]["location"]
+            raise UserError(
+                f"{len(shared)} prompts stand in the training and in the held-out rows (one is {place}): take them "
+                "out, split by eval_fraction, or set allow_shared_prompts: true"
+            )
+    return kept, counts
+
+
+def count_outcomes(rows: Dataset) -> dict[str, Any]:
+    """What became of the rows of `load_source`.
+
+    Returns:
+        `lines_in` (of the source), `rows_in` (groups or pairs made of them, and what was dropped), `rows_dropped`,
+        `dropped_by_reason`, `fixed_by_reason` (a kept row may count under several), `examples` (where the first rows
+        of each reason stand), `repeated_prompts` (kept rows whose prompt an earlier one has).
+    """
+    dropped = column(rows, "dropped")
+    reasons = {v["values"]: v["counts"] for v in pc.value_counts(dropped).to_pylist() if v["values"]}
+    examples = {}
+    for reason in reasons:
+        at = np.flatnonzero(pc.equal(dropped, reason).to_numpy(zero_copy_only=False))[:_EXAMPLES]
+        examples[reason] = [f"{row['location']}: {row['detail']}" for row in rows.select(at)]
+    fixed = pc.value_counts(pc.list_flatten(column(rows, "fixed"))).to_pylist()
+    hashes = column(kept_rows(rows), "prompt_hash").to_numpy()
+    return {
+        "lines_in": pc.sum(column(rows, "lines")).as_py() or 0,
+        "rows_in": len(rows),
+        "rows_dropped": sum(reasons.values()),
+        "dropped_by_reason": reasons,
+        "fixed_by_reason": {v["values"]: v["counts"] for v in fixed},
+        "repeated_prompts": len(hashes) - len(np.unique(hashes)),
+        "examples": examples,
+    }
+
+
+def check_dropped(name: str, counts: dict[str, Any], most: float) -> None:
+    """Ends the run when too many rows were dropped.
+
+    Args:
+        name: Of the data set.
+        counts: `rows_in`, `rows_dropped`, `dropped_by_reason` and, where known, `examples`.
+        most: Largest share of the rows that may be dropped.
+
+    Raises:
+        UserError: More were, or none is left.
+    """
+    num_in, num_dropped = counts["rows_in"], counts["rows_dropped"]
+    if num_dropped < num_in and num_dropped <= most * num_in:
+        return
+    reasons = ", ".join(f"{reason} {n}" for reason, n in counts["dropped_by_reason"].items())
+    examples = [example for found in counts.get("examples", {}).values() for example in found[:1]]
+    limit = f", more than max_dropped_fraction {most:g} allows" if num_dropped < num_in else ""
+    raise UserError(
+        f"{name}: {num_dropped} of {num_in} rows had to be dropped ({reasons}){limit}{': ' if examples else ''}"
+        f"{'; '.join(examples)}. Fix the rows, or change row_rules or the limit"
+    )
+
+
+def kept_rows(rows: Dataset) -> Dataset:
+    """The rows of `load_source` that were not dropped."""
+    is_kept = pc.equal(column(rows, "dropped"), "").to_numpy(zero_copy_only=False)
+    return rows if is_kept.all() else rows.select(np.flatnonzero(is_kept))
+
+
+def check_rows(rows: Dataset, only_pairs: bool, template: str | None) -> None:
+    """Checks that the rows fit the loss and the tokenizer.
+
+    Args:
+        rows: From `load_groups`.
+        only_pairs: Whether the loss compares two responses and no more.
+        template: The tokenizer's chat template, if it has one.
+
+    Raises:
+        UserError: They do not; names the row.
+    """
+    many = np.flatnonzero(pc.list_value_length(column(rows, "scores")).to_numpy() > 2)
+    if only_pairs and len(many):
+        row = rows[int(many[0])]
+        raise UserError(
+            f"loss_type: DPO and biasedNCA compare two responses, and {row['location']} has {len(row['scores'])}; use "
+            "NCA or InfoNCA, or make pairs of them: make_pairs: best_worst"
+        )
+    if template is not None:
+        return
+    turns = np.flatnonzero(pc.list_value_length(column(rows, "prompt")).to_numpy() > 1)
+    if len(turns):
+        row = rows[int(turns[0])]
+        raise UserError(
+            f"chat_template: the tokenizer has none, and the prompt of {row['location']} has {len(row['prompt'])} "
+            "messages; set chat_template to a Jinja template or a .jinja file"
+        )
+
+
+def _load_mixer(config: DataConfig, load: Callable[..., Dataset]) -> dict[str, Dataset]:
+    splits = config.dataset_splits or (["train"] if config.eval_fraction is not None else ["train", "test"])
+    if not any("train" in split for split in splits):
+        raise UserError(f"dataset_splits: no train split in {splits}; one name must contain 'train'")
+    parts: dict[str, list[Dataset]] = {"train": [], "eval": []}
+    for i, (path, fraction) in enumerate(config.dataset_mixer.items()):
+        if not isinstance(fraction, int | float) or not 0 < fraction <= 1:
+            raise UserError(f"dataset_mixer: the fraction of {path} must be above 0 and at most 1, got {fraction}")
+        name = config.dataset_configs[i] if config.dataset_configs else None
+        for split in splits:
+            if "train" in split:
+                part = load(path, split, name)
+                parts["train"].append(part.select(range(round(len(part) * fraction))))
+            elif not Path(path).is_file():  # a file is one split
+                parts["eval"].append(load(path, split, name))
+    return {name: concatenate_datasets(found) for name, found in parts.items() if found}
+
+
+def _load_mixture(mixture: dict[str, Any], load: Callable[..., Dataset]) -> dict[str, Dataset]:
+    sources = mixture.get("datasets")
+    if not sources or not all(isinstance(source, dict) and "id" in source for source in sources):
+        raise UserError("dataset_mixture: 'datasets' must be a list of sources, each with an 'id'")
+    parts = []
+    for source in sources:
+        part = load(source["id"], source.get("split", "train"), source.get("config"))
+        parts.append(part.select(range(round(len(part) * source.get("weight", 1.0)))))
+    rows = concatenate_datasets(parts)
+    size = mixture.get("test_split_size")
+    if size is None:
+        return {"train": rows}
+    # Whole prompts, in random order, until there are as many rows as asked for.
+    hashes = column(rows, "prompt_hash").to_numpy()
+    prompts, counts = np.unique(hashes[hashes >= 0], return_counts=True)
+    order = np.random.default_rng(mixture.get("seed", 0)).permutation(len(prompts))
+    before = np.cumsum(counts[order]) - counts[order]
+    taken = order[before < (size * counts.sum() if size < 1 else size)]
+    return _split(rows, np.isin(hashes, prompts[taken]), "test_split_size")
+
+
+def _split(rows: Dataset, held_out: np.ndarray, key: str) -> dict[str, Dataset]:
+    if not held_out.any() or held_out.all():
+        raise UserError(f"{key}: leaves {'no' if held_out.all() else 'all'} rows to train on; change it")
+    return {"train": rows.select(np.flatnonzero(~held_out)), "eval": rows.select(np.flatnonzero(held_out))}
+
+
+def _shared_prompts(train: Dataset, held_out: Dataset) -> list[int]:
+    return np.intersect1d(column(train, "prompt_hash").to_numpy(), column(held_out, "prompt_hash").to_numpy()).tolist()

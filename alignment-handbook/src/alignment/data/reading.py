@@ -1,0 +1,274 @@
+"""Sources as data sets of groups: read in pieces, on several processes, each kept under a key of all it depends on.
+
+A second run reads nothing again, a killed one goes on with the pieces that are missing, and memory does not grow with
+the number of rows. Rows of one response each are first gathered by their prompt.
+"""
+
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from functools import partial
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, Features, List, Value, concatenate_datasets
+from datasets.exceptions import DatasetGenerationError
+from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from tqdm.auto import tqdm
+
+from alignment.data.formats import as_record, unwrap
+from alignment.data.groups import GroupReader, RowConfig, gather, prompt_hash, record_key
+from alignment.data.row import BadRow, FailedRow
+from alignment.data.sources import Piece, open_source, read_piece
+from alignment.errors import UserError
+from trl_nca.code_hash import code_hash
+
+#: A row once it is read: K responses to one prompt, K >= 2, and their scores; or why it was dropped.
+GROUP_FEATURES = Features(
+    {
+        "prompt": List({"role": Value("string"), "content": Value("string")}),
+        "responses": List(Value("string")),
+        "scores": List(Value("float64")),
+        "prompt_hash": Value("int64"),
+        "fixed": List(Value("string")),
+        "dropped": Value("string"),  # a reason, or "" for a row to train on
+        "detail": Value("string"),
+        "location": Value("string"),
+        "lines": Value("int32"),  # lines of the source; 0 for all pairs of a row but the first
+        "columns": Value("string"),  # the row's other columns, as a JSON object, where they are kept
+    }
+)
+#: A record of one response, while those of one prompt are looked for.
+RECORD_FEATURES = Features(
+    {"key": Value("int64"), "record": Value("string"), "dropped": Value("string"), "location": Value("string")}
+)
+#: Columns that the group is made of, which are not handed to a reward function.
+_OF_GROUP = re.compile(r"prompts?|responses|scores|rewards|score_parts|completions|chosen|rejected|(score_)?A\d+")
+#: Groups of records in a piece.
+_PIECE_GROUPS = 10_000
+
+
+def load_source(
+    path: str,
+    split: str | None = None,
+    name: str | None = None,
+    *,
+    config: RowConfig,
+    pairs: bool = False,
+    unscored_pairs: bool = False,
+    control_tokens: list[str] | None = None,
+    num_proc: int | None = None,
+    keep_columns: bool = False,
+) -> Dataset:
+    """All rows of a source, those that are dropped too, with the columns of `GROUP_FEATURES`.
+
+    Args:
+        path: A file, a folder or a Hub id.
+        split: Of a folder or Hub data set.
+        name: Configuration of a Hub data set.
+        config: How rows are read.
+        unscored_pairs: Read `chosen` and `rejected` without scores as 1 and 0.
+        pairs, control_tokens, num_proc, keep_columns: See `load_groups`.
+
+    Raises:
+        UserError: See `load_groups`.
+    """
+    settings = {
+        "config": {f.name: getattr(config, f.name) for f in fields(RowConfig)},
+        "pairs": pairs,
+        "unscored_pairs": unscored_pairs,
+        "control_tokens": sorted(control_tokens or []),
+        "keep_columns": keep_columns,
+        "code": code_hash([__name__]),
+    }
+    pieces = open_source(path, split, name)
+    in_parallel = partial(_in_parallel, desc=f"Reading {path}", num_proc=num_proc)
+    if _has_records(pieces):
+        settings_of_records = {"code": settings["code"]}
+        records = in_parallel([partial(_build_records, piece, settings_of_records) for piece in pieces])
+        builds = [
+            partial(_build_gathered, records, *part, settings)
+            for part in _cut_groups(column(records, "key").to_numpy())
+        ]
+    else:
+        builds = [partial(_build_groups, piece, settings) for piece in pieces]
+    rows = in_parallel(builds) if builds else []
+    if not len(rows):
+        raise UserError(f"{path}: no rows{f' in split {split}' if split else ''}; give a file that has some")
+    return rows
+
+
+def _has_records(pieces: list[Piece]) -> bool:
+    """Whether a source has a row a response: its first readable row says so."""
+    for piece in pieces[:1]:
+        for _, row in read_piece(piece):
+            if isinstance(row, dict):
+                return as_record(unwrap(row)) is not None
+    return False
+
+
+def _build_groups(piece: Piece, settings: dict[str, Any]) -> Dataset:
+    return _build(partial(_groups_of, piece, settings), GROUP_FEATURES, ["groups", piece.path, piece.key, settings])
+
+
+def _groups_of(piece: Piece, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    read = _reader(settings)
+    for location, row in read_piece(piece):
+        row = unwrap(row)
+        yield from _outcome(read, row, location, 1, _other_columns(row) if settings["keep_columns"] else "")
+
+
+def _build_records(piece: Piece, settings: dict[str, Any]) -> Dataset:
+    return _build(partial(_records_of, piece), RECORD_FEATURES, ["records", piece.path, piece.key, settings])
+
+
+def _records_of(piece: Piece) -> Iterator[dict[str, Any]]:
+    for location, row in read_piece(piece):
+        bad = row if isinstance(row, BadRow) else None
+        record = as_record(unwrap(row)) if isinstance(row, dict) else None
+        if record is None:
+            bad = bad or BadRow("unknown_format", "the rows before it have a response each, and this one has none")
+            # A key of its own: it belongs to no other line.
+            yield {
+                "key": -1 - prompt_hash([{"location": location}]),
+                "record": bad.detail,
+                "dropped": bad.reason,
+                "location": location,
+            }
+        else:
+            yield {"key": record_key(record), "record": json.dumps(record), "dropped": "", "location": location}
+
+
+def _cut_groups(keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Rows of the records of each group, groups in the order of their first record, cut into pieces.
+
+    Yields:
+        Rows of all records of a piece, and where each group begins in them.
+    """
+    order = np.argsort(keys, kind="stable")
+    starts = np.flatnonzero(np.r_[True, keys[order][1:] != keys[order][:-1]])
+    groups = np.split(order, starts[1:])
+    groups = [groups[g] for g in np.argsort(order[starts], kind="stable")]
+    for at in range(0, len(starts), _PIECE_GROUPS):
+        part = groups[at : at + _PIECE_GROUPS]
+        yield np.concatenate(part), np.cumsum([0, *map(len, part[:-1])])
+
+
+def _build_gathered(records: Dataset, rows: np.ndarray, starts: np.ndarray, settings: dict[str, Any]) -> Dataset:
+    content = hashlib.sha256(rows.tobytes() + starts.tobytes()).hexdigest()
+    key = ["gathered", records._fingerprint, content, settings]
+    return _build(partial(_gathered_of, records, rows, starts, settings), GROUP_FEATURES, key)
+
+
+def _gathered_of(
+    records: Dataset, rows: np.ndarray, starts: np.ndarray, settings: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    read = _reader(settings)
+    for group in np.split(rows, starts[1:]):
+        found = records[group]
+        if found["dropped"][0]:
+            row = BadRow(found["dropped"][0], found["record"][0])
+        else:
+            try:
+                row = gather([json.loads(record) for record in found["record"]])
+            except BadRow as bad:
+                row = bad
+        yield from _outcome(read, row, found["location"][0], len(group))
+
+
+def _reader(settings: dict[str, Any]) -> GroupReader:
+    config, *rest = (settings[name] for name in ("config", "pairs", "unscored_pairs", "control_tokens"))
+    return GroupReader(RowConfig(**config), *rest)
+
+
+def _other_columns(row: Any) -> str:
+    """The columns of a raw row that a reward function is given by name, as a JSON object; "" for none."""
+    names = [name for name in row if not _OF_GROUP.fullmatch(str(name))] if isinstance(row, dict) else []
+    return json.dumps({name: row[name] for name in names}, default=str) if names else ""
+
+
+def _outcome(read: GroupReader, row: Any, location: str, lines: int, columns: str = "") -> Iterator[dict[str, Any]]:
+    """The rows of `GROUP_FEATURES` that a raw row becomes: one, or one a pair, or a dropped one."""
+    outcome = {
+        "prompt": [],
+        "responses": [],
+        "scores": [],
+        "fixed": [],
+        "prompt_hash": -1,
+        "dropped": "",
+        "detail": "",
+    }
+    outcome |= {"location": location, "lines": lines, "columns": columns}
+    try:
+        groups = read(row)
+    except FailedRow as bad:
+        raise UserError(f"{location}: {bad}: fix the row, or set row_rules: {bad.reason}: drop") from None
+    except BadRow as bad:
+        yield outcome | {"dropped": bad.reason, "detail": bad.detail.encode("utf-8", "replace").decode()}
+        return
+    except UserError as error:
+        raise UserError(f"{location}: {error}") from None
+    for i, group in enumerate(groups):
+        yield outcome | {
+            "prompt": group.prompt,
+            "responses": group.responses,
+            "scores": group.scores,
+            "fixed": group.fixed,
+            "prompt_hash": prompt_hash(group.prompt),
+            "lines": lines if i == 0 else 0,
+        }
+
+
+def _build(read: Callable[[], Iterator[dict[str, Any]]], features: Features, key: list[Any]) -> Dataset:
+    """A piece as a data set: from the cache if its key is there, else read and put there in one go."""
+    fingerprint = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+    try:
+        return Dataset.from_generator(read, features=features, fingerprint=fingerprint)
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise
+    except ValueError as error:  # what datasets says of a generator that yields nothing
+        if "corresponds to no data" not in str(error):
+            raise
+        return Dataset.from_dict({name: [] for name in features}, features=features)
+
+
+def _in_parallel(builds: list[Callable[[], Dataset]], desc: str, num_proc: int | None) -> Dataset:
+    """Builds pieces on several processes and puts them together, in order."""
+    num_proc = min(num_proc or os.cpu_count() or 1, len(builds))
+    with _without_bars(), tqdm(total=len(builds), desc=desc, disable=len(builds) == 1) as progress:
+        pool = multiprocessing.Pool(num_proc) if num_proc > 1 else contextlib.nullcontext()
+        with pool as workers:
+            parts = []
+            for part in workers.imap(_call, builds) if workers else map(_call, builds):
+                parts.append(part)
+                progress.update()
+    return concatenate_datasets([part for part in parts if len(part)] or parts[:1])
+
+
+def _call(build: Callable[[], Dataset]) -> Dataset:
+    return build()
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Reading a piece is quick, and a bar would stand before the one line that a mistake gets."""
+    if are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
+def column(rows: Dataset, name: str) -> Any:
+    """A column as an Arrow array, without a Python object a value."""
+    return rows.select_columns([name]).with_format("arrow")[:][name].combine_chunks()

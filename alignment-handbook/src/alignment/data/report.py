@@ -1,0 +1,270 @@
+"""The report on a data set: what became of its rows, and what the rows that are left look like.
+
+N rows, K responses of a row, all responses of all rows one behind the other in the flat arrays.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+from datasets import Dataset
+
+from alignment.data.load import DataConfig, check_dropped
+from alignment.data.rules import actions
+from alignment.errors import UserError
+
+#: Of a length's distribution.
+PERCENTILES = (50, 90, 99)
+
+
+@dataclass
+class Columns:
+    """The numbers of a data set.
+
+    Attributes:
+        scores: Shape (sum of K,).
+        response_lengths: Shape (sum of K,).
+        prompt_lengths: Shape (N,).
+        num_responses: K of each row. Shape (N,).
+        unit: Of the lengths: tokens or characters.
+    """
+
+    scores: np.ndarray
+    response_lengths: np.ndarray
+    prompt_lengths: np.ndarray
+    num_responses: np.ndarray
+    unit: str
+
+    @classmethod
+    def of_tokens(cls, rows: Dataset) -> "Columns":
+        """Of rows with `prompt_ids`, `response_ids` and `scores`."""
+        scores, responses, prompts = [], [], []
+        # Chunk by chunk, and of the lists their ends alone: the ids themselves are not read from the disk.
+        table = rows.select_columns(["scores", "response_ids", "prompt_ids"]).with_format("arrow")
+        for part in table.iter(10_000):
+            scores += part["scores"].chunks
+            responses += [chunk.flatten().value_lengths().to_numpy() for chunk in part["response_ids"].chunks]
+            prompts += [chunk.value_lengths().to_numpy() for chunk in part["prompt_ids"].chunks]
+        return cls._of(scores, responses, prompts, "tokens")
+
+    @classmethod
+    def of_texts(cls, rows: Dataset) -> "Columns":
+        """Of rows with `prompt`, `responses` and `scores`; lengths are in characters."""
+        scores, responses, prompts = [], [], []
+        for part in _parts(rows, ["scores", "responses", "prompt"]):
+            scores.append(part["scores"])
+            responses.append(pc.utf8_length(part["responses"].flatten()).to_numpy())
+            turns = pc.utf8_length(part["prompt"].flatten().field("content")).to_numpy()
+            ends = np.cumsum(part["prompt"].value_lengths().to_numpy())
+            prompts.append(np.diff(np.r_[0, np.cumsum(turns)][np.r_[0, ends]]))
+        return cls._of(scores, responses, prompts, "characters")
+
+    @classmethod
+    def _of(cls, scores: list[Any], responses: list[np.ndarray], prompts: list[np.ndarray], unit: str) -> "Columns":
+        return cls(
+            scores=np.concatenate([s.flatten().to_numpy() for s in scores]),
+            response_lengths=np.concatenate(responses),
+            prompt_lengths=np.concatenate(prompts),
+            num_responses=np.concatenate([s.value_lengths().to_numpy() for s in scores]),
+            unit=unit,
+        )
+
+
+def _parts(rows: Dataset, names: list[str]) -> Any:
+    for table in rows.select_columns(names).with_format("arrow").iter(10_000):
+        yield {name: table[name].combine_chunks() for name in names}
+
+
+def describe(columns: Columns, alpha: float | None = None) -> dict[str, Any]:
+    """What the rows look like.
+
+    Args:
+        columns: Their numbers, N >= 1.
+        alpha: Temperature of the targets softmax(score / alpha), to say what labels it makes. None: not said.
+
+    Returns:
+        `k_histogram` (rows by K), `scores` and `lengths` (each a dict), `warnings` (sentences).
+    """
+    scores, ks = columns.scores, columns.num_responses
+    starts = np.r_[0, np.cumsum(ks)[:-1]]
+    best, worst = np.maximum.reduceat(scores, starts), np.minimum.reduceat(scores, starts)
+    owner = np.repeat(np.arange(len(ks)), ks)
+    distinct = _count_distinct(scores, owner, len(ks))
+    edges = np.histogram_bin_edges(scores, bins=min(40, max(len(np.unique(scores)), 1)))
+    about_scores = {
+        "mean": float(scores.mean()),
+        "std": float(scores.std()),
+        "min": float(scores.min()),
+        "max": float(scores.max()),
+        "spread_in_row": float((best - worst).mean()),
+        "std_in_row": float(np.sqrt(_within(scores, scores, starts, ks)).mean()),
+        "rows_constant": int((best == worst).sum()),
+        "rows_with_ties": int((distinct < ks).sum()),
+        "rows_with_tied_best": int((np.add.reduceat(scores == best[owner], starts) > 1).sum()),
+        "length_correlation": _correlation_in_rows(scores, columns.response_lengths.astype(float), starts, ks),
+        "histogram": {"edges": edges.tolist(), "counts": np.histogram(scores, edges)[0].tolist()},
+        "length_by_score": _length_by_score(scores, columns.response_lengths),
+    }
+    warnings = []
+    if alpha is not None:
+        largest = _mean_largest_target(scores, best, starts, owner, alpha)
+        about_scores |= {"alpha": alpha, "mean_largest_target": largest}
+        warnings = _warn_of_targets(about_scores, float((1 / ks).mean()))
+    values, counts = np.unique(ks, return_counts=True)
+    return {
+        "k_histogram": {str(k): int(n) for k, n in zip(values, counts, strict=True)},
+        "scores": about_scores,
+        "lengths": {
+            "unit": columns.unit,
+            "prompt": _percentiles(columns.prompt_lengths),
+            "response": _percentiles(columns.response_lengths),
+        },
+        "warnings": warnings,
+    }
+
+
+def _within(a: np.ndarray, b: np.ndarray, starts: np.ndarray, ks: np.ndarray) -> np.ndarray:
+    """Covariance of two numbers over the responses of each row. Shape (N,)."""
+    means = [np.repeat(np.add.reduceat(x, starts) / ks, ks) for x in (a, b)]
+    return np.add.reduceat((a - means[0]) * (b - means[1]), starts) / ks
+
+
+def _correlation_in_rows(a: np.ndarray, b: np.ndarray, starts: np.ndarray, ks: np.ndarray) -> float | None:
+    """Mean over the rows of the correlation over their responses; None where no row has one."""
+    spread = np.sqrt(_within(a, a, starts, ks) * _within(b, b, starts, ks))
+    varies = spread > 0
+    return float((_within(a, b, starts, ks)[varies] / spread[varies]).mean()) if varies.any() else None
+
+
+def _length_by_score(scores: np.ndarray, lengths: np.ndarray) -> dict[str, list[float]]:
+    """Mean length of the responses of each score; of more than ten scores, of each tenth of the responses by score."""
+    distinct = np.unique(scores)
+    edges = distinct if len(distinct) <= 10 else np.quantile(scores, np.linspace(0.1, 0.9, 9))
+    which = np.searchsorted(edges, scores, side="right")  # equal scores stay together
+    parts = [which == part for part in np.unique(which)]
+    means = {"score": scores, "length": lengths}
+    return {name: [float(values[part].mean()) for part in parts] for name, values in means.items()}
+
+
+def _count_distinct(scores: np.ndarray, owner: np.ndarray, num_rows: int) -> np.ndarray:
+    order = np.lexsort((scores, owner))
+    is_new = np.r_[True, (np.diff(scores[order]) != 0) | (np.diff(owner[order]) != 0)]
+    return np.bincount(owner[order][is_new], minlength=num_rows)
+
+
+def _mean_largest_target(
+    scores: np.ndarray, best: np.ndarray, starts: np.ndarray, owner: np.ndarray, alpha: float
+) -> float:
+    """Of softmax(score / alpha): 1 for one-hot labels, 1 / K for uniform ones."""
+    below = scores - best[owner]  # <= 0
+    with np.errstate(divide="ignore", invalid="ignore"):
+        weights = (below == 0).astype(float) if alpha == 0 else np.exp(below / alpha)
+    return float((1 / np.add.reduceat(weights, starts)).mean())
+
+
+def _warn_of_targets(scores: dict[str, Any], uniform: float) -> list[str]:
+    alpha, largest, spread = scores["alpha"], scores["mean_largest_target"], scores["std_in_row"]
+    advice = f"the scores of a row spread by {spread:.2g}: alpha of about that grades them"
+    if alpha > 0 and largest > 0.99:
+        return [f"alpha {alpha:g} makes one-hot labels of these scores (mean largest target {largest:.3f}); {advice}"]
+    if largest < uniform + 0.05 * (1 - uniform):
+        return [
+            f"alpha {alpha:g} makes nearly uniform labels of these scores (mean largest target {largest:.3f}, uniform "
+            f"is {uniform:.3f}); {advice}"
+        ]
+    return []
+
+
+def _percentiles(lengths: np.ndarray) -> dict[str, float]:
+    found = np.percentile(lengths, PERCENTILES)
+    return {
+        "mean": float(lengths.mean()),
+        **{f"p{p}": float(value) for p, value in zip(PERCENTILES, found, strict=True)},
+        "max": int(lengths.max()),
+    }
+
+
+def data_report(
+    name: str,
+    config: DataConfig,
+    read: dict[str, Any],
+    tokenized: dict[str, Any],
+    rows: Dataset,
+    alpha: float | None,
+) -> dict[str, Any]:
+    """The report on a data set that is ready to be trained on.
+
+    Args:
+        name: Of the data set.
+        config: Which rows end the run.
+        read: Counts of `alignment.data.load.load_groups`.
+        tokenized: Counts of tokenizing those it kept: `rows_kept`, `rows_fixed`, `dropped_by_reason`, `responses`,
+            `responses_cut`, `prompts_trimmed`.
+        rows: The token ids that are left.
+        alpha: See `describe`.
+
+    Raises:
+        UserError: More rows were dropped than the config allows, or one of a kind that ends the run.
+    """
+    dropped = dict(Counter(read["dropped_by_reason"]) + Counter(tokenized["dropped_by_reason"]))
+    counts = {
+        "lines_in": read["lines_in"],
+        "rows_in": read["rows_in"],
+        "rows_kept": tokenized["rows_kept"],
+        "rows_fixed": tokenized["rows_fixed"],
+        "rows_dropped": sum(dropped.values()),
+        "dropped_by_reason": dropped,
+        "fixed_by_reason": read["fixed_by_reason"],
+        "examples": read["examples"],
+        **{key: read[key] for key in ("repeated_prompts", "prompts_shared_with_eval") if key in read},
+        "responses": tokenized["responses"],
+    }
+    for reason, num in tokenized["dropped_by_reason"].items():
+        if actions(config.row_rules)[reason] == "fail":
+            raise UserError(f"{name}: {reason} in {num} rows: fix them, or set row_rules: {reason}: drop")
+    check_dropped(name, counts, config.max_dropped_fraction)
+    report = counts | describe(Columns.of_tokens(rows), alpha)
+    cut = {key: tokenized[key] for key in ("responses_cut", "prompts_trimmed")}
+    report["lengths"] |= cut | {"share_truncated": cut["responses_cut"] / max(tokenized["responses"], 1)}
+    return report
+
+
+def summary(name: str, report: dict[str, Any]) -> str:
+    """A report in a few lines.
+
+    Args:
+        name: Of the data set.
+        report: As in data_report.json; the held-out rows under `eval` follow.
+    """
+    reasons = ", ".join(f"{reason} {n}" for reason, n in report["dropped_by_reason"].items()) or "none"
+    fixed_by_reason = report.get("fixed_by_reason", report.get("mended_by_reason", {}))  # its name before
+    fixed = ", ".join(f"{reason} {n}" for reason, n in fixed_by_reason.items())
+    scores, lengths = report["scores"], report["lengths"]
+    ks = ", ".join(f"{k} ({n})" for k, n in report["k_histogram"].items())
+    ks = ks if len(report["k_histogram"]) <= 12 else _range(report["k_histogram"])
+    correlation = scores["length_correlation"]
+    lines = [
+        f"{name}: {report['rows_kept']} of {report['rows_in']} rows kept (dropped: {reasons})"
+        + (f"; fixed: {fixed}" if fixed else "")
+        + f"; {report['responses']} responses",
+        f"  K: {ks}; scores {scores['mean']:.3g} "
+        f"+- {scores['std']:.2g}, in a row +- {scores['std_in_row']:.2g}, from {scores['min']:g} to {scores['max']:g}; "
+        f"rows with ties {scores['rows_with_ties']}; correlation with length "
+        + ("none" if correlation is None else f"{correlation:+.2f}")
+        + (f"; mean largest target {scores['mean_largest_target']:.2f}" if "alpha" in scores else ""),
+        "  " + "; ".join(
+            f"{part} {lengths['unit']} p50 {found['p50']:.0f}, p99 {found['p99']:.0f}, longest {found['max']}"
+            for part, found in lengths.items() if isinstance(found, dict)
+        ) + (f"; cut at max_length {lengths['responses_cut']}, prompts trimmed {lengths['prompts_trimmed']}"
+             if "responses_cut" in lengths else ""),
+    ]  # fmt: skip
+    lines += [f"  {reason}: {found[0]}" for reason, found in report.get("examples", {}).items()]
+    lines += [f"  WARNING: {warning}" for warning in report["warnings"]]
+    return "\n".join(lines + ([summary("eval", report["eval"])] if report.get("eval") else []))
+
+
+def _range(histogram: dict[str, int]) -> str:
+    ks = [int(k) for k in histogram]
+    return f"{min(ks)} to {max(ks)}"

@@ -1,0 +1,138 @@
+"""Samples before and after training, scored by a function of the user's, and what their difference is worth."""
+
+import json
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from alignment.errors import UserError
+from alignment.recipe import RunConfig
+from alignment.sampling.sample import sample_responses
+from alignment.sampling.score import RewardFunction, call_reward_function
+
+
+def sample_and_score(
+    model: Any,
+    tokenizer: Any,
+    rows: Dataset,
+    reward_function: RewardFunction,
+    config: RunConfig,
+    seed: int,
+    when: str,
+) -> list[dict[str, Any]]:
+    """Samples responses to the first prompts and scores each of them.
+
+    Args:
+        model: The policy.
+        tokenizer: Its tokenizer.
+        rows: Held-out rows as texts; `config.max_eval_prompts` of them are used. Their other columns, if they were
+            kept, are handed to the reward function by name.
+        reward_function: From `load_reward_function`.
+        config: How many samples, how long, at what temperature.
+        seed: Seeds the samples.
+        when: "before" or "after" training, for the progress bar.
+
+    Returns:
+        For each prompt `prompt`, `samples` (texts) and their `scores`, None where the function does not apply.
+
+    Raises:
+        UserError: See `call_reward_function`; or the function applies to no sample at all.
+    """
+    rows = rows.select(range(min(config.max_eval_prompts, len(rows))))
+    prompts, columns = rows["prompt"][:], rows["columns"][:]
+    samples = sample_responses(
+        model,
+        tokenizer,
+        prompts,
+        num_samples=config.num_eval_samples,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        seed=seed,
+        desc=f"Sampling {when} training",
+    )
+    scored = [
+        json.loads(other or "{}") | {"prompt": prompt, "responses": texts}
+        for prompt, texts, other in zip(prompts, samples, columns, strict=True)
+    ]
+    name = config.reward_function or "the reward function"
+    scores = call_reward_function(reward_function, name, scored, rows["location"][:])
+    if all(score is None for of_prompt in scores for score in of_prompt):
+        raise UserError(f"reward_function: {name} returned None for all samples; it must apply to some of them")
+    return [
+        {"prompt": prompt, "samples": texts, "scores": of_prompt}
+        for prompt, texts, of_prompt in zip(prompts, samples, scores, strict=True)
+    ]
+
+
+def mean_length(scored: list[dict[str, Any]]) -> float:
+    """Mean length of the samples, in words."""
+    return float(np.mean([len(text.split()) for row in scored for text in row["samples"]]))
+
+
+def prompt_means(scored: list[dict[str, Any]]) -> np.ndarray:
+    """Mean score of each prompt's samples that have one; NaN where none has. Shape (prompts,)."""
+    given = [[score for score in row["scores"] if score is not None] for row in scored]
+    return np.array([np.mean(scores) if scores else np.nan for scores in given])
+
+
+def compare_samples(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, Any]:
+    """Scores and lengths of samples before and after training, and the interval of their difference.
+
+    Args:
+        before, after: From `sample_and_score`, for the same prompts in the same order. Prompts without a score on
+            either side are left out.
+
+    Raises:
+        UserError: No prompt has a score on both sides.
+    """
+    scores_before, scores_after = prompt_means(before), prompt_means(after)
+    both = np.isfinite(scores_before) & np.isfinite(scores_after)
+    if not both.any():
+        raise UserError("reward_function: no prompt has a sample with a score both before and after training")
+    scores_before, scores_after = scores_before[both], scores_after[both]
+    low, high = bootstrap_interval(scores_after - scores_before)
+    return {
+        "num_prompts": len(scores_before),
+        "samples_per_prompt": len(before[0]["samples"]),
+        "score_before": float(scores_before.mean()),
+        "score_before_interval": bootstrap_interval(scores_before),
+        "score_after": float(scores_after.mean()),
+        "score_after_interval": bootstrap_interval(scores_after),
+        "score_difference": float(np.mean(scores_after - scores_before)),
+        "score_difference_interval": [low, high],
+        "words_before": mean_length(before),
+        "words_after": mean_length(after),
+    }
+
+
+def verdict(comparison: dict[str, Any]) -> str:
+    """Whether the held-out score rose, in words that do not claim more than the interval does."""
+    low, high = comparison["score_difference_interval"]
+    if low > 0:
+        return "improved: the interval of the difference is above zero"
+    if high < 0:
+        return "WORSE: the interval of the difference is below zero"
+    return "NOT SHOWN to improve: the interval of the difference contains zero"
+
+
+def bootstrap_interval(
+    values: np.ndarray, confidence: float = 0.95, num_resamples: int = 10_000
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of a mean over prompts. Paired, when the values are differences by prompt.
+
+    Args:
+        values: One value a prompt: prompts are drawn, so samples of one prompt do not count as independent.
+            Shape (prompts,).
+        confidence: Share of the distribution inside the interval.
+        num_resamples: Number of draws.
+
+    Example:
+        >>> low, high = bootstrap_interval(np.array([0.0, 1.0] * 50))
+        >>> 0.39 < low < 0.45 < 0.55 < high < 0.61
+        True
+    """
+    draws = np.random.default_rng(0).integers(len(values), size=(num_resamples, len(values)))
+    tail = 100 * (1 - confidence) / 2
+    low, high = np.percentile(values[draws].mean(axis=1), [tail, 100 - tail])
+    return float(low), float(high)

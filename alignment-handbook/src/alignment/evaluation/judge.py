@@ -1,0 +1,80 @@
+"""What the judges behind an endpoint share: filling the user's prompts, replies on disk, and what is left to ask."""
+
+import contextlib
+import fcntl
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from alignment.errors import UserError
+from alignment.evaluation.endpoint import Endpoint, EndpointConfig
+from alignment.resumable import Entry, PartFile
+
+_PLACEHOLDER = re.compile(r"\{(\w+)\}")
+
+
+@contextlib.contextmanager
+def open_judge(output_dir: str, config: EndpointConfig) -> Iterator[Endpoint]:
+    """The judge with all its earlier replies in this folder, `verdicts/<judge>.jsonl.part`.
+
+    Raises:
+        UserError: Another run uses them: each would cut off what the other adds.
+    """
+    folder = Path(output_dir) / "verdicts"
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--output_dir: another judge is at work in {output_dir}; wait for it") from None
+        yield Endpoint(config, PartFile(str(folder / f"{file_name(config.model)}.jsonl"), {"judge": config.model}))
+    finally:
+        os.close(handle)
+
+
+def fill(template: str, texts: dict[str, str], location: str | None = None) -> str:
+    """A template with texts in place of `{name}`; braces around anything else stay, also in the texts.
+
+    Raises:
+        UserError: With `where`: the template has no place for one of the texts.
+
+    Example:
+        >>> fill('{"output": {answer}, "format": {json}}', {"answer": "{answer}"})
+        '{"output": {answer}, "format": {json}}'
+    """
+    missing = set(texts) - set(_PLACEHOLDER.findall(template))
+    if missing and location:
+        raise UserError(f"{location}: the prompt has no {{{sorted(missing)[0]}}}; give one that has")
+    return _PLACEHOLDER.sub(lambda m: texts.get(m[1], m[0]), template)
+
+
+def chat_request(turns: list[tuple[str, str]], max_tokens: int) -> Entry:
+    """Settings of a chat completion, without chance, of turns (role, text)."""
+    messages = [{"role": role, "content": text} for role, text in turns]
+    return {"messages": messages, "temperature": 0, "max_tokens": max_tokens}
+
+
+def outcome(judge: Endpoint, said: str, num_judged: int, num_rows: int) -> str:
+    """What a run ends with: `said`, what it cost, and what a spent budget has left.
+
+    Raises:
+        UserError: Verdicts are missing for another reason than the budget; `said` is printed before.
+    """
+    said += f"\n{judge.calls} calls and {judge.cost} tokens in this run"
+    left = num_rows - num_judged
+    if left and judge.failure:
+        print(said)
+        raise UserError(
+            f"{left} of {num_rows} verdicts are missing ({judge.failure}); those that came are kept, and the same "
+            "command goes on"
+        )
+    if left:
+        said += f"\nSTOPPED: {judge.stopped}; {left} of {num_rows} verdicts are left, the same command goes on"
+    return said
+
+
+def file_name(model: str) -> str:
+    """A model's name as that of a file."""
+    return model.replace("/", "_")

@@ -1,0 +1,131 @@
+"""MT-bench's single-answer grading: each turn gets a rating from 1 to 10, in FastChat's file."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from alignment.data.row import Row
+from alignment.errors import UserError
+from alignment.evaluation.endpoint import EndpointConfig
+from alignment.evaluation.files import read_answers, read_objects, read_questions
+from alignment.evaluation.judge import chat_request, file_name, fill, open_judge, outcome
+from alignment.resumable import Entry, write_rows
+
+#: Categories whose judge is shown a reference answer, as FastChat has it.
+REFERENCE_CATEGORIES = ("math", "reasoning", "coding")
+
+_RATINGS = (re.compile(r"\[\[(\d+(?:\.\d*)?)\]\]"), re.compile(r"\[(\d+(?:\.\d*)?)\]"))
+
+
+def grade_mt_bench(
+    questions: str,
+    answers: list[str],
+    prompts: str,
+    references: str | None,
+    output_dir: str,
+    config: EndpointConfig,
+    max_tokens: int,
+) -> str:
+    """Grades both turns of each answer, and writes `model_judgment/<judge>_single.jsonl`.
+
+    Args:
+        questions: FastChat's `question.jsonl`.
+        answers: Files of `model_answer`.
+        prompts: FastChat's `judge_prompts.jsonl`.
+        references: File of `reference_answer`; may be None without questions of `REFERENCE_CATEGORIES`.
+        output_dir: Folder to write in. Verdicts on other models and questions stay in the file.
+        config: The judge.
+        max_tokens: Longest verdict.
+
+    Returns:
+        Means by turn and by category, and what is left to ask, for a person.
+
+    Raises:
+        UserError: A file is wrong, or verdicts are missing for another reason than the budget.
+    """
+    asked = read_questions(questions)
+    of_models = dict(read_answers(path, asked) for path in answers)
+    if len(of_models) < len(answers):
+        raise UserError("--answers: two files are of one model; give each model's file once")
+    needing = {n: asked[n] for n in asked if asked[n][1]["category"] in REFERENCE_CATEGORIES}
+    if needing and references is None:
+        raise UserError(f"--references: needed for the {len(needing)} questions of {', '.join(REFERENCE_CATEGORIES)}")
+    shown = read_answers(references, needing)[1] if needing else {}
+    templates = {row["name"]: row for _, row in read_objects(prompts, "name", "system_prompt", "prompt_template")}
+    rows, requests = [], []
+    for model, turns in of_models.items():
+        for number, turn, name, texts in _grading(asked, turns, shown):
+            if name not in templates:
+                raise UserError(f"{prompts}: no prompt named {name}; give FastChat's judge_prompts.jsonl")
+            text = fill(templates[name]["prompt_template"], texts, f"{prompts}, {name}")
+            judge = [config.model, name]
+            rows.append({"question_id": number, "model": model, "judge": judge, "user_prompt": text, "turn": turn})
+            turns_of_judge = [("system", templates[name]["system_prompt"]), ("user", text)]
+            requests.append(chat_request(turns_of_judge, max_tokens))
+    output = Path(output_dir) / "model_judgment" / f"{file_name(config.model)}_single.jsonl"
+    with open_judge(output_dir, config) as judge:
+        replies = judge.ask(requests, "Grading")
+        judged = [_graded(row, reply) for row, reply in zip(rows, replies, strict=True) if reply is not None]
+        is_there = output.exists() and output.stat().st_size > 0
+        old = [row for _, row in read_objects(str(output), "model", "question_id")] if is_there else []
+        others = [row for row in old if row["model"] not in of_models or row["question_id"] not in asked]
+        write_rows(output, others + judged)
+    table = ratings_table(judged, {number: row["category"] for number, (_, row) in asked.items()})
+    return outcome(judge, f"{output}\n{table}", len(judged), len(rows))
+
+
+def rating_of(text: str) -> int | float:
+    """The rating in a judgment, -1 without one.
+
+    Example:
+        >>> rating_of("Good, but short. Rating: [[7]]"), rating_of("[8.5]"), rating_of("Ten out of ten.")
+        (7, 8.5, -1)
+    """
+    found = next(filter(None, (pattern.search(text) for pattern in _RATINGS)), None)
+    if found is None:
+        return -1
+    return int(found[1]) if found[1].isdigit() else float(found[1])
+
+
+def ratings_table(judged: list[Row], categories: dict[int, str]) -> str:
+    """Mean ratings by turn and by category, a column a model; what has no rating (-1) is left out, and counted."""
+    models = list(dict.fromkeys(row["model"] for row in judged))
+    parts = {"turn 1": lambda row: row["turn"] == 1, "turn 2": lambda row: row["turn"] == 2, "mean": lambda row: True}
+    parts |= {
+        name: lambda row, name=name: categories[row["question_id"]] == name for name in sorted(set(categories.values()))
+    }
+    lines = [["", *models]]
+    for name, belongs in parts.items():
+        cells = [[r["score"] for r in judged if r["model"] == m and r["score"] != -1 and belongs(r)] for m in models]
+        lines.append([name, *(f"{np.mean(scores):.2f}" if scores else "-" for scores in cells)])
+    lines.append(["no rating", *(str(sum(r["score"] == -1 for r in judged if r["model"] == m)) for m in models)])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def _grading(
+    asked: dict[int, tuple[str, Row]], answers: dict[int, list[str]], references: dict[int, list[str]]
+) -> Iterator[tuple[int, int, str, dict[str, str]]]:
+    """What is to be graded of a model: question, turn, and name and texts of the judge's prompt, FastChat's way."""
+    for number, (_, question) in sorted(asked.items()):
+        named = {"question": question["turns"], "answer": answers[number]}
+        if number in references:
+            named["ref_answer"] = references[number]
+        name = "single-math-v1" if number in references else "single-v1"
+        first = {key: texts[0] for key, texts in named.items() if key != "ref_answer"}
+        yield number, 1, name, first | ({"ref_answer_1": named["ref_answer"][0]} if number in references else {})
+        if len(question["turns"]) == 2:
+            both = {f"{key}_{i + 1}": texts[i] for key, texts in named.items() for i in (0, 1)}
+            yield number, 2, f"{name}-multi-turn", both
+
+
+def _graded(row: Row, reply: Entry) -> Row:
+    return {
+        **{name: row[name] for name in ("question_id", "model", "judge", "user_prompt")},
+        "judgment": reply["text"],
+        "score": rating_of(reply["text"]),
+        "turn": row["turn"],
+        "tstamp": reply["tstamp"],
+    }

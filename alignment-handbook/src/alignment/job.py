@@ -1,0 +1,121 @@
+"""A run around its training: what is checked and read before the trainer is built, and what is written after it."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from trl import DPOTrainer
+
+from alignment import output
+from alignment.configs import Configs
+from alignment.data.prepare import prepare_rows
+from alignment.evaluation.held_out import sample_and_score
+from alignment.files import read_json, write_json
+from alignment.launch import enable_cpu_sharding
+from alignment.models import load_tokenizer
+from alignment.plan.compatibility import check_layout
+from alignment.plan.steps import Plan, plan_run, set_global_batch
+from alignment.report.callback import write_report
+from alignment.report.tables import final_table
+from alignment.sampling.score import RewardFunction, load_reward_function
+
+
+class Job(NamedTuple):
+    """A run that is ready to be built.
+
+    Attributes:
+        configs: What the recipe and the command line say.
+        tokenizer: The policy's tokenizer.
+        raw: The rows as texts, by `train` and `eval`.
+        rows: The same as token ids.
+        data_report: What became of the rows and what they look like, for data_report.json.
+        plan: The arithmetic of the batch and the steps.
+        checkpoint: What the run resumes from; None for a run from the start.
+        reward_function: Scores samples before and after training; None: nothing is sampled.
+    """
+
+    configs: Configs
+    tokenizer: PreTrainedTokenizerBase
+    raw: dict[str, Dataset]
+    rows: dict[str, Dataset]
+    data_report: dict[str, Any]
+    plan: Plan
+    checkpoint: str | None
+    reward_function: RewardFunction | None
+
+
+def prepare_job(configs: Configs, pairs: bool) -> Job:
+    """Checks the settings and reads the rows: all that can fail before a model is loaded.
+
+    Args:
+        configs: What the recipe and the command line say.
+        pairs: Whether the rows are preference pairs.
+
+    Raises:
+        UserError: The launch, the output folder, the reward function, the model or the data cannot be used.
+    """
+    policy, run, args = configs.policy, configs.run, configs.trainer
+    check_layout(policy, args)
+    set_global_batch(args, run, args.world_size)
+    enable_cpu_sharding()
+    checkpoint = None
+    if PartialState().is_main_process and not run.show_batch:
+        checkpoint = output.resume_point(args.output_dir, args.resume_from_checkpoint, run.overwrite_output_dir)
+    (checkpoint,) = broadcast_object_list([checkpoint])  # after an error the launcher ends those that wait here
+    reward_function = load_reward_function(run.reward_function) if run.reward_function else None
+    tokenizer = load_tokenizer(policy, args.trust_remote_code)
+    with PartialState().main_process_first():  # the others then find the rows in the cache
+        raw, rows, report = prepare_rows(configs.data, args, tokenizer, pairs, keep_columns=reward_function is not None)
+    plan = plan_run(args, args.world_size, len(rows["train"]), sum(rows["train"]["length"][:]))
+    return Job(configs, tokenizer, raw, rows, report, plan, checkpoint, reward_function)
+
+
+def start_output(job: Job) -> None:
+    """Writes the resolved recipe, the plan and the data report, unless the run resumes and has them."""
+    args = job.configs.trainer
+    if PartialState().is_main_process and (job.checkpoint is None or not output.has_started(args.output_dir)):
+        overwrite = job.configs.run.overwrite_output_dir
+        output.start(args.output_dir, args.recipe, job.plan.as_dict(), job.data_report, overwrite)
+
+
+def sample_held_out(job: Job, trainer: DPOTrainer, when: str) -> list[dict[str, Any]] | None:
+    """Scored samples on held-out prompts, drawn by the main process and kept in `samples_{when}.json`.
+
+    Args:
+        job: From `prepare_job`.
+        trainer: Holds the policy.
+        when: "before" or "after" training. A run that resumes reads what it sampled before.
+
+    Returns:
+        See `evaluation.held_out.sample_and_score`; None without a reward function or held-out rows, on the other
+        processes, and where weights are sharded: one process then cannot sample by itself.
+    """
+    file = Path(trainer.args.output_dir) / f"samples_{when}.json"
+    if when == "before" and job.checkpoint is not None:
+        return read_json(file)
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    scored = None
+    if job.reward_function and "eval" in job.raw and trainer.is_world_process_zero() and not sharded:
+        policy = trainer.accelerator.unwrap_model(trainer.model)
+        run, seed = job.configs.run, job.configs.trainer.seed
+        scored = sample_and_score(policy, job.tokenizer, job.raw["eval"], job.reward_function, run, seed, when)
+        write_json(file, scored)
+    trainer.accelerator.wait_for_everyone()
+    return scored
+
+
+def write_results(trainer: DPOTrainer, results: dict[str, Any]) -> None:
+    """Writes the results, the report and the model card, and prints the table; on the main process.
+
+    Args:
+        trainer: The trainer, after training.
+        results: As in train_results.json; see `report.tables.final_table`.
+    """
+    if trainer.is_world_process_zero():
+        output.finish(trainer.args.output_dir, results)
+        write_report(trainer.args.output_dir)
+        trainer.create_model_card()
+        print("\n" + final_table(results))

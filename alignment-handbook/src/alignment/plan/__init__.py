@@ -1,0 +1,6 @@
+"""`--plan`: what a run takes, in steps and memory, before any weight is loaded.
+
+A plan is made in this order: `steps` works out the batch and the number of steps, `meta_model` builds the model without
+memory, `timeline` follows its tensors through a step that `trace` runs, `layouts` shards the memory over processes,
+`estimate` does both for a recipe, `compatibility` says what a launch cannot do, and `show` prints it all.
+"""

@@ -1,0 +1,64 @@
+"""What of a recipe a launch cannot do. Each was tried with the pinned versions.
+
+torch 2.13, bitsandbytes 0.50, accelerate 1.15, DeepSpeed 0.19.8.
+"""
+
+from transformers import TrainingArguments
+
+from alignment.errors import UserError
+from alignment.launch import launched_layout
+from alignment.models import PolicyConfig
+from alignment.plan.layouts import BITSANDBYTES, optimizer_name
+
+
+def incompatibilities(policy: PolicyConfig, args: TrainingArguments, layout: str) -> list[dict[str, str]]:
+    """What of a recipe a layout cannot do: each with `what`, `reason` and `fix`. Empty when all is well."""
+    found = []
+
+    def add(what: str, reason: str, fix: str) -> None:
+        found.append({"what": what, "reason": reason, "fix": fix})
+
+    if layout == "fsdp2":
+        # bitsandbytes::optimizer_update_32bit: "does not have a sharding strategy registered" for DTensor.
+        if optimizer_name(args) in BITSANDBYTES:
+            add(
+                f"optim: {optimizer_name(args)} with fsdp2",
+                "bitsandbytes' optimizers do not take sharded weights",
+                "--optim=adamw_torch",
+            )
+        # Linear8bitLt.forward reads weight.CB, which the sharded parameter has not.
+        if policy.load_in_8bit:
+            add(
+                "load_in_8bit with fsdp2",
+                "8-bit weights lose their scales when they are sharded",
+                "load_in_4bit with fsdp2_qlora.yaml, or multi_gpu.yaml",
+            )
+        # The gathered bytes are cast to MixedPrecisionPolicy.param_dtype as if they were numbers of that type.
+        compute = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
+        storage = policy.bnb_4bit_quant_storage
+        if policy.load_in_4bit and compute and storage not in (None, "uint8", compute):
+            add(
+                f"bnb_4bit_quant_storage: {storage} with fsdp2",
+                f"the 4-bit weights' bytes would be cast to {compute} when they are gathered, and be lost",
+                f"--bnb_4bit_quant_storage={compute}",
+            )
+    if layout == "zero3" and (policy.load_in_4bit or policy.load_in_8bit):
+        bits = "load_in_4bit" if policy.load_in_4bit else "load_in_8bit"
+        # transformers' from_pretrained: zero.Init only where `is_deepspeed_zero3_enabled() and not is_quantized`. On
+        # two processes deepspeed.initialize then does not return, where it does for the same model in bfloat16.
+        add(
+            f"{bits} with zero3",
+            "transformers loads quantized weights outside ZeRO-3's partitions, and DeepSpeed hangs on them",
+            "fsdp2_qlora.yaml, deepspeed_zero2.yaml or multi_gpu.yaml",
+        )
+    return found
+
+
+def check_layout(policy: PolicyConfig, args: TrainingArguments) -> None:
+    """Ends a run whose recipe its launch cannot do, before anything is loaded.
+
+    Raises:
+        UserError: Names the combination, the reason and the fix.
+    """
+    for found in incompatibilities(policy, args, launched_layout(args.world_size)):
+        raise UserError(f"{found['what']}: {found['reason']}; use {found['fix']}")

@@ -1,0 +1,142 @@
+"""The memory of a recipe on one process, traced once for all layouts and all token budgets."""
+
+import dataclasses
+from functools import cache
+
+import torch
+from transformers import PretrainedConfig
+from trl import get_peft_config
+
+from alignment.configs import Configs
+from alignment.plan.layouts import GB, OPTIMIZERS, Footprint, optimizer_name, peak_memory
+from alignment.plan.meta_model import StepSpec
+from alignment.plan.trace import StepMemory, WeightSizes, largest_forward, repeat_batch, trace_step, weight_sizes
+
+#: Token budgets are answered in multiples of this.
+_GRAIN = 64
+
+#: Tokens of a prompt, and of each of its responses.
+GroupLengths = tuple[int, list[int]]
+
+
+class MemoryEstimator:
+    """The memory of a recipe on one process. Each question is traced once.
+
+    Args:
+        configs: The settings of the run.
+        model_config: The model's config.
+        groups: The micro-batch: of each prompt its tokens and those of its responses.
+        accumulates: Whether a step has several micro-batches.
+        on_gpu: Whether the GPU's attention kernel is used.
+    """
+
+    def __init__(
+        self,
+        configs: Configs,
+        model_config: PretrainedConfig,
+        groups: list[GroupLengths],
+        accumulates: bool,
+        on_gpu: bool,
+    ):
+        self.policy, self.args, self.on_gpu = configs.policy, configs.trainer, on_gpu
+        policy, args = configs.policy, configs.trainer
+        self.batch, num_chunks = largest_forward(groups, args.max_tokens_per_forward, args.shared_prompt != "false")
+        self.longest_response = max(prompt + max(responses) for prompt, responses in groups)  # with its prompt
+        self.spec = StepSpec(
+            config=model_config,
+            dtype=_dtype(policy.dtype, model_config),
+            peft_config=get_peft_config(policy),
+            quantization="4bit" if policy.load_in_4bit else "8bit" if policy.load_in_8bit else None,
+            double_quantized=policy.use_bnb_nested_quant,
+            autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
+            checkpointing=dict(args.gradient_checkpointing_kwargs or {}) if args.gradient_checkpointing else None,
+            shared_prompt=args.shared_prompt,
+            device="cuda" if on_gpu else "cpu",
+            accumulates=accumulates or num_chunks > 1,
+        )
+        self.step, self.weights = cache(self._step), cache(self._weights)
+
+    def footprint(self, layout: str, tokens: float | None = None) -> Footprint:
+        """What a layout shards, at the batch's tokens or at another number of them."""
+        full, policy, args = not self.policy.use_peft, self.policy, self.args
+        dtype = self._gathered_dtype(layout)
+        phases = self.step(dtype).phases if tokens is None else self._phases(dtype, tokens)
+        return Footprint(
+            weights=self.weights(dtype if layout.startswith("zero") else self.spec.dtype),
+            phases=phases,
+            optim=optimizer_name(args),
+            mixed_precision=self.spec.autocast is not None,
+            reference_copy=full and not args.precompute_ref_log_probs,
+            loads_reference=full,
+            shards_quantized=policy.bnb_4bit_quant_storage not in (None, "uint8"),
+            on_gpu=self.on_gpu,
+        )
+
+    def activations(self, checkpointing: bool) -> int:
+        """Bytes of the activations at the end of a forward, with gradient checkpointing or without."""
+        is_on = self.spec.checkpointing is not None
+        if checkpointing == is_on:
+            return self.step(self.spec.dtype).activations
+        spec = dataclasses.replace(self.spec, checkpointing=None if is_on else {})
+        return trace_step(spec, self.batch, backward=False).activations
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of the figures must know."""
+        weights, notes = self.weights(self.spec.dtype), []
+        if self.spec.quantization and weights.quantized < weights.base / 2:
+            notes.append(
+                f"Only {weights.quantized / GB:.1f} of {weights.base / GB:.1f} GB of weights are quantized: "
+                "transformers quantizes linear layers, and no experts that are one tensor"
+            )
+        optim = optimizer_name(self.args)
+        if optim not in OPTIMIZERS and optim != "adafactor":
+            notes.append(f"The state of optim: {optim} is not known here, and planned as AdamW's")
+        return notes
+
+    def largest_budget(self, layout: str, num_processes: int, limit: float) -> int | None:
+        """The largest `max_tokens_per_forward` that fits; None where not even the longest response does."""
+
+        def fits(tokens: int) -> bool:
+            return peak_memory(self.footprint(layout, tokens), layout, num_processes)[1]["total"] <= limit * GB
+
+        low, high = 0, 2**14
+        while fits(high * _GRAIN) and high < 2**20:
+            high *= 2
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle * _GRAIN) else (low, middle)
+        return low * _GRAIN if low * _GRAIN >= self.longest_response else None
+
+    def _gathered_dtype(self, layout: str) -> torch.dtype:
+        """The type that weights are gathered in: where they are sharded, that of the mixed precision."""
+        sharded = layout in ("zero2", "zero3", "fsdp2") and self.spec.autocast is not None
+        return self.spec.autocast if sharded and not self.spec.quantization else self.spec.dtype
+
+    def _weights(self, dtype: torch.dtype) -> WeightSizes:
+        return weight_sizes(dataclasses.replace(self.spec, dtype=dtype))
+
+    def _step(self, dtype: torch.dtype, times: int = 1, accumulates: bool | None = None) -> StepMemory:
+        accumulates = self.spec.accumulates if accumulates is None else accumulates
+        spec = dataclasses.replace(self.spec, dtype=dtype, accumulates=accumulates)
+        return trace_step(spec, repeat_batch(self.batch, times) if times > 1 else self.batch)
+
+    def _phases(self, dtype: torch.dtype, tokens: float) -> dict[str, dict[str, float]]:
+        """Those of a forward of so many tokens of the same kind, by the line through once and twice the batch.
+
+        It is one of several forwards, as where `max_tokens_per_forward` cuts a micro-batch.
+        """
+        less = self.step(dtype) if self.spec.accumulates else self.step(dtype, accumulates=True)
+        more = self.step(dtype, times=2, accumulates=True)
+        share = (tokens - less.tokens) / (more.tokens - less.tokens)
+        return {
+            phase: {kind: max(low + share * (more.phases[phase][kind] - low), 0) for kind, low in parts.items()}
+            for phase, parts in less.phases.items()
+        }
+
+
+def _dtype(name: str | None, config: PretrainedConfig) -> torch.dtype:
+    """Type that the weights are loaded in: the recipe's, or the one they were saved in."""
+    if name not in (None, "auto"):
+        return getattr(torch, name)
+    return getattr(config.get_text_config(), "dtype", None) or torch.float32

@@ -1,0 +1,118 @@
+"""A conversation in the terminal, with one model, or with a base and what became of it side by side."""
+
+import contextlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase, TextStreamer
+
+from alignment.data.row import Messages
+from alignment.errors import UserError
+from alignment.models import adapter_base, load_trained_model, load_trained_tokenizer
+from alignment.sampling.sample import SamplingConfig, encode_prompt, generation_settings
+
+HELP = "/both: base and aligned side by side, on and off; /new: a new conversation; /quit (or Ctrl-D): leave"
+
+
+@dataclass
+class Speaker:
+    """Who answers: a model, and what it and the user have said.
+
+    Attributes:
+        name: Printed before each answer.
+        model: Causal language model; an adapter on its base.
+        with_adapter: False for the base under an adapter.
+        turns: The conversation so far.
+    """
+
+    name: str
+    model: Any
+    with_adapter: bool = True
+    turns: Messages = field(default_factory=list)
+
+    @torch.inference_mode()
+    def answer(self, text: str, tokenizer: PreTrainedTokenizerBase, config: SamplingConfig) -> str:
+        """Says the answer to the user's turn while it is made, and keeps both."""
+        self.turns.append({"role": "user", "content": text})
+        ids = torch.tensor([encode_prompt(tokenizer, self.turns)], device=self.model.device)  # (1, L)
+        adapter = contextlib.nullcontext() if self.with_adapter else self.model.disable_adapter()
+        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        with adapter:
+            tokens = self.model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                streamer=streamer,
+                **generation_settings(self.model, tokenizer, config),
+            )
+        reply = tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True).strip()
+        self.turns.append({"role": "assistant", "content": reply})
+        return reply
+
+
+def speakers(name: str, base: str | None, dtype: str = "auto") -> tuple[list[Speaker], PreTrainedTokenizerBase]:
+    """The base, if it is known, and the aligned model; and the tokenizer of both.
+
+    Args:
+        name: A model's folder or Hub id, or an adapter's folder, whose base is known.
+        base: The model that `name` was made of; None where it is an adapter, or does not matter.
+        dtype: Type of the weights.
+
+    Raises:
+        UserError: There is no such model, or a base is named for an adapter.
+    """
+    tokenizer, _ = load_trained_tokenizer(name)
+    model = load_trained_model(name, dtype).eval()
+    aligned = Speaker("aligned", model)
+    if isinstance(model, PeftModel):
+        if base is not None:
+            raise UserError(
+                f"--base: {name} is an adapter on {adapter_base(name)}, which is compared; leave --base out"
+            )
+        return [Speaker("base", model, with_adapter=False), aligned], tokenizer
+    if base is None:
+        return [aligned], tokenizer
+    return [Speaker("base", load_trained_model(base, dtype).eval()), aligned], tokenizer
+
+
+def chat(
+    lines: Iterable[str],
+    who: list[Speaker],
+    tokenizer: PreTrainedTokenizerBase,
+    config: SamplingConfig,
+    both: bool = False,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Answers line by line, until the lines end or one says /quit.
+
+    Args:
+        lines: What the user types.
+        who: From `speakers`.
+        tokenizer: Of the models.
+        config: Length and temperature of an answer; its seed, for the whole conversation.
+        both: Whether the base answers too, from the start on.
+        say: Prints a line.
+    """
+    torch.manual_seed(config.seed)
+    for line in lines:
+        text = line.strip()
+        if text == "/quit":
+            return
+        if text == "/new":
+            for speaker in who:
+                speaker.turns.clear()
+            say("A new conversation.")
+        elif text == "/both":
+            both = not both and len(who) > 1
+            say(
+                "Base and aligned answer." if both else "One model answers." if len(who) > 1 else "No base: see --base."
+            )
+        elif text.startswith("/"):
+            say(HELP)
+        elif text:
+            for speaker in who if both else who[-1:]:
+                say(f"{speaker.name}:" if both else "")
+                speaker.answer(text, tokenizer, config)
+                say("")

@@ -1,0 +1,68 @@
+"""Rows with a prompt, as `sample.py` and `score.py` read them: whole, in order, each known by its place in the file."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from alignment.data.formats import messages_of
+from alignment.data.row import BadRow, Messages, Row
+from alignment.data.sources import open_source, read_piece
+from alignment.errors import UserError
+
+
+def read_prompts(path: str) -> tuple[list[Row], list[str]]:
+    """Rows of a file, their prompts as messages.
+
+    Args:
+        path: A `.txt` file with a prompt a line, or a file of rows (`.jsonl`, `.json`, `.csv`, each also `.gz`, or
+            `.parquet`) with a column `prompt`: text, which is one turn of the user's, or messages.
+
+    Returns:
+        The rows, and for each the words that tell a user where it stands.
+
+    Raises:
+        UserError: There is no such file, a row cannot be read, or its prompt is none to answer.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file; give a .jsonl file, or a .txt with a prompt a line")
+    rows, locations = [], []
+    for location, row in _read_lines(path) if path.endswith(".txt") else _read_rows(path):
+        rows.append({**row, "prompt": _messages(row, location)})
+        locations.append(location)
+    if not rows:
+        raise UserError(f"{path}: no rows; give a file that has some")
+    return rows, locations
+
+
+def _read_lines(path: str) -> Iterator[tuple[str, Row]]:
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error}); convert it") from error
+    for i, line in enumerate(text.split("\n")):
+        if line.strip():
+            yield f"{path}, line {i + 1}", {"prompt": line.strip()}
+
+
+def _read_rows(path: str) -> Iterator[tuple[str, Row]]:
+    for piece in open_source(path):
+        for location, row in read_piece(piece):
+            if isinstance(row, BadRow):
+                raise UserError(f"{location}: {row.detail}")
+            if not isinstance(row, dict) or row.get("prompt") is None:
+                found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+                raise UserError(f"{location}: needs a column prompt; found {found or 'none'}")
+            yield location, row
+
+
+def _messages(row: Row, location: str) -> Messages:
+    try:
+        messages = messages_of(row["prompt"], "the prompt")
+    except BadRow as bad:
+        raise UserError(f"{location}: {bad.detail}") from bad
+    if not messages or not messages[-1]["content"].strip() or messages[-1]["role"] == "assistant":
+        raise UserError(f"{location}: the prompt must end with a user's turn that says something")
+    try:
+        "".join(m["content"] for m in messages).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{location}: holds half of a surrogate pair, which is no character: fix the row") from error
+    return messages

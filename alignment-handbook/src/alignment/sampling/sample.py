@@ -1,0 +1,172 @@
+"""Sample responses to chat prompts, many at a time.
+
+Every batch has its own seed and stands for itself, so that work which was stopped can go on with the next batch and
+come out the same. B prompts in a batch, S samples of each, L tokens of the longest prompt in the batch.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from tqdm.auto import tqdm
+
+from alignment.data.row import Messages
+from alignment.errors import UserError
+from trl_nca.responses import ResponseTokenizer
+
+
+class Sample(NamedTuple):
+    """A response, without special tokens, and whether the model ended it itself (and not `max_new_tokens`)."""
+
+    text: str
+    finished: bool
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How responses are drawn.
+
+    Attributes:
+        num_samples: Samples of each prompt, S.
+        max_new_tokens: Longest response, in tokens.
+        temperature: 0 takes the likeliest token at every step, so all samples of a prompt are equal.
+        top_p: Share of the probability mass to sample from.
+        batch_size: Responses written at once; at least the samples of one prompt.
+        seed: Batch i has the seed `seed + i`. The same seed, batch size and machine give the same responses.
+    """
+
+    num_samples: int
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    batch_size: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name}: must be at least 1, got {getattr(self, name)}")
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise UserError(
+                f"--temperature must be at least 0 and --top_p above 0 and at most 1, got {self.temperature} and "
+                f"{self.top_p}"
+            )
+
+    def batches(self, prompt_ids: list[list[int]]) -> list[list[int]]:
+        """Indices of the prompts, batch by batch.
+
+        Neighbours in length share a batch, so little is padded; the longest first, so that memory runs out at once.
+        """
+        order = sorted(range(len(prompt_ids)), key=lambda i: -len(prompt_ids[i]))
+        num_prompts = max(1, self.batch_size // self.num_samples)
+        return [order[start : start + num_prompts] for start in range(0, len(order), num_prompts)]
+
+
+def sample_responses(
+    model, tokenizer, prompts: list[Messages], desc: str = "Sampling", **settings: Any
+) -> list[list[str]]:
+    """Samples responses to each prompt; leaves the model's mode and the random state as they were.
+
+    Args:
+        model: Causal language model, plain or wrapped by PEFT.
+        tokenizer: Its tokenizer.
+        prompts: Conversations that end with the user's turn.
+        desc: Label of the progress bar.
+        **settings: Fields of `SamplingConfig`.
+
+    Returns:
+        S texts for each prompt, in the order of the prompts.
+    """
+    config = SamplingConfig(**settings)
+    prompt_ids = [encode_prompt(tokenizer, messages) for messages in prompts]
+    responses: list[list[str]] = [[] for _ in prompts]
+    with tqdm(total=len(prompts), desc=desc) as progress:
+        for index, batch in enumerate(config.batches(prompt_ids)):
+            samples = sample_batch([prompt_ids[i] for i in batch], index, model, tokenizer, config)
+            for i, drawn in zip(batch, samples, strict=True):
+                responses[i] = [sample.text for sample in drawn]
+            progress.update(len(batch))
+    return responses
+
+
+def sample_batch(
+    prompt_ids: list[list[int]], index: int, model, tokenizer, config: SamplingConfig
+) -> list[list[Sample]]:
+    """Samples of one batch, by transformers; leaves the model's mode and the random state as they were.
+
+    Each prompt is read once for all its samples: on a CPU a token read costs about as much as a token written.
+
+    Args:
+        prompt_ids: Token ids of B prompts.
+        index: Of the batch; with `config.seed` it gives the batch's seed.
+        model, tokenizer, config: See `sample_responses`.
+
+    Returns:
+        S samples for each of the B prompts.
+    """
+    settings = generation_settings(model, tokenizer, config)
+    devices = [model.device] if model.device.type == "cuda" else []
+    was_training = model.training
+    model.eval()  # this also rests gradient checkpointing, which would forbid the key cache
+    try:
+        with torch.random.fork_rng(devices), torch.no_grad():
+            torch.manual_seed(config.seed + index)
+            tokens = _generate(model, prompt_ids, config.num_samples, settings)
+    finally:
+        model.train(was_training)
+    stops = torch.tensor(settings["eos_token_id"], device=tokens.device)
+    finished = torch.isin(tokens, stops).any(dim=1).tolist()  # (B * S,)
+    texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    samples = [Sample(*sample) for sample in zip(texts, finished, strict=True)]
+    return [samples[start : start + config.num_samples] for start in range(0, len(samples), config.num_samples)]
+
+
+def encode_prompt(tokenizer, messages: Messages) -> list[int]:
+    """Token ids that sampling starts from; see `trl_nca.responses.ResponseTokenizer.encode_prompt`."""
+    return ResponseTokenizer(tokenizer).encode_prompt(messages)
+
+
+def _generate(model, prompt_ids: list[list[int]], num_samples: int, settings: dict[str, Any]) -> torch.Tensor:
+    """Returns the sampled tokens, prompt-major. Shape (B * S, longest response)."""
+    length = max(map(len, prompt_ids))
+    padding = [[settings["pad_token_id"]] * (length - len(ids)) for ids in prompt_ids]
+    input_ids = torch.tensor([pad + ids for pad, ids in zip(padding, prompt_ids, strict=True)], device=model.device)
+    is_real = [[0] * len(pad) + [1] * (length - len(pad)) for pad in padding]
+    attention_mask = torch.tensor(is_real, device=model.device)  # (B, L)
+    position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    cache = None
+    if length > 1:
+        # All but the last token: `generate` wants at least one that is not in the cache.
+        cache = model(
+            input_ids=input_ids[:, :-1],
+            attention_mask=attention_mask[:, :-1],
+            position_ids=position_ids[:, :-1],
+            use_cache=True,
+            logits_to_keep=1,
+        ).past_key_values
+        cache.batch_repeat_interleave(num_samples)
+    sequences = model.generate(
+        input_ids=input_ids.repeat_interleave(num_samples, dim=0),  # (B * S, L)
+        attention_mask=attention_mask.repeat_interleave(num_samples, dim=0),
+        past_key_values=cache,
+        **settings,
+    )
+    return sequences[:, length:]
+
+
+def generation_settings(model, tokenizer, config: SamplingConfig) -> dict[str, Any]:
+    """Returns the arguments of `generate`; each default of the model's that would bend the distribution is off."""
+    stops = model.generation_config.eos_token_id
+    # A base model with a chat template stops at the template's token, which its own configuration need not know.
+    stops = {*(stops if isinstance(stops, list) else [stops]), tokenizer.eos_token_id} - {None}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    settings = {
+        "max_new_tokens": config.max_new_tokens,
+        "eos_token_id": sorted(stops),
+        "pad_token_id": pad,
+        "use_cache": True,
+        "do_sample": config.temperature > 0,
+    }
+    if config.temperature > 0:
+        settings |= {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
+    return settings

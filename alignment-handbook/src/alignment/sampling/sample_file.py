@@ -1,0 +1,200 @@
+"""Sample responses to the prompts of a file, with transformers or vLLM, batch by batch, and write rows of them."""
+
+import gc
+import importlib.util
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import partial
+
+from jinja2 import TemplateError
+from tqdm.auto import tqdm
+
+from alignment.data.row import Messages
+from alignment.errors import UserError
+from alignment.models import adapter_base, load_trained_model, load_trained_tokenizer
+from alignment.resumable import Entry, PartFile, content_hash, fingerprint
+from alignment.sampling.prompts import Row, read_prompts
+from alignment.sampling.sample import Sample, SamplingConfig, encode_prompt, sample_batch
+
+#: Columns of a row that belong to its old responses.
+_OF_RESPONSES = ("responses", "sources", "scores", "score_parts")
+
+Sampler = Callable[[list[list[int]], int], list[list[Sample]]]
+
+
+def sample_file(
+    path: str,
+    models: list[str],
+    output: str,
+    config: SamplingConfig,
+    *,
+    finished_only: bool = False,
+    engine: str = "transformers",
+    dtype: str = "auto",
+    overwrite: bool = False,
+) -> str:
+    """Writes rows of prompt, responses and sources: S responses of each model to each prompt of a file.
+
+    A run that was killed goes on where it stopped, and gives the file of an uninterrupted one, byte for byte.
+
+    Args:
+        path: See `read_prompts`. Columns besides the prompt are carried along, but for those of older responses.
+        models: Folders or Hub ids; adapters' folders too.
+        output: A `.jsonl`. Rows are in the order of the prompts; responses are without white space around them.
+        config: How responses are drawn.
+        finished_only: Leave out responses that ran into `max_new_tokens`; a row may then have fewer, or none.
+        engine: "transformers" or "vllm".
+        dtype: Type of the weights, "auto" as they were saved.
+        overwrite: Replace `output`.
+
+    Returns:
+        What was written, in a sentence.
+
+    Raises:
+        UserError: See `read_prompts`, `PartFile`, `load_trained_tokenizer` and `_encode_prompts`.
+    """
+    rows, locations = read_prompts(path)
+    header = {"prompts": content_hash(rows), "models": [[name, fingerprint(name)] for name in models]}
+    part = PartFile(output, header | {"engine": engine, "dtype": dtype} | asdict(config), overwrite)
+    prompt_ids = [_encode_prompts(name, rows, locations, config.max_new_tokens) for name in models]
+    done = {entry["batch"] for entry in part.entries}
+    num_done = sum(len(entry["rows"]) for entry in part.entries)
+    with tqdm(total=len(models) * len(rows), initial=num_done, desc="Sampling", unit="prompt") as progress:
+        first = 0
+        for name, ids in zip(models, prompt_ids, strict=True):
+            batches = dict(enumerate(config.batches(ids), start=first))
+            first += len(batches)
+            for entry in _sample_batches(name, ids, batches, done, config, engine, dtype):
+                part.add(entry)
+                progress.update(len(entry["rows"]))
+    entries = sorted(part.entries, key=lambda entry: entry["batch"])  # model by model
+    part.finish(_join(rows, entries, finished_only))
+    return _summary(output, rows, entries, finished_only)
+
+
+def choose_engine(name: str) -> str:
+    """The engine to use: for "auto" vLLM where it is installed.
+
+    Raises:
+        UserError: vLLM is asked for and not installed.
+    """
+    has_vllm = importlib.util.find_spec("vllm") is not None
+    if name == "vllm" and not has_vllm:
+        raise UserError("--engine: vllm is not installed; pip install vllm, or --engine transformers")
+    return name if name != "auto" else "vllm" if has_vllm else "transformers"
+
+
+def vllm_sampler(name: str, tokenizer, config: SamplingConfig, dtype: str) -> Sampler:
+    """Loads a model, or an adapter on its base, into vLLM.
+
+    Returns:
+        A function of prompts' token ids and the index of the batch, which gives S samples of each prompt.
+    """
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    base = adapter_base(name)
+    adapter, lora = None, {}
+    if base is not None:
+        adapter, lora = LoRARequest("adapter", 1, name), {"enable_lora": True, "max_lora_rank": _max_lora_rank(name)}
+    llm = LLM(model=base or name, tokenizer=tokenizer.name_or_path, dtype=dtype, **lora)
+    is_greedy = config.temperature == 0  # for which vLLM allows one sample only
+
+    def sample(prompt_ids: list[list[int]], index: int) -> list[list[Sample]]:
+        rng = random.Random(config.seed + index)
+        params = [
+            SamplingParams(
+                n=1 if is_greedy else config.num_samples,
+                temperature=config.temperature,
+                top_p=config.top_p,
+                max_tokens=config.max_new_tokens,
+                stop_token_ids=[tokenizer.eos_token_id],  # which a base model's configuration need not know
+                seed=rng.getrandbits(31),
+            )
+            for _ in prompt_ids
+        ]
+        prompts = [{"prompt_token_ids": ids} for ids in prompt_ids]
+        outputs = llm.generate(prompts, params, use_tqdm=False, lora_request=adapter)
+        drawn = [[Sample(o.text, o.finish_reason == "stop") for o in output.outputs] for output in outputs]
+        return [samples * config.num_samples for samples in drawn] if is_greedy else drawn
+
+    return sample
+
+
+def _max_lora_rank(name: str) -> int:
+    """The least of the ranks that vLLM reserves memory for which holds the adapter's."""
+    from peft import PeftConfig
+
+    rank = PeftConfig.from_pretrained(name).r
+    return next(size for size in (16, 32, 64, 128, 256, 320, 512) if size >= rank)
+
+
+def encode_row(tokenizer, prompt: Messages, name: str, location: str) -> list[int]:
+    """As `encode_prompt`.
+
+    Raises:
+        UserError: The chat template of the model `name` refuses the prompt, which stands at `where`.
+    """
+    try:
+        return encode_prompt(tokenizer, prompt)
+    except (TemplateError, ValueError) as error:  # ValueError: there is no template
+        raise UserError(f"{location}: the chat template of {name} refuses the prompt: {error}") from error
+
+
+def _encode_prompts(name: str, rows: list[Row], locations: list[str], max_new_tokens: int) -> list[list[int]]:
+    tokenizer, most = load_trained_tokenizer(name)
+    encoded = []
+    for row, location in zip(rows, locations, strict=True):
+        encoded.append(encode_row(tokenizer, row["prompt"], name, location))
+        if most is not None and len(encoded[-1]) + max_new_tokens > most:
+            raise UserError(
+                f"{location}: the prompt has {len(encoded[-1])} tokens, and with --max_new_tokens {max_new_tokens} "
+                f"more than the {most} of {name}; remove the row, or lower --max_new_tokens"
+            )
+    return encoded
+
+
+def _sample_batches(
+    name: str,
+    prompt_ids: list[list[int]],
+    batches: dict[int, list[int]],
+    done: set[int],
+    config: SamplingConfig,
+    engine: str,
+    dtype: str,
+) -> Iterator[Entry]:
+    """Entries of a model's batches that are not done yet; the model is loaded if there are any, and let go after."""
+    missing = [index for index in batches if index not in done]
+    if not missing:
+        return
+    tokenizer, _ = load_trained_tokenizer(name)
+    if engine == "vllm":
+        sample = vllm_sampler(name, tokenizer, config, dtype)
+    else:
+        sample = partial(sample_batch, model=load_trained_model(name, dtype), tokenizer=tokenizer, config=config)
+    for index in missing:
+        samples = sample([prompt_ids[i] for i in batches[index]], index)
+        yield {"batch": index, "model": name, "rows": batches[index], "samples": samples}
+    del sample
+    gc.collect()  # the next model may need the memory
+
+
+def _join(rows: list[Row], entries: list[Entry], finished_only: bool) -> Iterator[Row]:
+    drawn: list[list[tuple[str, str]]] = [[] for _ in rows]  # responses and their models
+    for entry in entries:
+        for i, samples in zip(entry["rows"], entry["samples"], strict=True):
+            drawn[i] += [(text.strip(), entry["model"]) for text, finished in samples if finished or not finished_only]
+    for row, kept in zip(rows, drawn, strict=True):
+        responses, sources = [text for text, _ in kept], [model for _, model in kept]
+        carried = {name: value for name, value in row.items() if name not in ("prompt", *_OF_RESPONSES)}
+        yield {"prompt": row["prompt"], "responses": responses, "sources": sources, **carried}
+
+
+def _summary(output: str, rows: list[Row], entries: list[Entry], finished_only: bool) -> str:
+    finished = [finished for entry in entries for samples in entry["samples"] for _, finished in samples]
+    cut = len(finished) - sum(finished)
+    return (
+        f"{output}: {len(rows)} prompts, {len(finished)} responses; {cut} of them ran into max_new_tokens and were "
+        f"{'left out' if finished_only else 'kept'}"
+    )

@@ -1,0 +1,250 @@
+"""Score the responses of a file: Python reward functions, reward models, and their weighted sum.
+
+Each scorer goes through the rows batch by batch, the longest first; what it found is kept (`alignment.resumable`).
+"""
+
+import importlib.util
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from alignment.data.row import Row
+from alignment.errors import UserError
+from alignment.resumable import Entry, PartFile, content_hash, fingerprint
+from alignment.sampling.prompts import read_prompts
+
+RewardFunction = Callable[..., list[float | None]]
+#: Scores of one row's responses. None: the scorer says that it does not apply.
+Scores = list[float | None]
+
+#: Columns that a reward function is not given by name.
+_NOT_PASSED = ("prompt", "responses", "scores", "score_parts")
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """One source of scores: a function `FILE.py:NAME`, or a reward model's folder or Hub id; and its weight."""
+
+    name: str
+    weight: float
+    is_model: bool
+
+    @classmethod
+    def parse(cls, spec: str, is_model: bool) -> "Scorer":
+        """A scorer from `NAME[=WEIGHT]`.
+
+        Example:
+            >>> Scorer.parse("rewards.py:brevity=0.5", is_model=False)
+            Scorer(name='rewards.py:brevity', weight=0.5, is_model=False)
+            >>> Scorer.parse("org/reward-model", is_model=True).weight
+            1.0
+        """
+        name, equals, weight = spec.rpartition("=")
+        if not equals:
+            return cls(spec, 1.0, is_model)
+        try:
+            value = float(weight)
+        except ValueError:
+            value = math.nan
+        if not name or not math.isfinite(value):
+            raise UserError(f"command line: {spec!r} is no NAME=WEIGHT; the weight is a finite number")
+        return cls(name, value, is_model)
+
+    def fingerprint(self) -> str:
+        """What tells its code or weights from those that stood under the same name before."""
+        return fingerprint(self.name if self.is_model else self.name.rpartition(":")[0])
+
+
+def load_reward_function(spec: str) -> RewardFunction:
+    """A function (prompts, completions, **columns) -> scores, TRL's signature, from `FILE.py:NAME`.
+
+    Raises:
+        UserError: No such file or function.
+    """
+    file, _, name = spec.rpartition(":")
+    if not Path(file).is_file():
+        raise UserError(f"reward_function: {spec!r} names no file; write FILE.py:NAME")
+    module_spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    if not callable(getattr(module, name, None)):
+        raise UserError(f"reward_function: {file} has no function {name!r}")
+    return getattr(module, name)
+
+
+def score_file(
+    path: str,
+    output: str,
+    scorers: list[Scorer],
+    *,
+    batch_size: int = 16,
+    digits: int | None = None,
+    dtype: str = "auto",
+    overwrite: bool = False,
+) -> str:
+    """Writes the rows of a file with `scores`, and with `score_parts` where there are several scorers.
+
+    A run that was killed goes on where it stopped, and gives the file of an uninterrupted one, byte for byte.
+
+    Args:
+        path: Rows with `prompt` (see `read_prompts`) and `responses` (K texts). Older scores are replaced.
+        output: A `.jsonl`.
+        scorers: At least one. The score is the sum of weight x score over those that apply; null where none does.
+        batch_size: Responses scored at once; at least those of one row.
+        digits: Decimals to round scores to.
+        dtype: Type of a reward model's weights, "auto" as they were saved.
+        overwrite: Replace `output`.
+
+    Returns:
+        What was written, in a sentence.
+
+    Raises:
+        UserError: See `read_prompts`, `PartFile`, `load_reward_function`, `RewardModel`; a row has no responses,
+            a scorer is given twice, or a function returns something that is no score.
+    """
+    _check_scorers(scorers, batch_size)
+    rows, locations = _read(path)
+    header = {"rows": content_hash(rows), "scorers": [[scorer.name, scorer.fingerprint()] for scorer in scorers]}
+    part = PartFile(output, header | {"batch_size": batch_size, "dtype": dtype}, overwrite)
+    done = {(entry["scorer"], entry["batch"]) for entry in part.entries}
+    num_done = sum(len(entry["rows"]) for entry in part.entries)
+    batches = _batches(rows, batch_size)
+    with tqdm(total=len(scorers) * len(rows), initial=num_done, desc="Scoring", unit="row") as progress:
+        for scorer in scorers:
+            missing = [b for b in range(len(batches)) if (scorer.name, b) not in done]
+            score = _open(scorer, batch_size, dtype) if missing else None
+            for b in missing:
+                found = score([rows[i] for i in batches[b]], [locations[i] for i in batches[b]])
+                part.add({"scorer": scorer.name, "batch": b, "rows": batches[b], "scores": found})
+                progress.update(len(batches[b]))
+    part.finish(_join(rows, scorers, part.entries, digits))
+    return f"{output}: {len(rows)} rows, {sum(len(row['responses']) for row in rows)} responses scored"
+
+
+def call_reward_function(function: RewardFunction, name: str, rows: list[Row], locations: list[str]) -> list[Scores]:
+    """Scores of the rows' responses by a Python function, which is called once.
+
+    Args:
+        function: From `load_reward_function`. Given: a prompt (messages) and a completion (one assistant message) for
+            each response, and those of the rows' other columns that it takes by name, as often.
+        name: Of the function, for errors.
+        rows: `prompt` as messages, and `responses`.
+        places: Where the rows stand, for errors.
+
+    Raises:
+        UserError: It returns too few or too many scores, or one that is no finite number and not None.
+    """
+    each = [(row, text) for row in rows for text in row["responses"]]
+    names = list(dict.fromkeys(name for row in rows for name in row if name not in _NOT_PASSED))
+    given = {name: [row.get(name) for row, _ in each] for name in names if _takes(function, name)}
+    given["prompts"] = [row["prompt"] for row, _ in each]
+    given["completions"] = [[{"role": "assistant", "content": text}] for _, text in each]
+    returned = list(function(**given)) if each else []
+    if len(returned) != len(each):
+        raise UserError(
+            f"{locations[0]} and {len(rows) - 1} rows more: {name} returned {len(returned)} scores for {len(each)} "
+            "responses; it must return one for each completion"
+        )
+    scores = iter(returned)
+    return [
+        [_number(next(scores), f"{location}, response {k + 1}: {name}") for k in range(len(row["responses"]))]
+        for row, location in zip(rows, locations, strict=True)
+    ]
+
+
+def _takes(function: RewardFunction, name: str) -> bool:
+    """Whether a function takes an argument of this name, by itself or in its `**columns`."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # of a builtin
+        return True
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _number(value: Any, location: str) -> float | None:
+    if value is None:
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"{location} returned {value!r}; return a finite number, or None where it does not apply")
+    return number
+
+
+def _open(scorer: Scorer, batch_size: int, dtype: str) -> Callable[[list[Row], list[str]], list[Scores]]:
+    if not scorer.is_model:
+        return partial(call_reward_function, load_reward_function(scorer.name), scorer.name)
+    from alignment.sampling.reward_model import RewardModel  # torch and transformers are slow to import
+
+    return RewardModel(scorer.name, batch_size, dtype)
+
+
+def _check_scorers(scorers: list[Scorer], batch_size: int) -> None:
+    """Finds the mistakes that can be found before any work; also in the last of the functions."""
+    names = [scorer.name for scorer in scorers]
+    if not scorers or batch_size < 1:
+        raise UserError("command line: give a --reward_function or a --reward_model, and a --batch_size of at least 1")
+    if len(set(names)) < len(names):
+        raise UserError(f"command line: {max(names, key=names.count)} is given twice; give it once, with its weight")
+    for scorer in scorers:
+        if not scorer.is_model:
+            load_reward_function(scorer.name)
+
+
+def _read(path: str) -> tuple[list[Row], list[str]]:
+    rows, locations = read_prompts(path)
+    for row, location in zip(rows, locations, strict=True):
+        responses = row.get("responses")
+        if not isinstance(responses, list) or not all(isinstance(text, str) for text in responses):
+            raise UserError(f"{location}: needs a column responses, a list of texts, as sample.py writes it")
+    return rows, locations
+
+
+def _batches(rows: list[Row], batch_size: int) -> list[list[int]]:
+    """Indices of whole rows, longest first, of at most `batch_size` responses together where a row has not more."""
+
+    def length(i: int) -> int:
+        return sum(len(m["content"]) for m in rows[i]["prompt"]) + max(map(len, rows[i]["responses"]), default=0)
+
+    batches: list[list[int]] = []
+    room = 0
+    for i in sorted(range(len(rows)), key=length, reverse=True):
+        room -= len(rows[i]["responses"])
+        if room < 0 or not batches:
+            batches.append([])
+            room = batch_size - len(rows[i]["responses"])
+        batches[-1].append(i)
+    return batches
+
+
+def _join(rows: list[Row], scorers: list[Scorer], entries: list[Entry], digits: int | None) -> Iterator[Row]:
+    parts: list[dict[str, Scores]] = [{} for _ in rows]
+    for entry in entries:
+        for i, scores in zip(entry["rows"], entry["scores"], strict=True):
+            parts[i][entry["scorer"]] = scores
+    for row, by_name in zip(rows, parts, strict=True):
+        given = [by_name[scorer.name] for scorer in scorers]
+        weights = [scorer.weight for scorer in scorers]
+        kept = {name: value for name, value in row.items() if name not in ("scores", "score_parts")}
+        kept["scores"] = _rounded([_weighted_sum(weights, values) for values in zip(*given, strict=True)], digits)
+        if len(scorers) > 1:
+            kept["score_parts"] = {scorer.name: _rounded(by_name[scorer.name], digits) for scorer in scorers}
+        yield kept
+
+
+def _weighted_sum(weights: list[float], values: tuple[float | None, ...]) -> float | None:
+    """Sum over the scorers that apply, as in TRL; None where none does."""
+    given = [weight * value for weight, value in zip(weights, values, strict=True) if value is not None]
+    return math.fsum(given) if given else None
+
+
+def _rounded(scores: Scores, digits: int | None) -> Scores:
+    return [score if score is None or digits is None else round(score, digits) for score in scores]

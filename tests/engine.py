@@ -1,0 +1,77 @@
+"""Tiny models of several families, and a step of the engine on them."""
+
+import contextlib
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from tests.tiny import SIZES, tiny_config
+from trl_nca.chunks import logps_for_training, split_batch
+from trl_nca.logps import patch_models, response_logps
+from trl_nca.losses import LOSSES, SEPARABLE, reward_targets
+
+FAMILIES = {
+    "llama": (LlamaForCausalLM, tiny_config()),
+    "mistral-window": (MistralForCausalLM, MistralConfig(**SIZES, sliding_window=6)),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config(**{k: v for k, v in SIZES.items() if k != "head_dim"})),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES)),
+    "gemma3": (
+        Gemma3ForCausalLM,
+        Gemma3TextConfig(**SIZES, sliding_window=5, layer_types=["sliding_attention", "full_attention"]),
+    ),
+}
+
+
+def make(family):
+    torch.manual_seed(0)
+    model_class, config = FAMILIES[family]
+    return model_class(config).double()
+
+
+def make_model(dropout=0.0, dtype=torch.float64):
+    torch.manual_seed(0)
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], lora_dropout=dropout)
+    model = get_peft_model(LlamaForCausalLM(tiny_config()), lora).to(dtype)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    patch_models([model])
+    return model.train()
+
+
+def losses_of(loss_type, batch, beta=0.05):
+    ref_logps = torch.linspace(-40, -20, batch["scores"].numel()).view(batch["scores"].shape)
+    targets = reward_targets(batch["scores"], 0.3, batch["response_mask"])
+    return lambda logps: LOSSES[loss_type](beta * (logps - ref_logps), targets, batch["response_mask"])
+
+
+def step(model, batch, loss_type, most, max_over_ranks=int, no_sync=contextlib.nullcontext, runs=None, beta=0.05):
+    """Back-propagates a batch in chunks of `most` tokens; returns its log-probs."""
+    loss = losses_of(loss_type, batch, beta)
+
+    def run(chunk):
+        if runs is not None:
+            runs.append((torch.is_grad_enabled(), chunk["input_ids"].shape[1]))
+        return response_logps(model, chunk, True)
+
+    logps = logps_for_training(
+        run,
+        split_batch(batch, most),
+        separable=loss_type in SEPARABLE,
+        backward=lambda logps: loss(logps).sum().backward(),
+        no_sync=no_sync,
+        max_over_ranks=max_over_ranks,
+    )
+    loss(logps).sum().backward()
+    return logps.detach()

@@ -1,0 +1,100 @@
+"""Samples around training: scored as score.py scores, whatever a reward function returns, and compared by prompt."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from alignment.data.load import DataConfig, load_groups
+from alignment.errors import UserError
+from alignment.evaluation import held_out
+from alignment.evaluation.held_out import compare_samples, prompt_means, sample_and_score
+from alignment.recipe import RunConfig
+from alignment.report.html import page
+from alignment.report.runs import Run
+from alignment.report.tables import key_figures
+
+SAMPLES = [["one", "two words"], ["three", "four"], ["five", "six"]]
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """Held-out rows as texts, with a column `answer` and one that no function asks for."""
+    raw = [
+        {"prompt": f"Question {i}", "responses": ["a", "b"], "scores": [0, 1], "answer": i, "extra": [i]}
+        for i in range(3)
+    ]
+    (tmp_path / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in raw))
+    config = DataConfig(train_file=str(tmp_path / "eval.jsonl"))
+    return load_groups(config, keep_columns=True)[0]["train"]
+
+
+@pytest.fixture(autouse=True)
+def _samples(monkeypatch):
+    """No model is asked."""
+    monkeypatch.setattr(held_out, "sample_responses", lambda model, tokenizer, prompts, **_: SAMPLES[: len(prompts)])
+
+
+def score(rows, function, **settings):
+    config = RunConfig(reward_function="f.py:f", num_eval_samples=2, **settings)
+    return sample_and_score(None, None, rows, function, config, 0, "before")
+
+
+def test_other_columns_are_handed_over_by_name(rows):
+    seen = {}
+
+    def takes_all(prompts, completions, **columns):
+        seen.update(columns)
+        return [0.0] * len(prompts)
+
+    def takes_answers(prompts, completions, answer):
+        return [float(value) for value in answer]
+
+    score(rows, takes_all)
+    assert seen == {"answer": [0, 0, 1, 1, 2, 2], "extra": [[0], [0], [1], [1], [2], [2]]}
+    assert [row["scores"] for row in score(rows, takes_answers)] == [[0, 0], [1, 1], [2, 2]]
+    assert [row["scores"] for row in score(rows, lambda prompts, completions: [1] * len(prompts))] == [[1, 1]] * 3
+    assert [row["samples"] for row in score(rows, takes_answers, max_eval_prompts=2)] == SAMPLES[:2]
+
+
+def test_columns_are_kept_for_a_reward_function_alone(rows, tmp_path):
+    (plain,) = load_groups(DataConfig(train_file=str(tmp_path / "eval.jsonl")))[0].values()
+    assert set(plain["columns"][:]) == {""}
+    assert json.loads(rows["columns"][1]) == {"answer": 1, "extra": [1]}
+
+
+def test_none_is_no_score(rows):
+    scored = score(rows, lambda prompts, completions: [None, 1.0, None, None, 0.5, 0.5])
+    assert [row["scores"] for row in scored] == [[None, 1.0], [None, None], [0.5, 0.5]]
+    np.testing.assert_equal(prompt_means(scored), [1.0, math.nan, 0.5])
+    better = [row | {"scores": [2.0, 2.0]} for row in scored]
+    compared = compare_samples(scored, better)
+    assert (compared["num_prompts"], compared["score_before"], compared["score_after"]) == (2, 0.75, 2.0)
+    run = Run("a", {"beta": 0.1}, [], before=scored, after=better)
+    assert key_figures(run)["score of samples"] == "0.750 -> 2.000"
+    assert "no score" in page([run], [])
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ([0.0] * 5, "returned 5 scores for 6 responses; it must return one for each completion"),
+        ([0.0] * 7, "returned 7 scores for 6 responses"),
+        (
+            [0.0] * 5 + [math.nan],
+            "eval.jsonl, line 3, response 2: f.py:f returned nan; return a finite number",
+        ),
+        ([0.0] * 5 + ["good"], "eval.jsonl, line 3, response 2: f.py:f returned 'good'"),
+        ([None] * 6, "f.py:f returned None for all samples"),
+    ],
+)
+def test_what_is_no_score_is_one_line(rows, returned, message):
+    with pytest.raises(UserError, match=message):
+        score(rows, lambda prompts, completions: returned)
+
+
+def test_prompts_without_a_score_on_one_side_cannot_be_compared():
+    before, after = [{"samples": ["a"], "scores": [None]}], [{"samples": ["a"], "scores": [1.0]}]
+    with pytest.raises(UserError, match="no prompt has a sample with a score both before and after"):
+        compare_samples(before, after)

@@ -1,0 +1,117 @@
+"""Where each prompt's context and its responses lie in the packed row of a batch.
+
+Legend: B prompts, K responses (the largest of the batch), T packed tokens, R response tokens. `GroupCollator` says what
+belongs to a context and to a response.
+
+Lengths are Python numbers, known where a batch is made. So nobody asks the device for them, which would wait for all
+that it has still to do; what is derived from them goes to the device with the batch.
+"""
+
+import functools
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class GroupLayout:
+    """The lengths of a batch's groups, and what attention and the LM head need of them.
+
+    Args:
+        context_lengths: Tokens of each prompt but its last. B numbers.
+        response_lengths: Tokens of each response, 0 where it is padded or elsewhere. B times K numbers.
+        device: Where the tokens, and the tensors below, are.
+    """
+
+    context_lengths: Sequence[int]
+    response_lengths: Sequence[Sequence[int]]
+    device: torch.device = torch.device("cpu")
+
+    @classmethod
+    def of(cls, context_lengths: Tensor, response_lengths: Tensor) -> "GroupLayout":
+        """From lengths that are tensors, of shapes (B,) and (B, K), on their device.
+
+        Example:
+            >>> GroupLayout.of(torch.tensor([2]), torch.tensor([[3, 1, 0]])).groups
+            [(slice(0, 2, None), [slice(2, 5, None), slice(5, 6, None)])]
+        """
+        return cls(context_lengths.tolist(), response_lengths.tolist(), context_lengths.device)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "GroupLayout":
+        """The layout for tokens on a device. accelerate moves it there with the tensors of its batch."""
+        device = torch.device(device)
+        return self if device == self.device else replace(self, device=device)
+
+    def repeat(self, times: int) -> "GroupLayout":
+        """The layout of the same groups several times over."""
+        return replace(
+            self,
+            context_lengths=[*self.context_lengths] * times,
+            response_lengths=[*self.response_lengths] * times,
+        )
+
+    @functools.cached_property
+    def groups(self) -> list[tuple[slice, list[slice]]]:
+        """For each prompt the slice of the T tokens that holds its context, and the slices of its real responses."""
+        groups, start = [], 0
+        for context_length, lengths in zip(self.context_lengths, self.response_lengths, strict=True):
+            context = slice(start, start + context_length)
+            responses, start = [], context.stop
+            for length in filter(None, lengths):
+                responses.append(slice(start, start + length))
+                start += length
+            groups.append((context, responses))
+        return groups
+
+    @functools.cached_property
+    def longest(self) -> int:
+        """Tokens of the longest context with a response."""
+        pairs = zip(self.context_lengths, self.response_lengths, strict=True)
+        return max(context + max(responses, default=0) for context, responses in pairs)
+
+    @functools.cached_property
+    def target_positions(self) -> Tensor:
+        """Positions in the packed row that predict the response tokens. Shape (R,)."""
+        responses = [response for _, responses in self.groups for response in responses]
+        return self._on_device([torch.arange(r.start, r.stop) for r in responses])
+
+    @functools.cached_property
+    def response_index(self) -> Tensor:
+        """The response, as b * K + k, that each response token belongs to. Shape (R,)."""
+        lengths = torch.tensor([length for lengths in self.response_lengths for length in lengths])  # (B * K,)
+        return self._on_device([torch.arange(len(lengths)).repeat_interleave(lengths)])
+
+    @functools.cached_property
+    def sequences(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
+        """The row as sequences of queries, contexts and responses in turn, each with keys of its own.
+
+        Returns:
+            The keys of all sequences, as positions in the row; where each sequence's queries and its keys begin, and
+            the last one's end, int32; the largest number of queries and of keys of a sequence.
+
+        Example:
+            >>> keys, query_starts, key_starts, *largest = GroupLayout([2], [[3, 1]]).sequences
+            >>> keys
+            tensor([0, 1, 0, 1, 2, 3, 4, 0, 1, 5])
+            >>> query_starts.tolist(), key_starts.tolist(), largest
+            ([0, 2, 5, 6], [0, 2, 7, 10], [3, 5])
+        """
+        pieces: list[tuple[int, Tensor]] = []  # number of queries, and keys
+        for context, responses in self.groups:
+            seen = torch.arange(context.start, context.stop)
+            pieces += [(len(seen), seen)] if len(seen) else []
+            pieces += [(r.stop - r.start, torch.cat([seen, torch.arange(r.start, r.stop)])) for r in responses]
+        keys = [keys for _, keys in pieces]
+        num_queries, num_keys = [n for n, _ in pieces], [len(k) for k in keys]
+        query_starts, key_starts = (
+            self._on_device([torch.tensor([0, *itertools.accumulate(n)], dtype=torch.int32)])
+            for n in (num_queries, num_keys)
+        )
+        return self._on_device(keys), query_starts, key_starts, max(num_queries), max(num_keys)
+
+    def _on_device(self, parts: list[Tensor]) -> Tensor:
+        joined = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long)
+        return joined.to(self.device, non_blocking=True)

@@ -1,0 +1,85 @@
+"""Steps whose loss or gradient is not finite are skipped, and weights that are not finite are never saved."""
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from trl_nca.checkpoints import RESUME_HINT, RunStopped
+
+logger = logging.getLogger(__name__)
+
+
+class SkipNonFiniteSteps(TrainerCallback):
+    """Skips optimizer steps that are not finite, names their rows, and ends the run after `max_nan_steps` in a row.
+
+    Args:
+        trainer: The trainer that this is a callback of.
+
+    Attributes:
+        num_skipped: Steps in a row that were not finite.
+    """
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+        self.num_skipped = 0
+        self._is_non_finite, self._rows = False, []  # of the current step
+
+    def mark_non_finite(self, rows: list[str]) -> None:
+        """Marks the current step as not finite.
+
+        Args:
+            rows: Locations of the rows whose loss is not finite; none, where only the gradient is not.
+        """
+        self._is_non_finite = True
+        self._rows += rows
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Gathers the step's metrics, and skips the step if it is not finite.
+
+        Raises:
+            RunStopped: It is the `max_nan_steps`-th in a row.
+        """
+        self.trainer.step_metrics.gather()
+        is_non_finite, rows = self._is_non_finite, self._rows
+        self._is_non_finite, self._rows = False, []
+        if not is_non_finite:
+            self.num_skipped = 0
+            return
+        self.num_skipped += 1
+        what = f"the loss of {', '.join(rows)}" if rows else "the gradient, of finite losses,"
+        step = f"Step {state.global_step + 1}: {what} is not finite"
+        # DeepSpeed has made its step inside the backward pass: it cannot be skipped.
+        if self.num_skipped >= args.max_nan_steps or self.trainer.is_deepspeed_enabled:
+            raise RunStopped(
+                f"{step}, for {self.num_skipped} steps in a row (max_nan_steps {args.max_nan_steps}). Look at these "
+                f"rows, or lower learning_rate; {RESUME_HINT}"
+            )
+        logger.warning(
+            "!!! %s; the step is skipped (%d of max_nan_steps %d)", step, self.num_skipped, args.max_nan_steps
+        )
+        if self.trainer.accelerator.scaler is None:  # the scaler of float16 skips such steps by itself
+            self.trainer.model.zero_grad(set_to_none=True)  # without gradients an optimizer changes nothing
+
+
+@torch.no_grad()
+def check_weights(trainer: Any) -> None:
+    """Checks that the trained weights are finite: a finite step may leave some that are not.
+
+    Raises:
+        RunStopped: A weight is not finite, on any process.
+    """
+    model: nn.Module = trainer.model
+    parts = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters() if p.requires_grad)
+    num_non_finite = sum((~part.isfinite()).sum() for part in parts)
+    accelerator = trainer.accelerator
+    if accelerator.reduce(torch.as_tensor(num_non_finite, device=accelerator.device)).item():
+        raise RunStopped(
+            f"Step {trainer.state.global_step}: weights are not finite, and no checkpoint is written of them. Lower "
+            f"learning_rate; {RESUME_HINT}"
+        )
