@@ -168,15 +168,15 @@ class NCATrainer(AtomicCheckpoints, DPOTrainer):
             logps = self.compute_ref_log_probs(model, batch)
             return [values[mask].tolist() for values, mask in zip(logps, batch["response_mask"], strict=True)]
 
-        about = describe_reference(
+        description = describe_reference(
             self.accelerator.unwrap_model(model),
             dataset,
             self._trained_adapter,
             precision=self.accelerator.mixed_precision,
             shared_prompt=self._shared_prompt,
         )
-        file = cache_file(about, self.args.ref_logps_dir)
-        logps = reference_logps(dataset, file, about, score, batch_size, desc=f"Reference log-probs of {name}")
+        file = cache_file(description, self.args.ref_logps_dir)
+        logps = reference_logps(dataset, file, description, score, batch_size, desc=f"Reference log-probs of {name}")
         return dataset.add_column("ref_logps", logps)
 
     # The step

@@ -141,7 +141,7 @@ def model_flops(
     Backward costs a forward for frozen weights (the gradient of their input alone), two for LoRA and for attention.
 
     Args:
-        rows: Of the step.
+        rows: Rows of the step.
         flops: From `count_flops`.
         cached: The reference's log-probs are there.
         recomputed: The layers' forward is counted once more, as checkpointing runs it.

@@ -5,7 +5,7 @@
 
 SmolLM2-135M-Instruct on the embedded data, as pairs (DPO, which is InfoNCA of a pair, and NCA) and as rewards (InfoNCA
 and NCA), with the same seeds, steps and held-out prompts. A run that is finished is not run again, one that was killed
-goes on, so the command can be stopped and given again.
+resumes, so the command can be stopped and repeated.
 """
 
 import json
@@ -51,7 +51,7 @@ class Arm:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """Name of its folder."""
         return "-".join([self.data, self.loss, *(f"{key}={value:g}" for key, value in self.changed)])
 
 
@@ -114,7 +114,7 @@ def rows_of(runs: Path, num_responses: int) -> Path:
 
 
 def command_of(arm: Arm, settings: dict[str, Any], folder: Path, runs: Path) -> list[str]:
-    """The command of a run, which goes on where it was killed."""
+    """The command of a run, which resumes where it was killed."""
     every = settings["max_steps"] // 5 + 1  # the last evaluation is that of the end
     around = {
         "output_dir": folder, "reward_function": "", "eval_steps": every,

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from alignment.files import write_text
 from alignment.report.figures import COLOURS, GREY, name_lines, tidy
 from alignment.report.runs import Run
-from benchmarks.evidence import Estimate, claims, estimate, verdict
+from benchmarks.claims import Estimate, claims, estimate, verdict
 
 PANELS = [
     ("eval_rewards/chosen", "best response"),

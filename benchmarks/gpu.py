@@ -31,7 +31,6 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.bars import bars_table
 from benchmarks.bench import draw_rows, measure, stepper, table
 from benchmarks.padded import padded_logps
 from benchmarks.systems import (
@@ -47,6 +46,7 @@ from benchmarks.systems import (
     mistral_config,
     random_mistral,
 )
+from benchmarks.targets import targets_table
 from benchmarks.tiny import save_tiny_model
 from benchmarks.variants import VARIANTS
 from benchmarks.work import BY_K, LORA4, OURS, PAIRS, QLORA, plan
@@ -292,7 +292,7 @@ def main() -> None:
 
     results = run_parts(options.parts, options.device, write, options.seconds)
     parts = [results["parts"].get(part, {}) for part in ("qlora", "lora", "pairs")]
-    print("\n".join(["", table([part["result"] for part in parts if "result" in part]), "", bars_table(results)]))
+    print("\n".join(["", table([part["result"] for part in parts if "result" in part]), "", targets_table(results)]))
 
 
 if __name__ == "__main__":

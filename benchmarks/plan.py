@@ -46,7 +46,7 @@ class Case:
         precision: "fp32" or "bf16" (autocast; weights stay float32).
         model: A folder, or None for a random model of `SMALL` sizes.
         lengths: Tokens of the prompt and of each of the four responses.
-        prompts: Of one optimizer step, one at a time.
+        prompts: Prompts of one optimizer step, one at a time.
         max_tokens: `max_tokens_per_forward`.
     """
 

@@ -18,7 +18,7 @@ Variant = Callable[[nn.Module], contextlib.AbstractContextManager[Any]]
 
 
 @contextlib.contextmanager
-def separate_passes(model: nn.Module) -> Iterator[None]:
+def unfused_layers(model: nn.Module) -> Iterator[None]:
     """LoRA layers and norms are PEFT's and transformers' own."""
     fused = {m: vars(m)["forward"] for m in model.modules() if _is_fused(m)}
     for module in fused:
@@ -86,7 +86,7 @@ def _block_mask(layout: GroupLayout) -> BlockMask:
 
 
 VARIANTS: dict[str, Variant] = {
-    "PEFT's layers": separate_passes,
+    "PEFT's layers": unfused_layers,
     "SDPA": sdpa,
     "FlexAttention": flex,
     "torch.compile": compiled,

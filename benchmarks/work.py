@@ -1,4 +1,5 @@
-"""What gpu.py's steps have to do at Mistral-7B's sizes, counted on any machine: products, passes over memory, the peak.
+"""What gpu.py's steps have to do at Mistral-7B's sizes, counted on any machine: matrix products, memory-bound
+operations, the peak.
 
     python -m benchmarks.work       under a minute on a CPU; the tables of NOTES.md
 
@@ -60,7 +61,7 @@ class Work(TorchDispatchMode):
     def __init__(self, rate: float, bandwidth: float):
         super().__init__()
         self.rate, self.bandwidth = rate, bandwidth
-        self.flops, self.products, self.passes = 0.0, 0.0, 0.0
+        self.flops, self.products, self.memory_bound = 0.0, 0.0, 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -81,7 +82,7 @@ class Work(TorchDispatchMode):
             self.flops += flops
             self.products += max(seconds, flops / self.rate)
         else:
-            self.passes += seconds
+            self.memory_bound += seconds
         return out
 
 
@@ -95,19 +96,19 @@ class Count:
 
     Args:
         products: Seconds of matrix products and attention.
-        passes: Seconds of all else.
+        memory_bound: Seconds of all other operations, by the bytes that they move.
         flops: Multiply-adds x 2.
         peak: Bytes above the weights.
     """
 
     products: float
-    passes: float
+    memory_bound: float
     flops: float
     peak: float
 
     @property
     def seconds(self) -> float:
-        return self.products + self.passes
+        return self.products + self.memory_bound
 
 
 def count(case: Case, system: str, model: str, rate: float, bandwidth: float, tiny: bool = False) -> Count:
@@ -125,13 +126,13 @@ def count(case: Case, system: str, model: str, rate: float, bandwidth: float, ti
     for depth in DEPTHS:
         work = Work(rate, bandwidth)
         peak = _trace(spec, depth, rows, system, work)
-        figures.append((work.products, work.passes, work.flops, peak))
+        figures.append((work.products, work.memory_bound, work.flops, peak))
     config = spec.config
     more = config.num_hidden_layers - DEPTHS[0]
-    products, passes, flops, peak = (low + more * (high - low) for low, high in zip(*figures, strict=True))
+    products, memory_bound, flops, peak = (low + more * (high - low) for low, high in zip(*figures, strict=True))
     attention = 4 * config.num_attention_heads * config.head_dim * config.num_hidden_layers
     attention *= _pairs(rows, system) * (FORWARDS + BACKWARD)
-    return Count(products + attention / rate, passes, flops + attention, peak)
+    return Count(products + attention / rate, memory_bound, flops + attention, peak)
 
 
 def spec_of(case: Case, model: str, tiny: bool = False, device: str = "cuda") -> StepSpec:
@@ -222,14 +223,16 @@ def main() -> None:
     parser.add_argument("--terabytes", type=float, default=3.0, help="Rate of moving memory, in 10^12 bytes a second.")
     options = parser.parse_args()
     rate, bandwidth = options.tflops * 1e12, options.terabytes * 1e12
-    print("| step | system | products, s | passes, s | ours is faster by | utilisation | peak above the model, GB |")
+    print(
+        "| step | system | products, s | memory-bound, s | ours is faster by | utilisation | peak above the model, GB |"
+    )
     print("|---|---|---|---|---|---|---|")
     for case, model in ((LORA4, MISTRAL_BF16), (QLORA, MISTRAL_4BIT), (PAIRS, MISTRAL_BF16)):
         systems = (*case.systems[:-1], UNFUSED, OURS)
         counts = {system: count(case, system, model, rate, bandwidth) for system in systems}
         for system, c in counts.items():
             print(
-                f"| {case.name} | {system} | {c.products:.3f} | {c.passes:.3f} | "
+                f"| {case.name} | {system} | {c.products:.3f} | {c.memory_bound:.3f} | "
                 f"{c.seconds / counts[OURS].seconds:.2f}x | {c.flops / rate / c.seconds:.2f} | {c.peak / 1e9:.2f} |",
                 flush=True,
             )

@@ -10,7 +10,7 @@ import yaml
 
 from alignment.errors import UserError
 from benchmarks import figure2
-from benchmarks.evidence import claims, estimate, verdict
+from benchmarks.claims import claims, estimate, verdict
 from benchmarks.figure2 import FIGURE2, SETTINGS, Arm, command_of, finish, main, parse_sweep, settings_of
 from tests.conftest import ROOT
 

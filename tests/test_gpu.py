@@ -12,10 +12,10 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from benchmarks import bench, gpu
-from benchmarks.bars import BARS, bars_table
 from benchmarks.bench import draw_rows
 from benchmarks.gpu import OURS, PARTS, sized
 from benchmarks.systems import LORA, MISTRAL_BF16, SYSTEMS, TINY, load_model, mistral_config, text_ids
+from benchmarks.targets import TARGETS, targets_table
 from benchmarks.variants import VARIANTS
 from benchmarks.work import LORA4, PAIRS
 from tests.conftest import ROOT
@@ -93,7 +93,7 @@ def test_the_table_says_of_each_bar_whether_it_holds():
     parts = {"equality": {"result": exact}, "by_k": {"result": by_k}, "qlora": speed(2.5), "lora": speed(1.5),
              "planned": {"result": [{"plan_over_measured": 1.1}, {"plan_over_measured": 0.8}]},
              "pairs": {"not_run": "no time was left"}}  # fmt: skip
-    lines = bars_table({"device": "NVIDIA H100", "parts": parts}).splitlines()[2:]
+    lines = targets_table({"device": "NVIDIA H100", "parts": parts}).splitlines()[2:]
     said = {cells[0]: (cells[1], cells[3]) for cells in (re.split(r" \| |^\| | \|$", line)[1:] for line in lines)}
     assert said["fp32: furthest of ours from padded"] == ("1e-06", "holds")
     assert said["bf16: ours from fp32, over padded from fp32"] == ("2", "FAILS")
@@ -101,16 +101,16 @@ def test_the_table_says_of_each_bar_whether_it_holds():
     assert said["LoRA, K=4: times as fast as padded"] == ("1.5", "FAILS")
     assert said["peak at K=32, over that at K=4"] == ("1.1", "holds")
     assert said["plan over measured: furthest from 1"] == ("0.2", "FAILS")
-    assert len(said) == len(BARS)
+    assert len(said) == len(TARGETS)
     (pairs,) = [line for line in lines if "pairs" in line]
     assert pairs.endswith("| not run: no time was left |")
-    assert "holds" not in bars_table({"device": "cpu", "parts": parts}), "a rehearsal proves nothing"
+    assert "holds" not in targets_table({"device": "cpu", "parts": parts}), "a rehearsal proves nothing"
 
 
 def test_a_part_that_fails_leaves_the_others(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gpu", "--device=cpu", "--seconds=0", f"--output={tmp_path}/out.json"])
     gpu.main()
-    assert capsys.readouterr().out.count("not run: no time was left") == len(BARS)
+    assert capsys.readouterr().out.count("not run: no time was left") == len(TARGETS)
     sent = []
 
     class Pipe:
@@ -126,7 +126,7 @@ def test_a_rehearsal_has_fewer_layers_and_proves_nothing(monkeypatch):
     assert mistral_config(tiny=False).num_hidden_layers == 2
     found = [{"plan_over_measured": 1.1}]
     results = {"device": "NVIDIA H100", "layers": 2, "parts": {"planned": {"result": found}, "by_k": {"result": []}}}
-    lines = bars_table(results)
+    lines = targets_table(results)
     assert "holds" not in lines and "FAILS" not in lines
     assert "no figure: StopIteration" in lines, "and the bars after it are there"
 

@@ -291,8 +291,8 @@ def test_a_budget_stops_the_run_and_the_next_goes_on(files, tmp_path, server, bu
     assert len(server.calls) == most
     assert len(judgments(tmp_path)) == most
     (flag, limit), left = *budget.items(), 12 - most
-    assert f"STOPPED: --{flag} {limit} is spent" in printed
-    assert f"{left} of 12 verdicts are left, the same command goes on" in printed
+    assert f"STOPPED: --{flag} {limit} is used up" in printed
+    assert f"{left} of 12 verdicts are left; run the same command again" in printed
     grade(files, tmp_path, server, threads=1, **budget)
     grade(files, tmp_path, server)
     assert len(server.calls) == len(set(server.answered)) == 12
@@ -326,7 +326,7 @@ def test_what_every_request_would_meet_ends_the_run(files, tmp_path, server, sta
 
 def test_a_refused_request_costs_only_itself(files, tmp_path, server, capsys):
     server.fail = lambda number, body: "400" if re.search(r"on 8[123]\.2", str(body)) else None
-    with pytest.raises(UserError, match=r"3 of 12 verdicts are missing \(HTTP 400: no, .*; those that came are kept"):
+    with pytest.raises(UserError, match=r"3 of 12 verdicts are missing \(HTTP 400: no, .*; those that came are saved"):
         grade(files, tmp_path, server, threads=1)
     assert len(judgments(tmp_path)) == 9, "three are many only in a row"
     assert len(server.calls) == 12, "none is sent again"
@@ -451,7 +451,7 @@ def test_the_order_is_drawn_by_the_instruction(pairs, tmp_path, server):
 def test_a_budget_leaves_out_what_has_no_verdict(pairs, tmp_path, server):
     server.answer = prefers_ours
     printed = compare(pairs, tmp_path, server, max_calls=9, threads=1)
-    assert "STOPPED: --max_calls 9 is spent; 30 of 40 verdicts are left" in printed
+    assert "STOPPED: --max_calls 9 is used up; 30 of 40 verdicts are left" in printed
     assert "length-controlled" not in printed
     assert len(annotations(tmp_path)) == 10, "with the equal pair"
 

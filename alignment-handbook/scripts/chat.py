@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer, in tokens")
     parser.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token at every step")
     parser.add_argument("--top_p", type=float, default=1.0, help="share of the probability mass to sample from")
-    parser.add_argument("--seed", type=int, default=0, help="of the whole conversation")
+    parser.add_argument("--seed", type=int, default=0, help="seeds the whole conversation")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
                         help="type of the weights; auto: as they were saved")  # fmt: skip
     args = parser.parse_args()

@@ -6,7 +6,7 @@
         --model_name_or_path runs/reward_qlora --output_dir runs/alpaca_eval
 
 Writes OUTPUT_DIR/model_answer/MODEL_ID.jsonl (FastChat's) or OUTPUT_DIR/MODEL_ID/model_outputs.json (AlpacaEval's). A
-model is a folder, a Hub id or the folder of a PEFT adapter. A run that was killed goes on where it stopped. docs/
+model is a folder, a Hub id or the folder of a PEFT adapter. A run that was killed resumes where it stopped. docs/
 evaluation.md tells where the questions come from.
 """
 
@@ -51,7 +51,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--output_dir", required=True, help="folder to write in")
     parser.add_argument("--model_id", help="name of the model in the files; by default the last part of its path")
     parser.add_argument("--max_new_tokens", type=int, default=1024, help="longest answer to a turn, in tokens")
-    parser.add_argument("--temperature", type=float, help="of AlpacaEval, 0.7 by default; MT-bench's is the category's")
+    parser.add_argument(
+        "--temperature", type=float, help="for AlpacaEval, by default 0.7; MT-bench sets it by category"
+    )
     parser.add_argument("--batch_size", type=int, default=16, help="answers written at once")
     parser.add_argument("--seed", type=int, default=0, help="batch i has the seed SEED + i")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",

@@ -12,7 +12,7 @@
         --output_dir runs/alpaca_eval
 
 The key of an endpoint is read from the environment (OPENAI_API_KEY) and written nowhere. Every verdict is kept as it
-comes: the same command goes on after a kill, a failure or a spent budget, and asks for no verdict twice.
+comes: after a kill, a failure or an exhausted budget, the same command asks for the missing ones only.
 """
 
 import argparse
@@ -80,7 +80,7 @@ def _parse() -> argparse.Namespace:
     endpoint.add_argument("--api_key_env", default="OPENAI_API_KEY", help="environment variable with the key")
     endpoint.add_argument("--judge_prompts", help="FastChat's judge_prompts.jsonl; for alpaca_eval a text with "
                           "{instruction}, {output_1}, {output_2}")  # fmt: skip
-    endpoint.add_argument("--references", help="of mt_bench: FastChat's reference_answer/gpt-4.jsonl")
+    endpoint.add_argument("--references", help="for mt_bench: FastChat's reference_answer/gpt-4.jsonl")
     endpoint.add_argument("--max_calls", type=int, help="most requests to send in this run")
     endpoint.add_argument("--max_cost", type=int, help="tokens, of prompts and replies, after which none is sent")
     endpoint.add_argument("--max_tokens", type=int, help="longest verdict; by default 2048 for mt_bench, 1 for "
@@ -88,7 +88,7 @@ def _parse() -> argparse.Namespace:
     endpoint.add_argument("--threads", type=int, default=4, help="requests under way at a time")
     endpoint.add_argument("--max_retries", type=int, default=8, help="how often a failed request is sent again")
     endpoint.add_argument("--timeout", type=float, default=120.0, help="seconds to wait for a reply")
-    endpoint.add_argument("--seed", type=int, default=0, help="of the order of alpaca_eval's two outputs")
+    endpoint.add_argument("--seed", type=int, default=0, help="seeds the order of alpaca_eval's two outputs")
     local = parser.add_argument_group("a judge on this machine")
     local.add_argument("--reward_function", nargs="+", action="extend", default=[], metavar="FILE.py:NAME[=WEIGHT]",
                        help="Python functions, as score.py takes them")  # fmt: skip

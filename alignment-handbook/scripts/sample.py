@@ -5,7 +5,7 @@
 
 A row of PROMPTS has a column `prompt`: text, which is one turn of the user's, or messages; a `.txt` has a prompt a
 line. A model is a folder, a Hub id or the folder of a PEFT adapter; several give `num_samples` responses each. A run
-that was killed goes on where it stopped (`OUTPUT.part`) and gives the same file. vLLM is used where it is installed.
+that was killed resumes where it stopped (`OUTPUT.part`) and gives the same file. vLLM is used where it is installed.
 """
 
 from alignment import errors

@@ -5,7 +5,7 @@
 
 A reward function has TRL's signature, (prompts, completions, **columns) -> scores; a reward model is a sequence
 classifier with one output. The score is their weighted sum; `score_parts` keeps each one's own. A run that was killed
-goes on where it stopped (`OUTPUT.part`) and gives the same file.
+resumes where it stopped (`OUTPUT.part`) and gives the same file.
 """
 
 from alignment import errors

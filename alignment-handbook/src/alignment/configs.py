@@ -10,12 +10,12 @@ from trl_nca.config import NCAConfig
 
 
 class Configs(NamedTuple):
-    """What a recipe and the command line say.
+    """The settings of a recipe and the command line.
 
     Attributes:
-        data: Where the rows come from and how they are read.
+        data: Sources of the rows, and how they are read.
         policy: The model, its adapter, its quantization, its tokenizer.
-        run: What the script does around the training.
+        run: Settings of the script around the training.
         trainer: Training arguments: loss, lengths, optimizer, saving.
     """
 

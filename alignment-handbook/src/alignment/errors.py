@@ -1,4 +1,4 @@
-"""The user's mistakes: one line on stderr that says where and what to do, and exit code 2."""
+"""Errors of the user: one line on stderr that says where and what to do, and exit code 2."""
 
 import argparse
 import errno
@@ -16,11 +16,11 @@ _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken p
 
 
 class UserError(Exception):
-    """A mistake in a recipe, a file or a flag. The message names file, key or row, and the fix."""
+    """An error in a recipe, a file or a flag. The message names file, key or row, and the fix."""
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse for scripts without a recipe: no abbreviated flags, defaults in `--help`, mistakes as a `UserError`."""
+    """argparse for scripts without a recipe: no abbreviated flags, defaults in `--help`, errors as a `UserError`."""
 
     def __init__(self, description: str):
         super().__init__(
@@ -69,7 +69,7 @@ def run(main: Callable[[], None], exit_on_sigterm: bool = False) -> None:
 
 
 def _exit_on_signal(number: int, frame: Any) -> NoReturn:
-    """Exits as a shell says it, and not with 0: the results of the run are not there."""
+    """Exits with 128 + the signal, as a shell reports it, and not with 0: results are missing."""
     print("Stopped by SIGTERM outside of training: the results are not written", flush=True)
     sys.exit(128 + number)
 

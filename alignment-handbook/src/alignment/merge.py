@@ -1,4 +1,4 @@
-"""Merge a LoRA adapter into the model it was trained on: one model, that needs neither PEFT nor quantization."""
+"""Merges a LoRA adapter into the model it was trained on: the result needs neither PEFT nor quantization."""
 
 import copy
 from pathlib import Path
@@ -32,8 +32,8 @@ _PROBE = "Numbers: 1, 2, 3. The quick brown fox"
 def merge_adapter(adapter: str, output: str, dtype: str = "auto", quantized: bool | None = None) -> float:
     """Writes base + adapter as one model, with its tokenizer and a model card, and reads it back to see it is the same.
 
-    An adapter of a QLoRA run was trained on a base in 4 bits, and fixes that base's errors too. So the base is taken
-    as it was trained on: quantized, and turned back into whole numbers, which loses nothing more. (PEFT's own merge
+    An adapter of a QLoRA run was trained on a base in 4 bits, and corrects that base's errors too. So the base is taken
+    as it was trained on: quantized, and dequantized again, which loses nothing more. (PEFT's own merge
     into 4-bit weights quantizes the sum again.) The sum is made in float32.
 
     Args:
@@ -46,7 +46,7 @@ def merge_adapter(adapter: str, output: str, dtype: str = "auto", quantized: boo
         The largest difference of a logit between the adapter on its base and what was written, in parts of the largest.
 
     Raises:
-        UserError: `adapter` is none, `output` is not empty, or the difference is above `TOLERANCE`.
+        UserError: `adapter` is no adapter, `output` is not empty, or the difference is above `TOLERANCE`.
     """
     base = adapter_base(adapter)
     if base is None:
@@ -127,7 +127,7 @@ def _in_4_bits(base: str, recipe: dict[str, Any], adapter: str | None = None) ->
 
 
 def _dequantized(adapter: str, base: str, recipe: dict[str, Any]) -> PeftModel:
-    """The adapter on a base that is as large as any, and as exact as its 4 bits were."""
+    """The adapter on its base, whose 4-bit weights are dequantized to float32."""
     model = _in_4_bits(base, recipe).dequantize(dtype=torch.float32)
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):

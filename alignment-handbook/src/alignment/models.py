@@ -1,4 +1,4 @@
-"""Tokenizer and model settings of a run, and models to sample from. Upstream loads what it trains, in the trainer."""
+"""Loads tokenizers, model configs, and models to sample from. (The model to train is loaded by upstream's trainer.)"""
 
 import difflib
 import json
@@ -40,7 +40,8 @@ class PolicyConfig(ModelConfig):
         if not self.model_name_or_path:
             raise ValueError("model_name_or_path: no model given; set a folder or a Hub id")
         if (self.load_in_4bit or self.load_in_8bit) and not self.use_peft:
-            raise ValueError("load_in_4bit: quantized weights cannot be trained; set use_peft: true")
+            bits = "load_in_4bit" if self.load_in_4bit else "load_in_8bit"
+            raise ValueError(f"{bits}: quantized weights cannot be trained; set use_peft: true")
         if isinstance(self.lora_target_modules, str) and self.lora_target_modules.isidentifier():
             self.lora_target_modules = [self.lora_target_modules]  # upstream takes a single name for a pattern
         if self.load_in_4bit and self.dtype in (None, "auto"):
@@ -48,7 +49,7 @@ class PolicyConfig(ModelConfig):
 
 
 def load_tokenizer(config: PolicyConfig, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of the policy, after a look at the model's config: the cheap part of loading, which finds typos.
+    """Loads the policy's tokenizer, and before it the model's config: the cheap part of loading, which finds typos.
 
     Raises:
         UserError: There is no such model, tokenizer or template file.
@@ -69,7 +70,7 @@ def load_tokenizer(config: PolicyConfig, trust_remote_code: bool = False) -> Pre
 
 
 def load_config(config: PolicyConfig, trust_remote_code: bool = False) -> tuple[PretrainedConfig, str | None]:
-    """The model's config, for planning: from its folder or the Hub, else from `SHIPPED_CONFIGS`.
+    """Loads the model's config, for planning: from its folder or the Hub, else from `SHIPPED_CONFIGS`.
 
     Returns:
         The config, and a line to print where it is a shipped one.
@@ -104,15 +105,15 @@ def adapter_and_quantization(config: PolicyConfig) -> dict[str, Any]:
 
 
 def no_such_model(name: str, error: Exception) -> UserError:
-    """What to tell of a model that cannot be loaded."""
+    """The error for a model that cannot be loaded."""
     reason = str(error).split("\n")[0]
     if "custom code" in reason:
         return UserError(
             f"model_name_or_path: {name} brings code of its own; read it, then set trust_remote_code: true"
         )
     return UserError(
-        f"model_name_or_path: {name!r} is neither a folder with a model nor a Hub id that can be had ({reason}); check "
-        "the path (for models/SmolLM2-135M-Instruct, run `make setup`)"
+        f"model_name_or_path: {name!r} is neither a folder with a model nor a Hub id that can be loaded ({reason}); "
+        "check the path (for models/SmolLM2-135M-Instruct, run `make setup`)"
     )
 
 

@@ -46,19 +46,21 @@ def resume_point(output_dir: str, resume: str | None, overwrite: bool) -> str | 
     """
     folder = Path(output_dir)
     _check_writable(folder)
-    asked = None if resume is None or resume.lower() == "false" else resume
-    if asked and overwrite:
+    requested = None if resume is None or resume.lower() == "false" else resume
+    if requested and overwrite:
         raise UserError("overwrite_output_dir and resume_from_checkpoint contradict each other; give one of them")
-    if asked and asked.lower() != "true":
-        if not (Path(asked) / "trainer_state.json").is_file():
-            raise UserError(f"resume_from_checkpoint: {asked} holds no checkpoint; give a folder checkpoint-N, or true")
-        if corruption := find_corruption(Path(asked)):
+    if requested and requested.lower() != "true":
+        if not (Path(requested) / "trainer_state.json").is_file():
             raise UserError(
-                f"resume_from_checkpoint: {asked} is corrupt: {corruption}; give another, or true for the newest"
+                f"resume_from_checkpoint: {requested} holds no checkpoint; give a folder checkpoint-N, or true"
             )
-        return asked
+        if corruption := find_corruption(Path(requested)):
+            raise UserError(
+                f"resume_from_checkpoint: {requested} is corrupt: {corruption}; give another, or true for the newest"
+            )
+        return requested
     found = list_checkpoints(folder)
-    if asked:
+    if requested:
         for checkpoint in reversed(found):
             if (corruption := find_corruption(checkpoint)) is None:
                 logger.warning("Resuming from %s", checkpoint)
@@ -84,24 +86,24 @@ def has_started(output_dir: str) -> bool:
 
 
 def make_folder(output_dir: str) -> None:
-    """Makes the folder where it is not there.
+    """Makes the folder if it is not there.
 
     Raises:
-        UserError: It cannot be.
+        UserError: It cannot be made.
     """
     _check_writable(Path(output_dir))
     Path(output_dir).mkdir(parents=True, exist_ok=True)
 
 
 def resolve(configs: Sequence[Any]) -> dict[str, Any]:
-    """The recipe with all its defaults, as plain values; it can be run again, and holds no token."""
+    """The recipe with all its defaults, as plain values. It can be run again, and holds no token."""
     resolved: dict[str, Any] = {}
     for config in configs:
         as_given = config.to_dict() if hasattr(config, "to_dict") else dataclasses.asdict(config)
         resolved |= {key: value for key, value in as_given.items() if value not in (None, [], {})}
     given = resolved.pop("given", ())
-    of_launch = ("overwrite_output_dir", "resume_from_checkpoint", "hub_token", *PLAN_KEYS)
-    for key in of_launch:  # and not of the run
+    launch_keys = ("overwrite_output_dir", "resume_from_checkpoint", "hub_token", *PLAN_KEYS)
+    for key in launch_keys:
         resolved.pop(key, None)
     if "global_batch_size" in resolved and "gradient_accumulation_steps" not in given:
         del resolved["gradient_accumulation_steps"]  # it follows, on another number of GPUs too

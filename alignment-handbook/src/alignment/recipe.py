@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class RunConfig:
-    """What a script does around the training.
+    """Settings of the script around the training.
 
     Attributes:
         given: Keys that the recipe or the command line sets, each with the flags that set it.
@@ -41,7 +41,7 @@ class RunConfig:
         default=False, metadata={"help": "Print one tokenized group, decoded, with its mask, and stop."}
     )
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Remove what an earlier run left in output_dir, and start anew."}
+        default=False, metadata={"help": "Remove an earlier run's files from output_dir, and start anew."}
     )
     reward_function: str | None = field(
         default=None,
@@ -57,13 +57,13 @@ class RunConfig:
     plan: bool = field(
         default=False,
         metadata={
-            "help": "Print what the run would take, batch, steps and memory, write it to output_dir/plan.json, and "
+            "help": "Print the run's batch, steps and memory, write them to output_dir/plan.json, and "
             "stop. Needs neither weights nor GPU."
         },
     )
     num_processes: int | None = field(
         default=None,
-        metadata={"help": "With plan: plan for so many processes, one a GPU. None: as many as were launched."},
+        metadata={"help": "With plan: number of processes, one a GPU. None: as many as were launched."},
     )
     gpu_memory_gb: float | None = field(
         default=None,
@@ -75,7 +75,7 @@ class RunConfig:
     parallel: str | None = field(
         default=None,
         metadata={
-            "help": "With plan: how the run is spread over processes. None: as it was launched.",
+            "help": "With plan: how the run is parallelized. None: as it was launched.",
             "choices": ["ddp", "zero2", "zero3", "fsdp2"],
         },
     )
@@ -175,7 +175,7 @@ def parse_recipe(argv: Sequence[str], config_types: Sequence[type]) -> tuple[Any
     recipe_flags = {key: _as_flags(key, value) for key, value in recipe.items() if value is not None}
     parser.set_defaults(**{key: None for key, value in recipe.items() if value is None})
     parser.source = path
-    parser.parse_args(_flatten(recipe_flags))  # by itself first, so that an error is laid at the right door
+    parser.parse_args(_flatten(recipe_flags))  # alone first, so that an error names its source
 
     overrides = _flags_to_dict(overrides)
     for key in overrides:
@@ -235,7 +235,7 @@ def _check_known(key: str, known: Sequence[str], source: str) -> None:
 
 
 def _translate(recipe: dict[str, Any], source: str) -> dict[str, Any]:
-    """Old keys and values to today's, each named in one log line. A key in today's spelling wins over its old one."""
+    """Translates old keys and values, each with one log line. A key in today's spelling wins over its old one."""
     translated = {key: value for key, value in recipe.items() if key not in OLD_KEYS}
     for old, value in recipe.items():
         if old not in OLD_KEYS:

@@ -1,7 +1,7 @@
-"""Long work that is done batch by batch, survives a kill, and becomes one file of JSON lines when all is there.
+"""Long work in batches that survives a kill, and becomes one file of JSON lines when it is complete.
 
-Finished batches stand in `OUTPUT.part`: a header with everything that their values depend on, then one line a batch. A
-run with the same header goes on where the last one stopped; another ends with an error, so no file is of two kinds.
+Finished batches are in `OUTPUT.part`: a header with everything that their values depend on, then one line a batch. A
+run with the same header resumes where the last one stopped; another ends with an error, so no file mixes two kinds.
 """
 
 import hashlib
@@ -20,12 +20,12 @@ _MODEL_FILES = ("*.safetensors", "*.bin", "*config.json", "tokenizer*", "vocab*"
 
 
 class PartFile:
-    """The finished batches of a file to be.
+    """The finished batches of a file that is not complete yet.
 
     Args:
         output: The file that is written at the end, see `write_rows`. Nothing is written before the first batch is
             finished.
-        header: What the values depend on, fit for JSON.
+        header: Everything that the values depend on, as JSON values.
         overwrite: Replace `output`, and drop the batches of another header.
 
     Attributes:
@@ -46,7 +46,7 @@ class PartFile:
         self._size, self.entries = self._read(overwrite)
 
     def _read(self, overwrite: bool) -> tuple[int, list[Entry]]:
-        """Bytes and entries of the file up to the first line that is not whole, which a kill has torn."""
+        """Bytes and entries of the file up to the first line that a kill cut short."""
         lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.exists() else []
         size, entries = 0, []
         for line in lines:
@@ -65,7 +65,7 @@ class PartFile:
         other = sorted(key for key in found | self._header if found.get(key) != self._header.get(key))
         raise UserError(
             f"{self.path} is of a run with another {', '.join(other)}; remove it to start anew, give --overwrite, or "
-            "go on with that run's flags"
+            "repeat that run's flags"
         )
 
     def add(self, entry: Entry) -> None:
@@ -74,7 +74,7 @@ class PartFile:
         self.path.touch()
         with self.path.open("r+b") as file:
             file.seek(self._size)
-            file.truncate()  # what a kill left torn
+            file.truncate()  # a line that a kill cut short
             file.writelines(_line(line).encode() for line in ([entry] if self._size else [self._header, entry]))
             self._size = file.tell()
         self.entries.append(entry)
@@ -98,14 +98,14 @@ def write_rows(path: Path, rows: Iterable[Entry]) -> None:
 
 
 def content_hash(value: Any) -> str:
-    """A hash of anything fit for JSON."""
+    """A hash of a JSON value."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def fingerprint(name: str) -> str:
-    """What tells a model or a code file from what stood under the same name before: a hash, or "" for a Hub id.
+    """A hash that changes when a model or a code file does; "" for a Hub id.
 
-    A file's is of its content; a model folder's is of the names, sizes and times of its files, since weights are large.
+    For a file it is of the content; for a model folder, of the names, sizes and times of its files: weights are large.
     """
     path = Path(name)
     if path.is_file():

@@ -32,8 +32,8 @@ PACKAGES = {"torch", "transformers", "peft"}
 
 
 def reference_logps(
-    dataset: Dataset, file: Path, about: dict[str, Any], score: Callable[[list[dict[str, Any]]], list[list[float]]],
-    batch_size: int, desc: str,
+    dataset: Dataset, file: Path, description: dict[str, Any],
+    score: Callable[[list[dict[str, Any]]], list[list[float]]], batch_size: int, desc: str,
 ) -> list[list[float]]:  # fmt: skip
     """Log-probs of all rows, from the file as far as it goes, else computed and added to it as they come.
 
@@ -56,7 +56,7 @@ def reference_logps(
     lengths = dataset["length"][:]
     missing = sorted((i for i in range(len(dataset)) if i not in logps), key=lambda i: (-lengths[i], i))
     if missing and state.is_main_process:
-        _append(file, [about])  # also ends a line that a kill cut short
+        _append(file, [description])  # also ends a line that a kill cut short
     step = batch_size * state.num_processes
     for at in tqdm(range(0, len(missing), step), desc=desc, disable=not missing):
         batch = missing[at : at + step]
@@ -78,7 +78,7 @@ def describe_reference(model: nn.Module, dataset: Dataset, adapter: str | None, 
         **settings: Whatever else matters, such as the precision.
     """
     config = base_model(model).config.to_diff_dict()
-    about = {
+    description = {
         "weights": sorted(set(gather_object([_hash_weights(model, adapter)]))),  # one, unless they are sharded
         "config": {k: v for k, v in config.items() if not k.startswith("_") and k != "transformers_version"},
         "adapters": {n: c.to_dict() for n, c in model.peft_config.items() if n != adapter}
@@ -89,12 +89,14 @@ def describe_reference(model: nn.Module, dataset: Dataset, adapter: str | None, 
         "packages": _package_versions(model),
         **settings,
     }
-    return json.loads(json.dumps(about, sort_keys=True, default=lambda v: sorted(v) if isinstance(v, set) else str(v)))
+    return json.loads(
+        json.dumps(description, sort_keys=True, default=lambda v: sorted(v) if isinstance(v, set) else str(v))
+    )
 
 
-def cache_file(about: dict[str, Any], folder: str | None) -> Path:
+def cache_file(description: dict[str, Any], folder: str | None) -> Path:
     """Where the log-probs of this reference and data set are kept. `folder` None: beside the data sets' cache."""
-    name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
+    name = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:32]
     return (Path(folder) if folder else Path(datasets.config.HF_DATASETS_CACHE) / "ref_logps") / f"{name}.jsonl"
 
 

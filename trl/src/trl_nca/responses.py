@@ -100,8 +100,8 @@ class ResponseTokenizer:
             vocabulary = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), str(tokenizer.init_kwargs)]
         template = [tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token, sorted(self._stand_ins)]
         limits = [self.max_length, self.max_prompt_length, self.cut_over_long]
-        about = json.dumps([rows, vocabulary, template, limits]).encode() + Path(__file__).read_bytes()
-        return hashlib.sha256(about).hexdigest()[:32]
+        content = json.dumps([rows, vocabulary, template, limits]).encode() + Path(__file__).read_bytes()
+        return hashlib.sha256(content).hexdigest()[:32]
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Tokenizes a row.

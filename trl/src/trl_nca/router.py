@@ -22,7 +22,7 @@ def load_balancing_loss(model: nn.Module, router_logits: tuple[Tensor, ...], att
 
     Args:
         model: A causal language model that `check_router` lets pass.
-        router_logits: Of each layer. Shape (T, E) each.
+        router_logits: The router's logits of each layer. Shape (T, E) each.
         attention_mask: True for real tokens, shape (rows, length); any other shape means that all T are real.
 
     Returns:

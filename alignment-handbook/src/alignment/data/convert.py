@@ -1,4 +1,4 @@
-"""Reward data of any known form to rows in list form or to pairs, in one file."""
+"""Converts reward data of any known form to rows in list form, or to pairs, in one file."""
 
 import gzip
 import json
@@ -23,7 +23,7 @@ _ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")
 
 @dataclass
 class ConvertConfig(RowConfig):
-    """What to write, besides how rows are read."""
+    """What to write, in addition to how rows are read."""
 
     to: str = field(
         default="list",
@@ -74,10 +74,10 @@ def convert(
         inputs: Files, folders or Hub ids, in the order of their rows in the output.
         config: How rows are read, and what to write.
         measure: Lengths and scores of the rows, for the report.
-        control_tokens: Texts of a tokenizer's control tokens, to look for in the rows.
+        control_tokens: Texts of a tokenizer's control tokens that are looked for in the rows.
 
     Returns:
-        The report: as in data_report.json.
+        The data report, as in data_report.json.
 
     Raises:
         UserError: An input cannot be read, the output is there already, or no row is left.

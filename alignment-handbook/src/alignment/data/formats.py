@@ -1,4 +1,4 @@
-"""What a row of reward data may look like, recognised by its columns, and read without a judgement of its values.
+"""Recognises the form of a row of reward data by its columns, and reads it without checking its values.
 
 - list form: `prompt` (text or messages), `responses` (texts or message lists), `scores` (or `rewards`);
 - the 2024 form: `A0`, `A1`, ... (texts or message lists) and `score_A0`, `score_A1`, ...;
@@ -21,12 +21,12 @@ _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 
 def unwrap(row: Any) -> Any:
-    """The row itself, where the Hub's viewer has wrapped it: `{"row_idx": ..., "row": {...}}`."""
+    """Takes a row out of the wrapper that the Hub's viewer puts around it: `{"row_idx": ..., "row": {...}}`."""
     return row["row"] if isinstance(row, dict) and isinstance(row.get("row"), dict) else row
 
 
 def as_record(row: Row) -> Row | None:
-    """A row of one response as `id`, `prompt`, `response`, `score`; None for a row of another form."""
+    """Reads a row of one response as `id`, `prompt`, `response`, `score`; None for a row of another form."""
     if not ("prompt" in row or "prompt_id" in row):
         return None
     prompt_id = row.get("prompt_id")
@@ -41,7 +41,7 @@ def as_record(row: Row) -> Row | None:
 
 
 def to_group(row: Row, pairs: bool = False, score: str = "overall") -> Group:
-    """Reads a row of any form but the two of one response.
+    """Reads a row of any form, except the two forms with one response a row.
 
     Args:
         row: The row as it was read.
@@ -76,7 +76,7 @@ def to_group(row: Row, pairs: bool = False, score: str = "overall") -> Group:
 
 
 def _split_prompt(prompt: Any, responses: list[Any]) -> tuple[Messages, list[Any]]:
-    """Prompt messages and response texts, wherever the prompt stands: in its column or in the conversations."""
+    """Prompt messages and response texts, whether the prompt is in its column or inside the conversations."""
     if prompt is not None:
         prompt = messages_of(prompt, "the prompt")
     texts: list[Any] = []
@@ -101,7 +101,7 @@ def _split_prompt(prompt: Any, responses: list[Any]) -> tuple[Messages, list[Any
 
 
 def messages_of(value: Any, what: str) -> Messages:
-    """A value as messages; a text is one turn of the user's. Turns may be spelt ShareGPT's way, as `from` and `value`.
+    """Reads a value as messages; a text is one user turn. Turns may have ShareGPT's keys `from` and `value`.
 
     Raises:
         BadRow: It is neither; names it by `what`.

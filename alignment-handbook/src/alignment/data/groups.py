@@ -1,6 +1,6 @@
-"""What is done to a group once its row is read: which responses are taken, the unit of their scores, pairs of them.
+"""Chooses the responses of a group, scales their scores, and makes pairs of them.
 
-Everything random is drawn by a hash of the row and a seed: the same row gives the same draw wherever it stands.
+Every random draw is seeded by a hash of the row and a seed: the same row gives the same draw wherever it stands.
 """
 
 import hashlib
@@ -20,19 +20,22 @@ from alignment.errors import UserError
 
 @dataclass
 class RowConfig:
-    """How rows of reward data are read: what `run_reward.py`, `run_preference.py` and `convert.py` share."""
+    """How rows of reward data are read; shared by `run_reward.py`, `run_preference.py` and `convert.py`."""
 
     row_rules: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "What happens to bad rows, {reason: drop, keep, fix or fail}; docs/data.md has the table."},
+        metadata={
+            "help": "Action for each kind of bad row, {reason: drop, keep, fix or fail}; docs/data.md has the table."
+        },
     )
     score_range: list[float] | None = field(
         default=None,
-        metadata={"help": "Least and largest score that can be meant; a score outside is a sentinel, such as -1."},
+        metadata={"help": "Smallest and largest valid score; a score outside is a sentinel, such as -1."},
     )
     min_responses: int = field(default=2, metadata={"help": "Rows with fewer usable responses are dropped."})
     tie_margin: float = field(
-        default=0.0, metadata={"help": "Scores that differ by no more are a tie, in the unit of the scores as read."}
+        default=0.0,
+        metadata={"help": "Scores that differ by at most this much are a tie, in the unit of the scores as read."},
     )
     drop_sources: list[str] | None = field(
         default=None,
@@ -48,18 +51,19 @@ class RowConfig:
     scale_scores: str = field(
         default="none",
         metadata={
-            "help": "Unit of the scores, prompt by prompt: none (as they are), zscore (mean 0, spread 1) or minmax "
-            "(0 to 1).",
+            "help": "Rescale the scores of each prompt: none (as they are), zscore (mean 0, standard deviation 1) or "
+            "minmax (0 to 1).",
             "choices": ["none", "zscore", "minmax"],
         },
     )
     num_responses: int | None = field(
-        default=None, metadata={"help": "Take at most so many responses of a row. None: all of them."}
+        default=None, metadata={"help": "Use at most this many responses of a row. None: all of them."}
     )
     choose_responses: str = field(
         default="spread",
         metadata={
-            "help": "Which of them: the top or bottom ones by score, random ones, or spread evenly from best to worst.",
+            "help": "Which responses num_responses keeps: top or bottom by score, random, or spread evenly from best "
+            "to worst.",
             "choices": ["top", "bottom", "random", "spread"],
         },
     )
@@ -79,7 +83,7 @@ class RowConfig:
             raise ValueError(f"row_rules: not a mapping of reason to action: {self.row_rules!r}")
         rules.actions(self.row_rules)
         if self.score_range is not None and (len(self.score_range) != 2 or self.score_range[0] >= self.score_range[1]):
-            raise ValueError(f"score_range: needs a least and a largest score, got {self.score_range}")
+            raise ValueError(f"score_range: needs a smallest and a largest score, got {self.score_range}")
         for key, least in (("min_responses", 2), ("num_responses", 2), ("tie_margin", 0)):
             value = getattr(self, key)
             if value is not None and not value >= least:
@@ -94,9 +98,9 @@ class GroupReader:
 
     Args:
         config: The settings.
-        pairs: Take `chosen` and `rejected` as better and worse, whatever their scores.
-        unscored_pairs: Take them so where they have no scores.
-        control_tokens: Texts of the tokenizer's control tokens, to look for in the rows.
+        pairs: Read `chosen` and `rejected` as better and worse, whatever their scores.
+        unscored_pairs: Read them so only where they have no scores.
+        control_tokens: Texts of the tokenizer's control tokens that are looked for in the rows.
     """
 
     def __init__(
@@ -114,7 +118,7 @@ class GroupReader:
         )
 
     def __call__(self, row: Any) -> list[Group]:
-        """A row, or the `BadRow` that reading it gave, as a group that can be trained on, or the pairs made of it.
+        """Turns a row, or the `BadRow` that reading it gave, into a group that can be trained on, or into pairs.
 
         Raises:
             BadRow: It is to be dropped, or, a `FailedRow`, to end the run.
@@ -142,13 +146,13 @@ class GroupReader:
         return self._pairs(group, margin)
 
     def _pairs(self, group: Group, margin: float) -> list[Group]:
-        how = self.config.make_pairs
-        if how is None and len(group.responses) > 2:
+        method = self.config.make_pairs
+        if method is None and len(group.responses) > 2:
             raise UserError(
                 f"{len(group.responses)} responses; a pair has two: set make_pairs to best_worst, best_random or all, "
                 "or use run_reward.py"
             )
-        found = list(pairs_of(group, how, self.config.draw_seed, margin))
+        found = list(pairs_of(group, method, self.config.draw_seed, margin))
         if not found:  # tied scores that were to be kept make no pair
             raise self.cleaner.error("identical_scores", f"all of them {group.scores[0]:g}")
         scale(group, self.config.scale_scores)
@@ -164,7 +168,7 @@ class GroupReader:
 
 
 def gather(records: list[Row]) -> Row:
-    """Records of one prompt (see `formats.as_record`) as a row in list form.
+    """Joins the records of one prompt (see `formats.as_record`) to a row in list form.
 
     Raises:
         BadRow: Their prompts differ.
@@ -179,60 +183,60 @@ def gather(records: list[Row]) -> Row:
     }
 
 
-def choose(group: Group, num: int | None, how: str, seed: int) -> None:
-    """Takes `num` responses of the group, in their order: top, bottom or random ones, or spread from best to worst."""
+def choose(group: Group, num: int | None, method: str, seed: int) -> None:
+    """Keeps `num` responses of the group, in their order: the top, the bottom, random ones, or a spread of all."""
     if num is None or len(group.responses) <= num:
         return
     best_first = sorted(range(len(group.scores)), key=lambda k: -group.scores[k])
-    if how == "random":
+    if method == "random":
         taken = _rng(group, seed).sample(best_first, num)
-    elif how == "spread":
+    elif method == "spread":
         taken = [best_first[round(i * (len(best_first) - 1) / (num - 1))] for i in range(num)]
     else:
-        taken = best_first[:num] if how == "top" else best_first[-num:]
+        taken = best_first[:num] if method == "top" else best_first[-num:]
     taken.sort()
     group.responses = [group.responses[k] for k in taken]
     group.scores = [group.scores[k] for k in taken]
 
 
-def scale(group: Group, how: str) -> None:
-    """Scores prompt by prompt: `zscore` to mean 0 and spread 1, `minmax` to 0 and 1; equal ones become 0."""
-    if how == "none":
+def scale(group: Group, method: str) -> None:
+    """Rescales the scores: `zscore` to mean 0 and standard deviation 1, `minmax` to 0..1; equal ones become 0."""
+    if method == "none":
         return
     low, spread = min(group.scores), max(group.scores) - min(group.scores)
-    if how == "zscore":
+    if method == "zscore":
         low, spread = statistics.fmean(group.scores), statistics.pstdev(group.scores)
     group.scores = [(score - low) / spread if spread else 0.0 for score in group.scores]
 
 
-def pairs_of(group: Group, how: str | None, seed: int, tie_margin: float = 0.0) -> Iterator[tuple[int, int]]:
+def pairs_of(group: Group, method: str | None, seed: int, tie_margin: float = 0.0) -> Iterator[tuple[int, int]]:
     """Indices (better, worse) of the pairs that are made of a group; a tie is no pair.
 
     Args:
         group: K responses and their scores.
         how: `best_worst`, `best_random`, `all`; None for a group of two.
-        seed: Of the random draw.
-        tie_margin: Scores that differ by no more are a tie.
+        seed: Seeds the random draw.
+        tie_margin: Scores that differ by at most this much are a tie.
     """
     best_first = sorted(range(len(group.scores)), key=lambda k: -group.scores[k])
-    if how == "all":
+    if method == "all":
         candidates = [(a, b) for i, a in enumerate(best_first) for b in best_first[i + 1 :]]
     else:
         candidates = [(best_first[0], b) for b in best_first[1:]]
     found = [(a, b) for a, b in candidates if group.scores[a] - group.scores[b] > tie_margin]
-    if how == "best_random":
+    if method == "best_random":
         found = [_rng(group, seed).choice(found)] if found else []
-    yield from found if how == "all" else found[-1:]
+    yield from found if method == "all" else found[-1:]
 
 
 def prompt_hash(prompt: Messages) -> int:
-    """63 bits that stand for the prompt, the same on every machine."""
+    """A hash of the prompt, 63 bits, the same on every machine."""
     digest = hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def record_key(record: Row) -> int:
-    """63 bits that stand for what records are gathered by: the `prompt_id`, else the prompt."""
+    """A hash of what records are joined by, 63 bits: the `prompt_id`, else the prompt."""
     key = record["prompt"] if record["id"] is None else ["id", record["id"]]
     return int.from_bytes(hashlib.sha256(json.dumps(key).encode()).digest()[:8], "big") >> 1
 

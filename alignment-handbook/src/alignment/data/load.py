@@ -1,4 +1,4 @@
-"""Reward data for a run: sources are mixed and split, and what became of each row is counted.
+"""Loads the reward data of a run: mixes and splits sources, and counts the outcome of each row.
 
 What a row may look like is in `formats`, what happens to a bad one in `rules`, and how a source is read in `reading`.
 """
@@ -24,7 +24,7 @@ _EXAMPLES = 3
 
 @dataclass
 class DataConfig(RowConfig):
-    """Where the rows come from: two files, or a mixture of sources."""
+    """The sources of the rows: two files, or a mixture of sources."""
 
     train_file: str | None = field(
         default=None, metadata={"help": "Rows to train on: .jsonl, .json, .csv (each also with .gz) or .parquet."}
@@ -35,7 +35,7 @@ class DataConfig(RowConfig):
         metadata={"help": "Hold out this share of the prompts, drawn by their hash, with all their rows."},
     )
     allow_shared_prompts: bool = field(
-        default=False, metadata={"help": "Go on though training and held-out rows share prompts."}
+        default=False, metadata={"help": "Continue although training and held-out rows share prompts."}
     )
     max_dropped_fraction: float = field(
         default=0.2, metadata={"help": "End the run when more than this share of the rows has to be dropped."}
@@ -105,7 +105,7 @@ class DataConfig(RowConfig):
 
 
 def _how_to_reset(*keys: str) -> str:
-    """How to be left with one of some keys, of which the recipe may set one and the command line another."""
+    """Words for the fix: which flags reset the keys, one of which may be in the recipe."""
     rest = "remove the key" if len(keys) == 1 else "give one of them"
     return f"{rest} ({' or '.join(f'--{key}=' for key in keys)} resets what a recipe sets)"
 
@@ -117,19 +117,19 @@ def load_groups(
     num_proc: int | None = None,
     keep_columns: bool = False,
 ) -> tuple[dict[str, Dataset], dict[str, dict[str, Any]]]:
-    """The rows to train on and the held-out rows.
+    """Loads the rows to train on and the held-out rows.
 
     Args:
-        config: Where they come from and how they are read.
-        pairs: Take them as preference pairs: two responses, the better one first, scores 1 and 0. Rows with more
+        config: Sources of the rows, and how they are read.
+        pairs: Read them as preference pairs: two responses, the better one first, scores 1 and 0. Rows with more
             responses need `config.make_pairs`.
-        control_tokens: Texts of the tokenizer's control tokens, to look for in the rows.
+        control_tokens: Texts of the tokenizer's control tokens that are looked for in the rows.
         num_proc: Processes to read with. None: one for each core.
         keep_columns: Keep the rows' other columns, for a reward function.
 
     Returns:
         `train` and, where there are held-out rows, `eval`: data sets with the columns of `GROUP_FEATURES`; and for each
-        what became of its rows, see `count_outcomes`.
+        the outcome of its rows, see `count_outcomes`.
 
     Raises:
         UserError: A source is not there or has no train split, a row is of a kind that ends the run, too many rows
@@ -171,7 +171,7 @@ def load_groups(
 
 
 def count_outcomes(rows: Dataset) -> dict[str, Any]:
-    """What became of the rows of `load_source`.
+    """Counts what happened to the rows of `load_source`.
 
     Returns:
         `lines_in` (of the source), `rows_in` (groups or pairs made of them, and what was dropped), `rows_dropped`,
@@ -197,11 +197,11 @@ def count_outcomes(rows: Dataset) -> dict[str, Any]:
     }
 
 
-def check_dropped(name: str, counts: dict[str, Any], most: float) -> None:
+def check_dropped(name: str, counts: dict[str, Any], max_fraction: float) -> None:
     """Ends the run when too many rows were dropped.
 
     Args:
-        name: Of the data set.
+        name: Name of the data set.
         counts: `rows_in`, `rows_dropped`, `dropped_by_reason` and, where known, `examples`.
         most: Largest share of the rows that may be dropped.
 
@@ -209,11 +209,11 @@ def check_dropped(name: str, counts: dict[str, Any], most: float) -> None:
         UserError: More were, or none is left.
     """
     num_in, num_dropped = counts["rows_in"], counts["rows_dropped"]
-    if num_dropped < num_in and num_dropped <= most * num_in:
+    if num_dropped < num_in and num_dropped <= max_fraction * num_in:
         return
     reasons = ", ".join(f"{reason} {n}" for reason, n in counts["dropped_by_reason"].items())
     examples = [example for found in counts.get("examples", {}).values() for example in found[:1]]
-    limit = f", more than max_dropped_fraction {most:g} allows" if num_dropped < num_in else ""
+    limit = f", more than max_dropped_fraction {max_fraction:g} allows" if num_dropped < num_in else ""
     raise UserError(
         f"{name}: {num_dropped} of {num_in} rows had to be dropped ({reasons}){limit}{': ' if examples else ''}"
         f"{'; '.join(examples)}. Fix the rows, or change row_rules or the limit"

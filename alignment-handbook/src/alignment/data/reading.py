@@ -1,7 +1,7 @@
-"""Sources as data sets of groups: read in pieces, on several processes, each kept under a key of all it depends on.
+"""Reads sources into data sets of groups: in pieces, on several processes, each cached under a key of all its inputs.
 
-A second run reads nothing again, a killed one goes on with the pieces that are missing, and memory does not grow with
-the number of rows. Rows of one response each are first gathered by their prompt.
+A second run reads nothing again, a killed one resumes with the pieces that are missing, and memory does not grow with
+the number of rows. Rows of one response each are first joined by their prompt.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ GROUP_FEATURES = Features(
         "columns": Value("string"),  # the row's other columns, as a JSON object, where they are kept
     }
 )
-#: A record of one response, while those of one prompt are looked for.
+#: A record of one response, before those of one prompt are joined.
 RECORD_FEATURES = Features(
     {"key": Value("int64"), "record": Value("string"), "dropped": Value("string"), "location": Value("string")}
 )
@@ -69,7 +69,7 @@ def load_source(
 
     Args:
         path: A file, a folder or a Hub id.
-        split: Of a folder or Hub data set.
+        split: Split of a folder or Hub data set.
         name: Configuration of a Hub data set.
         config: How rows are read.
         unscored_pairs: Read `chosen` and `rejected` without scores as 1 and 0.
@@ -240,7 +240,7 @@ def _build(read: Callable[[], Iterator[dict[str, Any]]], features: Features, key
 
 
 def _in_parallel(builds: list[Callable[[], Dataset]], desc: str, num_proc: int | None) -> Dataset:
-    """Builds pieces on several processes and puts them together, in order."""
+    """Builds pieces on several processes and concatenates them in order."""
     num_proc = min(num_proc or os.cpu_count() or 1, len(builds))
     with _without_bars(), tqdm(total=len(builds), desc=desc, disable=len(builds) == 1) as progress:
         pool = multiprocessing.Pool(num_proc) if num_proc > 1 else contextlib.nullcontext()
@@ -258,7 +258,7 @@ def _call(build: Callable[[], Dataset]) -> Dataset:
 
 @contextlib.contextmanager
 def _without_bars() -> Iterator[None]:
-    """Reading a piece is quick, and a bar would stand before the one line that a mistake gets."""
+    """Hides the bars of pieces: reading one is quick, and a bar would stand before the line of an error."""
     if are_progress_bars_disabled():
         yield
         return

@@ -1,4 +1,4 @@
-"""The report on a data set: what became of its rows, and what the rows that are left look like.
+"""The report on a data set: what happened to its rows, and what the remaining rows look like.
 
 N rows, K responses of a row, all responses of all rows one behind the other in the flat arrays.
 """
@@ -15,7 +15,7 @@ from alignment.data.load import DataConfig, check_dropped
 from alignment.data.rules import actions
 from alignment.errors import UserError
 
-#: Of a length's distribution.
+#: Percentiles of the lengths that are reported.
 PERCENTILES = (50, 90, 99)
 
 
@@ -28,7 +28,7 @@ class Columns:
         response_lengths: Shape (sum of K,).
         prompt_lengths: Shape (N,).
         num_responses: K of each row. Shape (N,).
-        unit: Of the lengths: tokens or characters.
+        unit: Unit of the lengths: tokens or characters.
     """
 
     scores: np.ndarray
@@ -39,7 +39,7 @@ class Columns:
 
     @classmethod
     def of_tokens(cls, rows: Dataset) -> "Columns":
-        """Of rows with `prompt_ids`, `response_ids` and `scores`."""
+        """From rows with `prompt_ids`, `response_ids` and `scores`."""
         scores, responses, prompts = [], [], []
         # Chunk by chunk, and of the lists their ends alone: the ids themselves are not read from the disk.
         table = rows.select_columns(["scores", "response_ids", "prompt_ids"]).with_format("arrow")
@@ -51,7 +51,7 @@ class Columns:
 
     @classmethod
     def of_texts(cls, rows: Dataset) -> "Columns":
-        """Of rows with `prompt`, `responses` and `scores`; lengths are in characters."""
+        """From rows with `prompt`, `responses` and `scores`; lengths are in characters."""
         scores, responses, prompts = [], [], []
         for part in _parts(rows, ["scores", "responses", "prompt"]):
             scores.append(part["scores"])
@@ -78,11 +78,11 @@ def _parts(rows: Dataset, names: list[str]) -> Any:
 
 
 def describe(columns: Columns, alpha: float | None = None) -> dict[str, Any]:
-    """What the rows look like.
+    """Describes the rows.
 
     Args:
         columns: Their numbers, N >= 1.
-        alpha: Temperature of the targets softmax(score / alpha), to say what labels it makes. None: not said.
+        alpha: Temperature of the targets softmax(score / alpha), which are described too. None: they are not.
 
     Returns:
         `k_histogram` (rows by K), `scores` and `lengths` (each a dict), `warnings` (sentences).
@@ -157,7 +157,7 @@ def _count_distinct(scores: np.ndarray, owner: np.ndarray, num_rows: int) -> np.
 def _mean_largest_target(
     scores: np.ndarray, best: np.ndarray, starts: np.ndarray, owner: np.ndarray, alpha: float
 ) -> float:
-    """Of softmax(score / alpha): 1 for one-hot labels, 1 / K for uniform ones."""
+    """Mean largest target softmax(score / alpha): 1 for one-hot targets, 1 / K for uniform ones."""
     below = scores - best[owner]  # <= 0
     with np.errstate(divide="ignore", invalid="ignore"):
         weights = (below == 0).astype(float) if alpha == 0 else np.exp(below / alpha)
@@ -197,11 +197,11 @@ def data_report(
     """The report on a data set that is ready to be trained on.
 
     Args:
-        name: Of the data set.
+        name: Name of the data set.
         config: Which rows end the run.
-        read: Counts of `alignment.data.load.load_groups`.
-        tokenized: Counts of tokenizing those it kept: `rows_kept`, `rows_fixed`, `dropped_by_reason`, `responses`,
-            `responses_cut`, `prompts_trimmed`.
+        read: Counts from `alignment.data.load.load_groups`.
+        tokenized: Counts from tokenizing the rows that it kept: `rows_kept`, `rows_fixed`, `dropped_by_reason`,
+            `responses`, `responses_cut`, `prompts_trimmed`.
         rows: The token ids that are left.
         alpha: See `describe`.
 
@@ -235,7 +235,7 @@ def summary(name: str, report: dict[str, Any]) -> str:
     """A report in a few lines.
 
     Args:
-        name: Of the data set.
+        name: Name of the data set.
         report: As in data_report.json; the held-out rows under `eval` follow.
     """
     reasons = ", ".join(f"{reason} {n}" for reason, n in report["dropped_by_reason"].items()) or "none"

@@ -1,4 +1,4 @@
-"""The words of this folder: a raw row, a group of K responses, and a row that cannot be used."""
+"""The types of this folder: a raw row, a group of K responses, and a row that cannot be used."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +12,7 @@ class Group:
     """K responses to one prompt. A response or a score may be missing, or of any type, until the rules were applied.
 
     Attributes:
-        prompt: Messages; the last one is what is answered.
+        prompt: Messages; the last one is answered by the responses.
         responses: Texts, K of them; None where there is none.
         scores: K values.
         fixed: Names of the rules by which something was fixed.

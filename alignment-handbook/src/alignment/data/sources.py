@@ -1,4 +1,4 @@
-"""Where raw rows stand: files, folders and Hub data sets, cut into pieces that are read by themselves.
+"""Opens files, folders and Hub data sets, and cuts them into pieces that are read independently.
 
 A piece is a stretch of a JSON-lines file, some rows of a table, or a whole file of a kind that cannot be cut (gzip, a
 JSON list, CSV). Its `key` is a hash of the content: the same rows have the same key wherever the file lies.
@@ -39,7 +39,7 @@ class Piece:
 
     Attributes:
         path: The source, as a user names it.
-        key: Stands for the content.
+        key: Hash of the content.
         start, stop: Bytes of a file, or rows of a table.
         first_line: Line number of the first line, from 1.
         table: The table that the rows are of; None for a text file.
@@ -58,7 +58,7 @@ def open_source(path: str, split: str | None = None, name: str | None = None) ->
 
     Args:
         path: A file, a `save_to_disk` folder, a folder of data files, or a Hub id.
-        split: Of a folder or Hub data set.
+        split: Split of a folder or Hub data set.
         name: Configuration of a Hub data set.
 
     Raises:
@@ -82,7 +82,7 @@ def open_source(path: str, split: str | None = None, name: str | None = None) ->
 
 
 def read_piece(piece: Piece) -> Iterator[tuple[str, Any]]:
-    """Raw rows of a piece, each with the words that tell a user where it stands.
+    """Yields the raw rows of a piece, each behind its location as a user would name it.
 
     A line that cannot be read comes as a `BadRow`.
 
@@ -155,7 +155,7 @@ def _read_csv(piece: Piece, text: TextIO) -> Iterator[tuple[str, Any]]:
 
 
 def _cell(name: str, value: str | None) -> Any:
-    """A cell as the value that it stands for: CSV has no types. Empty is missing; lists and objects are JSON."""
+    """Parses a cell: CSV has no types. An empty cell is missing; lists and objects are JSON."""
     if value is None or value == "":
         return None
     is_number = re.fullmatch(r"(score|reward)s?(_.*)?|label", name)
@@ -189,7 +189,7 @@ def _open_table(path: str, split: str | None, name: str | None) -> Dataset:
 
 
 def _hash_files(path: str) -> str:
-    """Of a local file's or folder's content; "" for a Hub id."""
+    """Hash of a local file's or folder's content; "" for a Hub id."""
     here = Path(path)
     files = [here] if here.is_file() else sorted(file for file in here.rglob("*") if file.is_file())
     digest = hashlib.sha256()

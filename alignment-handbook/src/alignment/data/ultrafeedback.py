@@ -1,4 +1,4 @@
-"""UltraFeedback's completions as they were released: which of their scores to take, and the known mistakes in them."""
+"""Reads the scores of UltraFeedback's completions as they were released, and fixes the known errors in them."""
 
 import math
 from typing import Any
@@ -38,7 +38,7 @@ def parse_score(score: str) -> dict[str, float] | None:
 
 
 def scores_of(completions: list[Any], score: str) -> tuple[list[Any], list[Any], list[str]]:
-    """Responses, scores and the names of what was fixed.
+    """Responses, scores and the names of the rules by which scores were fixed.
 
     - The first release has no overall scores: the mean of the ratings takes their place in the whole row, since the two
       are on different scales (`no_overall_score`).
@@ -46,7 +46,7 @@ def scores_of(completions: list[Any], score: str) -> tuple[list[Any], list[Any],
       becomes 1, above 4 it stays; between, nobody knows, and the score is missing (`ten_for_one`).
 
     Args:
-        completions: Of a row, one a response.
+        completions: The completions of a row, one a response.
         score: See `parse_score`.
     """
     completions = [c if isinstance(c, dict) else {} for c in completions]
@@ -94,7 +94,7 @@ def _number(value: Any) -> float | None:
 
 
 def _rating(annotation: Any) -> float | None:
-    """Of an aspect: a dict, or in the first release a list of dicts, whose ratings are averaged."""
+    """Rating of an aspect: a dict, or in the first release a list of dicts, whose ratings are averaged."""
     parts = annotation if isinstance(annotation, list) else [annotation]
     values = [_number(part.get("Rating")) for part in parts if isinstance(part, dict)]
     numbers = [value for value in values if value is not None]

@@ -1,4 +1,4 @@
-"""How good is a model: held-out scores around training, MT-bench, AlpacaEval, and their judges.
+"""Evaluates a model: held-out scores around training, MT-bench, AlpacaEval, and their judges.
 
 The files meet the data in this order: `held_out` samples and scores before and after training; `files` reads the
 benchmarks' questions and `answers` writes a model's answers; `endpoint` asks a judge behind a URL, `judge` holds what

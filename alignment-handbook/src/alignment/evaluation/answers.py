@@ -1,6 +1,6 @@
-"""Answer MT-bench's questions and AlpacaEval's instructions, in the files that their evaluators read.
+"""Answers MT-bench's questions and AlpacaEval's instructions, in the files that their evaluators read.
 
-A model sees the prompts that training shows it: both go through the tokenizer's chat template. All first turns are
+A model sees prompts as in training: both go through the tokenizer's chat template. All first turns are
 answered, then all second turns, each of which sees the answer to the first.
 """
 
@@ -30,7 +30,7 @@ OTHER_TEMPERATURE = 0.7
 
 
 class Task(NamedTuple):
-    """What is asked: where it stands in the file, the user's turns, and how the answers are drawn."""
+    """A question: its location in the file, the user's turns, and the temperature of the answers."""
 
     location: str
     turns: list[str]
@@ -55,7 +55,7 @@ def answer_mt_bench(
         model: Folder or Hub id; an adapter's folder too.
         output: A `.jsonl`; FastChat looks for `model_answer/<model_id>.jsonl`.
         model_id: Name of the model in the file.
-        config: How answers are drawn, but for the temperature, which is the category's.
+        config: How answers are sampled; the temperature is the category's.
         dtype: Type of the weights, "auto" as they were saved.
         overwrite: Replace `output`.
 
@@ -96,7 +96,7 @@ def answer_alpaca_eval(
         instructions: Rows of `instruction` and, if known, `dataset`.
         model, model_id, dtype, overwrite: See `answer_mt_bench`.
         output: A `.json`.
-        config: How answers are drawn.
+        config: How answers are sampled.
 
     Returns:
         What was written, in a sentence.
@@ -124,9 +124,9 @@ def answer_alpaca_eval(
 
 
 def _answer(part: PartFile, tasks: list[Task], name: str, config: SamplingConfig, dtype: str) -> None:
-    """Samples the batches that `part` has not; batch i, counted over all turns, has the seed `seed + i`."""
-    tokenizer, most = load_trained_tokenizer(name)
-    _check_room(tasks, tokenizer, most, name, config.max_new_tokens)
+    """Samples the batches that `part` lacks; batch i, counted over all turns, has the seed `seed + i`."""
+    tokenizer, max_positions = load_trained_tokenizer(name)
+    _check_room(tasks, tokenizer, max_positions, name, config.max_new_tokens)
     load_model = functools.cache(lambda: load_trained_model(name, dtype))  # not where all is done
     done = {entry["batch"]: entry["samples"] for entry in part.entries}
     answers: list[list[str]] = [[] for _ in tasks]
@@ -154,7 +154,7 @@ def _answer(part: PartFile, tasks: list[Task], name: str, config: SamplingConfig
 
 
 def _batches(ids: dict[int, list[int]], tasks: list[Task], config: SamplingConfig) -> list[list[int]]:
-    """Tasks batch by batch, those of one temperature together, in batches as `SamplingConfig.batches` cuts them."""
+    """Batches of tasks with one temperature each, cut by `SamplingConfig.batches`."""
     batches = []
     for temperature in sorted({tasks[i].temperature for i in ids}):
         alike = [i for i in ids if tasks[i].temperature == temperature]
@@ -162,21 +162,21 @@ def _batches(ids: dict[int, list[int]], tasks: list[Task], config: SamplingConfi
     return batches
 
 
-def _check_room(tasks: list[Task], tokenizer, most: int | None, name: str, max_new_tokens: int) -> None:
-    """Finds before the first answer what would not fit into the model's context after the last.
+def _check_room(tasks: list[Task], tokenizer, max_positions: int | None, name: str, max_new_tokens: int) -> None:
+    """Checks before the first answer that all turns and answers of a task fit into the model's context.
 
     Raises:
-        UserError: The user's turns of a task and its answers may be more tokens than the model can read.
+        UserError: The turns of a task and its answers may be more tokens than the model can read.
     """
     for task in tasks:
         turns = len(task.turns)
         length = len(encode_row(tokenizer, conversation(task.turns, [""] * (turns - 1)), name, task.location))
-        if most is not None and length + turns * max_new_tokens > most:
-            fits = (most - length) // turns
+        if max_positions is not None and length + turns * max_new_tokens > max_positions:
+            fits = (max_positions - length) // turns
             fix = f"--max_new_tokens {fits} fits" if fits > 0 else "remove the row"
             raise UserError(
                 f"{task.location}: {length} tokens, and {turns} x {max_new_tokens} of answers, are more than the "
-                f"{most} of {name}; {fix}"
+                f"{max_positions} of {name}; {fix}"
             )
 
 

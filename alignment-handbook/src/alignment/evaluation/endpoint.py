@@ -1,7 +1,7 @@
-"""Ask a model behind an OpenAI-compatible endpoint many questions: no reply is paid for twice, no failure loses one.
+"""Sends many requests to an OpenAI-compatible endpoint: no reply is paid for twice, and no failure loses one.
 
-Replies are kept on disk as they come (`alignment.resumable`), each under a hash of its request. What fails for a while
-is tried again; what a budget or a dead server leaves open is asked by the next run.
+Replies are saved as they come (`alignment.resumable`), each under a hash of its request. A request that fails for a
+while is sent again; one that a budget or a dead server prevents is sent by the next run.
 """
 
 import http.client
@@ -25,25 +25,25 @@ from alignment.resumable import Entry, PartFile, content_hash
 
 #: Seconds before a request is sent again: the first wait, which doubles, and the longest.
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0
-#: So many requests in a row that fail to the end, and the endpoint is given up.
-_MOST_FAILURES = 3
-#: Statuses that pass, besides those of 500 and above; and those that every further request would meet too.
-_PASSING, _FATAL = (408, 409, 425, 429), (401, 403, 404, 405)
+#: After this many requests in a row that fail for good, no more are sent.
+_MAX_FAILURES = 3
+#: Statuses after which a request is sent again, besides 500 and above; and those after which none is sent any more.
+_RETRYABLE, _FATAL = (408, 409, 425, 429), (401, 403, 404, 405)
 
 
 @dataclass(frozen=True)
 class EndpointConfig:
-    """Where the judge is, and what it may cost.
+    """Address and budget of the judge.
 
     Attributes:
-        base_url: As OpenAI's clients take it, such as http://localhost:8000/v1.
+        base_url: As for OpenAI's clients, such as http://localhost:8000/v1.
         model: Name of the model there.
         api_key_env: Environment variable with the key; where it is not set, none is sent.
-        max_calls: Most requests of this run, repeated ones too. None: no bound.
-        max_cost: No request is sent any more once the replies of this run are so many tokens, prompts included; those
-            under way still come in. None: no bound.
-        threads: Requests under way at a time.
-        max_retries: How often a request is sent again.
+        max_calls: Most requests of this run, retries included. None: no bound.
+        max_cost: Tokens of prompts and replies in this run after which no request is sent; those under way are still
+            received. None: no bound.
+        threads: Concurrent requests.
+        max_retries: Retries of a request.
         timeout: Seconds to wait for a reply.
     """
 
@@ -62,10 +62,10 @@ class EndpointConfig:
             raise UserError(f"--base_url: {self.base_url!r} is no URL; write http://host:port/v1")
         if "@" in url.netloc:
             raise UserError(f"--base_url: a password in it would be written to logs; set {self.api_key_env}")
-        for name, least in (("max_calls", 0), ("max_cost", 0), ("threads", 1), ("max_retries", 0), ("timeout", 0.1)):
+        for name, minimum in (("max_calls", 0), ("max_cost", 0), ("threads", 1), ("max_retries", 0), ("timeout", 0.1)):
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"--{name}: must be at least {least}, got {value}")
+            if value is not None and value < minimum:
+                raise UserError(f"--{name}: must be at least {minimum}, got {value}")
 
     def key(self) -> str | None:
         """The API key; None where there is none.
@@ -79,8 +79,8 @@ class EndpointConfig:
         return key or None
 
 
-class _Passing(Exception):
-    """A failure that may pass.
+class _Retryable(Exception):
+    """A failure after which the request is sent again.
 
     Attributes:
         wait: Seconds that the server asks to wait.
@@ -91,29 +91,29 @@ class _Passing(Exception):
         self.wait = wait
 
 
-class _Refused(Exception):
+class _Rejected(Exception):
     """The server will not answer this request, however often it is sent."""
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the key to another host: it becomes an error, as other statuses do."""
+    """Turns redirects into errors: one would carry the key to another host."""
 
     def redirect_request(self, *args: Any) -> None:
         return None
 
 
 class Endpoint:
-    """Asks, and remembers the replies.
+    """Sends requests and saves the replies.
 
     Args:
-        config: Where, and what it may cost.
+        config: Address and budget.
         cache: The replies so far, as entries `key`, `text`, `top_logprobs`, `tokens`, `tstamp`.
 
     Attributes:
         calls: Requests that this run has sent.
         cost: Tokens of the replies to them.
-        stopped: Why this run asks no more, in words; None while it does.
-        failure: Why the last request that was given up failed, in words; None without one.
+        stopped: Why this run sends no more requests; None while it does.
+        failure: Why the last failed request failed; None without one.
     """
 
     def __init__(self, config: EndpointConfig, cache: PartFile):
@@ -125,21 +125,21 @@ class Endpoint:
         self._replies = {entry["key"]: entry for entry in cache.entries}
         self._key = config.key()
         self._opener = urllib.request.build_opener(_NoRedirect)
-        self._failures_in_a_row = 0
-        self._trouble = ""  # the last failure, also one that passed
+        self._consecutive_failures = 0
+        self._last_failure = ""  # the last failure, also one that passed
         self._lock = threading.Lock()
-        self._end = threading.Event()
+        self._ended = threading.Event()
 
     def ask(self, requests: list[Entry], desc: str) -> list[Entry | None]:
-        """Replies to requests, those known among them without a call.
+        """Replies to requests; those that are in the cache need no call.
 
         Args:
             requests: `messages` and the settings of a chat completion; the model is added.
             desc: Label of the progress bar.
 
         Returns:
-            For each its entry of the cache, see the class; None where there is none, for the budget (`stopped`) or a
-            failure (`failure`).
+            For each its entry of the cache, see the class; None where the budget (`stopped`) or a failure (`failure`)
+            prevented it.
 
         Raises:
             UserError: The endpoint refuses all requests, or does not tell the tokens that `max_cost` counts.
@@ -155,63 +155,64 @@ class Endpoint:
             try:
                 for asked in as_completed([pool.submit(self._ask, *item) for item in missing.items()]):
                     progress.update(asked.result())
-                    if self._trouble:
-                        progress.set_postfix_str(f"last failure: {self._trouble[:60]}")
+                    if self._last_failure:
+                        progress.set_postfix_str(f"last failure: {self._last_failure[:60]}")
             except BaseException:
-                self._end.set()  # or the pool would wait until all have been asked
+                self._ended.set()  # or the pool would wait until all have been asked
                 raise
         return [self._replies.get(key) for key in keys]
 
     def _ask(self, key: str, body: Entry) -> bool:
-        """Sends a request until it is answered or given up; whether it was answered."""
+        """Sends a request until it is answered or fails for good; returns whether it was answered."""
         pause, reason = 0.0, ""
         for attempt in range(self.config.max_retries + 1):
-            if self._end.wait(pause) or not self._may_call():
+            if self._ended.wait(pause) or not self._may_call():
                 return False
             try:
                 self._keep(key, self._call(body))
                 return True
-            except _Passing as error:
-                self._trouble = reason = str(error)
+            except _Retryable as error:
+                self._last_failure = reason = str(error)
                 # Threads that failed together must not come back together.
                 pause = max(error.wait, random.uniform(0.5, 1.0) * min(FIRST_WAIT * 2**attempt, LONGEST_WAIT))
-            except _Refused as error:
-                self._trouble = reason = str(error)
+            except _Rejected as error:
+                self._last_failure = reason = str(error)
                 break
         with self._lock:
             self.failure = reason
-            self._failures_in_a_row += 1
-            if self._failures_in_a_row == _MOST_FAILURES:
-                self._stop(f"{_MOST_FAILURES} requests in a row failed")
+            self._consecutive_failures += 1
+            if self._consecutive_failures == _MAX_FAILURES:
+                self._stop(f"{_MAX_FAILURES} requests in a row failed")
         return False
 
     def _may_call(self) -> bool:
-        """Counts a call, if the budget allows it."""
+        """Counts a call, if the budget allows it; returns whether it does."""
         with self._lock:
             if self.config.max_calls is not None and self.calls >= self.config.max_calls:
-                self._stop(f"--max_calls {self.config.max_calls} is spent")
+                self._stop(f"--max_calls {self.config.max_calls} is used up")
             if self.config.max_cost is not None and self.cost >= self.config.max_cost:
-                self._stop(f"--max_cost {self.config.max_cost} is spent, with {self.cost} tokens")
-            self.calls += not self._end.is_set()
-            return not self._end.is_set()
+                self._stop(f"--max_cost {self.config.max_cost} is used up, with {self.cost} tokens")
+            may_call = not self._ended.is_set()
+            self.calls += may_call
+            return may_call
 
     def _stop(self, reason: str) -> None:
         self.stopped = self.stopped or reason
-        self._end.set()
+        self._ended.set()
 
     def _keep(self, key: str, reply: Entry) -> None:
         with self._lock:
             entry = {"key": key, **reply, "tstamp": time.time()}
             self._cache.add(entry)
             self._replies[key] = entry
-            self._failures_in_a_row = 0
+            self._consecutive_failures = 0
             self.cost += reply["tokens"] or 0
         if reply["tokens"] is None and self.config.max_cost is not None:
-            self._end.set()
+            self._ended.set()
             raise UserError("--max_cost: the endpoint does not tell how many tokens a reply took; use --max_calls")
 
     def _call(self, body: Entry) -> Entry:
-        """One call of the endpoint."""
+        """Calls the endpoint once."""
         request = urllib.request.Request(
             f"{self.config.base_url.rstrip('/')}/chat/completions",
             data=json.dumps(body).encode(),
@@ -223,29 +224,29 @@ class Endpoint:
             with self._opener.open(request, timeout=self.config.timeout) as response:
                 return read_reply(response.read())
         except urllib.error.HTTPError as error:
-            raise self._judge_status(error) from None
+            raise self._status_error(error) from None
         except (OSError, http.client.HTTPException) as error:  # no connection, or one that broke or timed out
-            raise _Passing(f"{self.config.base_url}: {getattr(error, 'reason', None) or error!r}") from None
+            raise _Retryable(f"{self.config.base_url}: {getattr(error, 'reason', None) or error!r}") from None
 
-    def _judge_status(self, error: urllib.error.HTTPError) -> Exception:
-        """What a status other than 200 means for this request."""
+    def _status_error(self, error: urllib.error.HTTPError) -> Exception:
+        """The exception for a status other than 200."""
         try:
             text = " ".join(error.read(1000).decode(errors="replace").split())[:300]
         except (OSError, http.client.HTTPException):
             text = ""
         # Some servers repeat a key that they refuse.
-        said = f"HTTP {error.code}: {text.replace(self._key, '***') if self._key else text}"
+        message = f"HTTP {error.code}: {text.replace(self._key, '***') if self._key else text}"
         if error.code in _FATAL or 300 <= error.code < 400:
-            self._end.set()
+            self._ended.set()
             key = f"{self.config.api_key_env} is {'set' if self._key else 'not set'}"
-            return UserError(f"--base_url: {self.config.base_url} says {said}; check URL, model and key ({key})")
-        if error.code in _PASSING or error.code >= 500:
-            return _Passing(said, _retry_after(error.headers))
-        return _Refused(said)
+            return UserError(f"--base_url: {self.config.base_url} says {message}; check URL, model and key ({key})")
+        if error.code in _RETRYABLE or error.code >= 500:
+            return _Retryable(message, _retry_after(error.headers))
+        return _Rejected(message)
 
 
 def read_reply(raw: bytes) -> Entry:
-    """What is kept of a chat completion.
+    """Reads a chat completion.
 
     Returns:
         `text`; `top_logprobs` of its last token, by token, or None; `tokens` of prompt and reply, or None.
@@ -265,9 +266,9 @@ def read_reply(raw: bytes) -> Entry:
         of_tokens = (choice.get("logprobs") or {}).get("content") or []
         top = {t["token"]: float(t["logprob"]) for t in of_tokens[-1]["top_logprobs"]} if of_tokens else None
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise _Passing(f"a reply that is no chat completion ({type(error).__name__})") from None
+        raise _Retryable(f"a reply that is no chat completion ({type(error).__name__})") from None
     if not isinstance(text, str) or not isinstance(tokens, int | None):
-        raise _Passing("a chat completion without a text")
+        raise _Retryable("a chat completion without a text")
     return {"text": text, "top_logprobs": top, "tokens": tokens}
 
 

@@ -1,4 +1,4 @@
-"""Files of MT-bench and AlpacaEval: questions and answers, read row by row with the place of what is wrong."""
+"""Reads the files of MT-bench and AlpacaEval row by row; an error names the row."""
 
 import json
 from pathlib import Path
@@ -10,11 +10,11 @@ from alignment.errors import UserError
 
 
 def read_objects(path: str, *columns: str) -> list[tuple[str, Row]]:
-    """Rows of a JSON or JSON-lines file (also `.gz`), each with the words that tell a user where it stands.
+    """Rows of a JSON or JSON-lines file (also `.gz`), each behind its location as a user would name it.
 
     Args:
         path: The file.
-        columns: What each row must have.
+        columns: Columns that each row must have.
 
     Raises:
         UserError: There is no such file, it has no rows, or a row cannot be read or lacks a column.
@@ -122,9 +122,9 @@ def _add(rows: dict[int, tuple[str, Row]], number: Any, location: str, row: Row)
     rows[number] = location, row
 
 
-def _check_turns(turns: Any, location: str, least: int = 1) -> None:
-    if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns) or len(turns) < least:
-        raise UserError(f"{location} must be a list of {least} texts or more; fix the row")
+def _check_turns(turns: Any, location: str, min_turns: int = 1) -> None:
+    if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns) or len(turns) < min_turns:
+        raise UserError(f"{location} must be a list of {min_turns} texts or more; fix the row")
 
 
 def _check_text(row: Row, location: str) -> None:

@@ -1,4 +1,4 @@
-"""Samples before and after training, scored by a function of the user's, and what their difference is worth."""
+"""Scores samples before and after training by a reward function, and compares them."""
 
 import json
 from typing import Any

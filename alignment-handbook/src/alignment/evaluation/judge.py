@@ -1,4 +1,4 @@
-"""What the judges behind an endpoint share: filling the user's prompts, replies on disk, and what is left to ask."""
+"""Shared by the judges behind an endpoint: filling prompts, opening the saved replies, and the closing summary."""
 
 import contextlib
 import fcntl
@@ -16,10 +16,10 @@ _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 @contextlib.contextmanager
 def open_judge(output_dir: str, config: EndpointConfig) -> Iterator[Endpoint]:
-    """The judge with all its earlier replies in this folder, `verdicts/<judge>.jsonl.part`.
+    """Opens the judge with all its earlier replies in this folder, `verdicts/<judge>.jsonl.part`.
 
     Raises:
-        UserError: Another run uses them: each would cut off what the other adds.
+        UserError: Another run uses them: each would overwrite what the other adds.
     """
     folder = Path(output_dir) / "verdicts"
     folder.mkdir(parents=True, exist_ok=True)
@@ -51,28 +51,28 @@ def fill(template: str, texts: dict[str, str], location: str | None = None) -> s
 
 
 def chat_request(turns: list[tuple[str, str]], max_tokens: int) -> Entry:
-    """Settings of a chat completion, without chance, of turns (role, text)."""
+    """Settings of a greedy chat completion of turns (role, text)."""
     messages = [{"role": role, "content": text} for role, text in turns]
     return {"messages": messages, "temperature": 0, "max_tokens": max_tokens}
 
 
-def outcome(judge: Endpoint, said: str, num_judged: int, num_rows: int) -> str:
-    """What a run ends with: `said`, what it cost, and what a spent budget has left.
+def outcome(judge: Endpoint, summary: str, num_judged: int, num_rows: int) -> str:
+    """The last lines of a run: `summary`, its cost, and how many verdicts an exhausted budget has left open.
 
     Raises:
-        UserError: Verdicts are missing for another reason than the budget; `said` is printed before.
+        UserError: Verdicts are missing for another reason than the budget; `summary` is printed before.
     """
-    said += f"\n{judge.calls} calls and {judge.cost} tokens in this run"
+    summary += f"\n{judge.calls} calls and {judge.cost} tokens in this run"
     left = num_rows - num_judged
     if left and judge.failure:
-        print(said)
+        print(summary)
         raise UserError(
-            f"{left} of {num_rows} verdicts are missing ({judge.failure}); those that came are kept, and the same "
-            "command goes on"
+            f"{left} of {num_rows} verdicts are missing ({judge.failure}); those that came are saved; run the "
+            "same command again to get the rest"
         )
     if left:
-        said += f"\nSTOPPED: {judge.stopped}; {left} of {num_rows} verdicts are left, the same command goes on"
-    return said
+        summary += f"\nSTOPPED: {judge.stopped}; {left} of {num_rows} verdicts are left; run the same command again"
+    return summary
 
 
 def file_name(model: str) -> str:

@@ -34,7 +34,7 @@ def compare_alpaca_eval(
         prompt: A text with {instruction}, {output_1} and {output_2} that asks for "m" if output_1 is better, else for
             "M", as the last thing said; in turns where it has ChatML's `<|im_start|>`.
         output_dir, config, max_tokens: See `judge_mt_bench.grade_mt_bench`.
-        seed: Of the order.
+        seed: Seeds the order in which outputs are shown.
 
     Returns:
         Win rates, and what is left to ask, for a person.
@@ -50,8 +50,8 @@ def compare_alpaca_eval(
     for i in differ:
         one, two = ("output_2", "output_1") if flips[i] else ("output_1", "output_2")
         texts = {"instruction": rows[i]["instruction"], "output_1": rows[i][one], "output_2": rows[i][two]}
-        asked = chat_request([(role, fill(text, texts)) for role, text in turns], max_tokens)
-        requests.append(asked | {"logprobs": True, "top_logprobs": 5})
+        request = chat_request([(role, fill(text, texts)) for role, text in turns], max_tokens)
+        requests.append(request | {"logprobs": True, "top_logprobs": 5})
     model = rows[0]["generator_2"]
     output = Path(output_dir) / file_name(model) / file_name(config.model) / "annotations.json"
     preferences: list[float | None] = [1.5] * len(rows)  # equal outputs need no judge
@@ -62,10 +62,10 @@ def compare_alpaca_eval(
             preferences[i] = preference_of(replies[i], flips[i])
         judged = [{**row, "preference": preferences[i]} for i, row in enumerate(rows) if i not in missing]
         write_rows(output, judged)
-    said = [f"{output}: {model} against {rows[0]['generator_1']}", *win_rates(judged)]
+    lines = [f"{output}: {model} against {rows[0]['generator_1']}", *win_rates(judged)]
     if not missing:
-        said.append(length_controlled(judged))
-    return outcome(judge, "\n".join(said), len(judged), len(rows))
+        lines.append(length_controlled(judged))
+    return outcome(judge, "\n".join(lines), len(judged), len(rows))
 
 
 def preference_of(reply: Entry, flipped: bool) -> float | None:
@@ -131,7 +131,7 @@ def length_controlled(judged: list[Row]) -> str:
 
 
 def _pairs(outputs: str, reference: str, annotator: str) -> list[Row]:
-    """Rows of alpaca_eval's annotations but for the preference, in the order of the reference."""
+    """Rows of alpaca_eval's annotations without the preference, in the order of the reference."""
     ours, theirs = (read_instructions(path, "output", "generator") for path in (outputs, reference))
     rows = []
     for instruction, (_, one) in theirs.items():

@@ -35,8 +35,8 @@ def compare_models(
         raise UserError(
             f"--answers: a reward function or model compares two models, and {len(answers)} files are given"
         )
-    asked = None if questions is None else read_questions(questions)
-    read = _alpaca_rows if asked is None else lambda path: _mt_bench_rows(path, asked)
+    question_rows = None if questions is None else read_questions(questions)
+    read = _alpaca_rows if question_rows is None else lambda path: _mt_bench_rows(path, question_rows)
     (one, rows_one), (two, rows_two) = map(read, answers)
     if one == two:
         raise UserError(f"--answers: both files are of {one}; answer with another --model_id")
@@ -48,10 +48,10 @@ def compare_models(
     if not both:
         raise UserError(f"--answers: no question has a score in both {answers[0]} and {answers[1]}")
     first, second = (np.array([np.mean(of_model[key]) for key in both]) for of_model in scores)
-    return _said(one, two, first, second)
+    return _comparison(one, two, first, second)
 
 
-def _said(one: str, two: str, first: np.ndarray, second: np.ndarray) -> str:
+def _comparison(one: str, two: str, first: np.ndarray, second: np.ndarray) -> str:
     # It brings torch and trl, for which the judges behind an endpoint need not wait.
     from alignment.evaluation.held_out import bootstrap_interval, verdict
 
@@ -79,16 +79,16 @@ def _score(
     return scores
 
 
-def _mt_bench_rows(path: str, asked: dict[int, tuple[str, Row]]) -> tuple[str, list[Row]]:
+def _mt_bench_rows(path: str, question_rows: dict[int, tuple[str, Row]]) -> tuple[str, list[Row]]:
     """A model's name, and a row for each turn: what the model saw, what it said, and the question's columns."""
 
     def rows() -> Iterator[Row]:
-        for number, (_, question) in asked.items():
+        for number, (_, question) in question_rows.items():
             for turn, answer in enumerate(turns[number][: len(question["turns"])]):
                 prompt = conversation(question["turns"][: turn + 1], turns[number][:turn])
                 yield {**question, "turn": turn + 1, "prompt": prompt, "responses": [answer]}
 
-    model, turns = read_answers(path, asked)
+    model, turns = read_answers(path, question_rows)
     return model, list(rows())
 
 

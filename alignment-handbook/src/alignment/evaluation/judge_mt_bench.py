@@ -45,18 +45,22 @@ def grade_mt_bench(
     Raises:
         UserError: A file is wrong, or verdicts are missing for another reason than the budget.
     """
-    asked = read_questions(questions)
-    of_models = dict(read_answers(path, asked) for path in answers)
-    if len(of_models) < len(answers):
+    question_rows = read_questions(questions)
+    turns_by_model = dict(read_answers(path, question_rows) for path in answers)
+    if len(turns_by_model) < len(answers):
         raise UserError("--answers: two files are of one model; give each model's file once")
-    needing = {n: asked[n] for n in asked if asked[n][1]["category"] in REFERENCE_CATEGORIES}
-    if needing and references is None:
-        raise UserError(f"--references: needed for the {len(needing)} questions of {', '.join(REFERENCE_CATEGORIES)}")
-    shown = read_answers(references, needing)[1] if needing else {}
+    with_reference = {
+        n: question_rows[n] for n in question_rows if question_rows[n][1]["category"] in REFERENCE_CATEGORIES
+    }
+    if with_reference and references is None:
+        raise UserError(
+            f"--references: needed for the {len(with_reference)} questions of {', '.join(REFERENCE_CATEGORIES)}"
+        )
+    references_shown = read_answers(references, with_reference)[1] if with_reference else {}
     templates = {row["name"]: row for _, row in read_objects(prompts, "name", "system_prompt", "prompt_template")}
     rows, requests = [], []
-    for model, turns in of_models.items():
-        for number, turn, name, texts in _grading(asked, turns, shown):
+    for model, turns in turns_by_model.items():
+        for number, turn, name, texts in _grading(question_rows, turns, references_shown):
             if name not in templates:
                 raise UserError(f"{prompts}: no prompt named {name}; give FastChat's judge_prompts.jsonl")
             text = fill(templates[name]["prompt_template"], texts, f"{prompts}, {name}")
@@ -70,9 +74,9 @@ def grade_mt_bench(
         judged = [_graded(row, reply) for row, reply in zip(rows, replies, strict=True) if reply is not None]
         is_there = output.exists() and output.stat().st_size > 0
         old = [row for _, row in read_objects(str(output), "model", "question_id")] if is_there else []
-        others = [row for row in old if row["model"] not in of_models or row["question_id"] not in asked]
+        others = [row for row in old if row["model"] not in turns_by_model or row["question_id"] not in question_rows]
         write_rows(output, others + judged)
-    table = ratings_table(judged, {number: row["category"] for number, (_, row) in asked.items()})
+    table = ratings_table(judged, {number: row["category"] for number, (_, row) in question_rows.items()})
     return outcome(judge, f"{output}\n{table}", len(judged), len(rows))
 
 
@@ -106,10 +110,10 @@ def ratings_table(judged: list[Row], categories: dict[int, str]) -> str:
 
 
 def _grading(
-    asked: dict[int, tuple[str, Row]], answers: dict[int, list[str]], references: dict[int, list[str]]
+    question_rows: dict[int, tuple[str, Row]], answers: dict[int, list[str]], references: dict[int, list[str]]
 ) -> Iterator[tuple[int, int, str, dict[str, str]]]:
-    """What is to be graded of a model: question, turn, and name and texts of the judge's prompt, FastChat's way."""
-    for number, (_, question) in sorted(asked.items()):
+    """The gradings of a model: question, turn, and name and texts of the judge's prompt, as in FastChat."""
+    for number, (_, question) in sorted(question_rows.items()):
         named = {"question": question["turns"], "answer": answers[number]}
         if number in references:
             named["ref_answer"] = references[number]

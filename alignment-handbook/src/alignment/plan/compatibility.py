@@ -1,4 +1,4 @@
-"""What of a recipe a launch cannot do. Each was tried with the pinned versions.
+"""Combinations of recipe and launch that do not work. Each was tried with the pinned versions.
 
 torch 2.13, bitsandbytes 0.50, accelerate 1.15, DeepSpeed 0.19.8.
 """
@@ -12,7 +12,7 @@ from alignment.plan.layouts import BITSANDBYTES, optimizer_name
 
 
 def incompatibilities(policy: PolicyConfig, args: TrainingArguments, layout: str) -> list[dict[str, str]]:
-    """What of a recipe a layout cannot do: each with `what`, `reason` and `fix`. Empty when all is well."""
+    """What in a recipe a layout does not support: each with `what`, `reason` and `fix`."""
     found = []
 
     def add(what: str, reason: str, fix: str) -> None:

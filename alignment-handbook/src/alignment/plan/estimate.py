@@ -57,7 +57,7 @@ class MemoryEstimator:
         self.step, self.weights = cache(self._step), cache(self._weights)
 
     def footprint(self, layout: str, tokens: float | None = None) -> Footprint:
-        """What a layout shards, at the batch's tokens or at another number of them."""
+        """The memory that a layout shards, at the batch's tokens or at another number of them."""
         full, policy, args = not self.policy.use_peft, self.policy, self.args
         dtype = self._gathered_dtype(layout)
         phases = self.step(dtype).phases if tokens is None else self._phases(dtype, tokens)
@@ -122,7 +122,7 @@ class MemoryEstimator:
         return trace_step(spec, repeat_batch(self.batch, times) if times > 1 else self.batch)
 
     def _phases(self, dtype: torch.dtype, tokens: float) -> dict[str, dict[str, float]]:
-        """Those of a forward of so many tokens of the same kind, by the line through once and twice the batch.
+        """The phases of a forward of this many tokens, by the line through once and twice the batch.
 
         It is one of several forwards, as where `max_tokens_per_forward` cuts a micro-batch.
         """

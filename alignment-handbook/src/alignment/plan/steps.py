@@ -15,9 +15,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Plan:
-    """Batch sizes in prompts; steps are optimizer steps; tokens are those that are run, each prompt once.
+    """The plan of a run: batch sizes in prompts, optimizer steps, and tokens, each prompt counted once.
 
-    None is what cannot be known where the data is not at hand.
+    None is what is not known without the data.
     """
 
     num_processes: int
@@ -45,19 +45,19 @@ class Plan:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """For plan.json."""
+        """The plan as plain values, for plan.json."""
         return asdict(self)
 
 
 def set_global_batch(args: TrainingArguments, config: RunConfig, num_processes: int) -> None:
     """Sets `args.gradient_accumulation_steps` so that a step sees `config.global_batch_size` prompts.
 
-    A number of accumulation steps that was given by hand stays, and a line says what global batch it makes.
+    A `gradient_accumulation_steps` that was given stays, and a line says what global batch it makes.
 
     Args:
-        args: Of the run.
+        args: Training arguments.
         config: `global_batch_size`, and which keys were given.
-        num_processes: Of the run.
+        num_processes: Processes of the run.
 
     Raises:
         UserError: The prompts cannot be split evenly; names the nearest numbers that can.
@@ -71,7 +71,7 @@ def set_global_batch(args: TrainingArguments, config: RunConfig, num_processes: 
         made = at_once * args.gradient_accumulation_steps
         if made != wanted:
             logger.warning(
-                "!!! gradient_accumulation_steps=%d was given by hand: a step sees %d prompts, not the recipe's %d "
+                "!!! gradient_accumulation_steps=%d was given: a step sees %d prompts, not the recipe's %d "
                 "(global_batch_size). Results and learning rate are for %d.",
                 args.gradient_accumulation_steps, made, wanted, wanted,
             )  # fmt: skip
@@ -97,10 +97,10 @@ def plan_run(
     """Works out the global batch and the number of steps as the Trainer will.
 
     Args:
-        args: Of the run.
-        num_processes: Of the run.
-        num_prompts: Rows to train on, after those that cannot be used were dropped; None: not known.
-        num_tokens: Tokens of them; None: not known.
+        args: Training arguments.
+        num_processes: Processes of the run.
+        num_prompts: Rows to train on, without those that were dropped; None: not known.
+        num_tokens: Their tokens; None: not known.
     """
     batch = {
         "num_processes": num_processes,

@@ -1,4 +1,4 @@
-"""What a run did, for a person: tables, figures, one HTML page, a model card.
+"""Reports on runs: tables, figures, one HTML page, a model card.
 
 The files meet the data in this order: `runs` reads a run's output folder, `tables` and `figures` show its numbers,
 `html` puts both into `report.html`, `callback` writes that at each evaluation, and `card` writes the model card.

@@ -1,4 +1,4 @@
-"""The model card of what a run made: what it was trained on, how, and what that did."""
+"""Writes the model card of a run: data, recipe and results."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ def write_card(folder: str | Path, base: str, run: str | None = None, name: str 
     """Writes README.md beside a model, and the run's figures where there are some.
 
     Args:
-        folder: Of the model.
+        folder: Folder of the model.
         base: The model that was aligned.
         run: Output folder of the run that aligned it; what is not there (yet) is left out. Default: `folder`.
         name: Name of the model. Default: that of `folder`.

@@ -1,4 +1,4 @@
-"""Figures of runs, one a quantity: the same for a single run and for several side by side.
+"""Draws figures of runs, one a quantity: the same for a single run and for several side by side.
 
 Nothing here touches pyplot, whose state and backend belong to the program that trains.
 """
@@ -35,7 +35,7 @@ def draw_all(runs: Sequence[Run], folder: Path) -> list[tuple[str, Path]]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
-    for name, title, draw in _FIGURES[len(runs) == 1]:
+    for name, title, draw in _SINGLE_RUN if len(runs) == 1 else _SIDE_BY_SIDE:
         axes = new_axes() if len(runs) == 1 else new_axes(right=0.74)
         draw(axes, runs)
         file = folder / f"{name}.png"
@@ -48,9 +48,9 @@ def draw_all(runs: Sequence[Run], folder: Path) -> list[tuple[str, Path]]:
 
 
 def new_axes(right: float = 0.89) -> Axes:
-    """Empty axes, of a width that a phone shows without shrinking the text below what can be read.
+    """Makes empty axes, of a width that stays readable on a phone.
 
-    Margins are fixed: matplotlib takes three times as long to find them, too long for a run that draws as it goes.
+    Margins are fixed: finding them takes matplotlib three times as long, too long for a run that draws while it trains.
 
     Args:
         right: Where the axes end, in parts of the figure's width: names of lines stand beside them.
@@ -64,7 +64,7 @@ def new_axes(right: float = 0.89) -> Axes:
 
 
 def tidy(axes: Axes) -> None:
-    """Two spines and a faint grid."""
+    """Leaves two spines and a faint grid."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
     axes.set_axisbelow(True)
@@ -80,23 +80,23 @@ def name_lines(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> Non
     """Writes names beside the ends of lines, pushed apart where they would meet.
 
     Args:
-        axes: Of the lines, which are drawn already.
+        axes: The axes, with the lines drawn.
         ends: x, y, name and colour of each.
     """
     low, high = axes.get_ylim()
-    least = 0.075 * (high - low)
-    above = -np.inf
+    min_gap = 0.075 * (high - low)
+    lowest = -np.inf
     for x, y, name, colour in sorted(ends, key=lambda end: end[1]):
-        above = max(y, above + least)
+        lowest = max(y, lowest + min_gap)
         axes.annotate(
-            name if len(name) <= 16 else f"{name[:15]}…", (x, above), xytext=(5, 0), textcoords="offset points",
+            name if len(name) <= 16 else f"{name[:15]}…", (x, lowest), xytext=(5, 0), textcoords="offset points",
             va="center", color=colour, fontsize=9, parse_math=False, annotation_clip=False,
         )  # fmt: skip
-    axes.set_ylim(low, max(high, above + least / 2))
+    axes.set_ylim(low, max(high, lowest + min_gap / 2))
 
 
 def _start(axes: Axes) -> None:
-    """Where the policy is the reference."""
+    """Draws the line at 0, where the policy is the reference."""
     axes.axhline(0, color=GREY, linewidth=1, linestyle=":")
 
 
@@ -286,23 +286,22 @@ _TRAINING: list[tuple[str, str, Draw]] = [
     ("grad_norm", "Gradient norm", _logged("grad_norm", "norm before clipping", from_zero=True)),
     ("speed", "Speed", _speed),
 ]
-#: File, title and drawing of each figure; by whether it is of a single run.
-_FIGURES: dict[bool, list[tuple[str, str, Draw]]] = {
-    True: [
-        ("rewards", "Relative likelihood: best and others", _rewards),
-        ("margin", "Margin: best less others", _logged("rewards/margins", "implicit reward", start=True)),
-        ("ranks", "Implicit reward by rank of score", _ranks),
-        *_TRAINING,
-        ("lengths", "Length against score, training data", _lengths),
-        ("sampled_lengths", "Length against score, sampled answers", _sampled_lengths),
-        ("scores", "Scores, training data", _of_data(draw_scores)),
-        ("responses", "Responses in a row, training data", _of_data(draw_ks)),
-    ],
-    False: [
-        ("best", "Relative likelihood of the best responses", _logged("rewards/chosen", "implicit reward", start=True)),
-        ("others", "Relative likelihood of the others", _logged("rewards/rejected", "implicit reward", start=True)),
-        ("margin", "Margin: best less others", _logged("rewards/margins", "implicit reward", start=True)),
-        ("ranks", "Implicit reward by rank of score", _ranks),
-        *_TRAINING,
-    ],
-}
+#: File, title and drawing of each figure of a single run.
+_SINGLE_RUN: list[tuple[str, str, Draw]] = [
+    ("rewards", "Relative likelihood: best and others", _rewards),
+    ("margin", "Margin: best less others", _logged("rewards/margins", "implicit reward", start=True)),
+    ("ranks", "Implicit reward by rank of score", _ranks),
+    *_TRAINING,
+    ("lengths", "Length against score, training data", _lengths),
+    ("sampled_lengths", "Length against score, sampled answers", _sampled_lengths),
+    ("scores", "Scores, training data", _of_data(draw_scores)),
+    ("responses", "Responses in a row, training data", _of_data(draw_ks)),
+]
+#: The same of several runs.
+_SIDE_BY_SIDE: list[tuple[str, str, Draw]] = [
+    ("best", "Relative likelihood of the best responses", _logged("rewards/chosen", "implicit reward", start=True)),
+    ("others", "Relative likelihood of the others", _logged("rewards/rejected", "implicit reward", start=True)),
+    ("margin", "Margin: best less others", _logged("rewards/margins", "implicit reward", start=True)),
+    ("ranks", "Implicit reward by rank of score", _ranks),
+    *_TRAINING,
+]

@@ -1,4 +1,4 @@
-"""The report on one run, or on several side by side: a single HTML file, made from output folders alone."""
+"""Writes the report on one run, or on several side by side: a single HTML file, from output folders alone."""
 
 import base64
 import json
@@ -28,11 +28,11 @@ def report_run(folder: str | Path, history: list[dict[str, float]] | None = None
     """Writes report.html and figures/*.png into a run's folder, over those of before.
 
     Args:
-        folder: Of the run, finished or not.
+        folder: Output folder of the run, finished or not.
         history: See `alignment.report.runs.read_run`.
 
     Returns:
-        What was read.
+        The run that was read.
 
     Raises:
         UserError: See `alignment.report.runs.read_run`.

@@ -1,4 +1,4 @@
-"""A run as its output folder tells it, finished or not: curves, settings, samples, and the alarm."""
+"""Reads a run from its output folder, finished or not: curves, settings, samples, and the alarm."""
 
 import json
 import math
@@ -15,20 +15,20 @@ from alignment.files import read_json
 from alignment.recipe import read_yaml
 from trl_nca.checkpoints import list_checkpoints
 
-#: Implicit reward of each held-out prompt at the newest evaluation; see `alignment.report.callback`.
+#: Implicit reward of each held-out prompt at the newest evaluation; see `report.callback`.
 HELD_OUT = "held_out.json"
-#: Standard errors that a mean must be below zero by to be below it beyond noise.
+#: Alarm threshold, in standard errors below zero.
 _BEYOND_NOISE = 2.0
-#: Logged windows of training that stand in for held-out prompts where there are none.
+#: Logged windows of training that are used where there are no held-out prompts.
 _WINDOWS = 5
 
 
 @dataclass
 class Run:
-    """What a report is made of. None, or empty, is what the folder does not hold (yet).
+    """The contents of an output folder. None, or empty, is what it does not hold (yet).
 
     Attributes:
-        name: Of the folder; among others that are called the same, with its parents as far as they differ.
+        name: Name of the folder; among others of the same name, with its parents as far as they differ.
         recipe: The resolved recipe.
         history: What was logged, as in trainer_state.json: a dict a log line, of training or of an evaluation.
         plan: As in plan.json.
@@ -56,7 +56,7 @@ class Run:
 
     @property
     def step(self) -> int:
-        """The last that was logged."""
+        """The last logged step."""
         return int(max((entry["step"] for entry in self.history), default=0))
 
     def curve(self, key: str, x: str = "epoch") -> tuple[np.ndarray, np.ndarray]:
@@ -85,8 +85,8 @@ def read_run(folder: str | Path, history: list[dict[str, float]] | None = None) 
     """Reads an output folder.
 
     Args:
-        folder: Of the run.
-        history: What was logged. Default: from trainer_state.json, there or in the newest checkpoint.
+        folder: Output folder of the run.
+        history: The log. Default: from trainer_state.json, there or in the newest checkpoint.
 
     Raises:
         UserError: No run has started there, or a file of it cannot be read.

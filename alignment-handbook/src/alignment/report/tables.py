@@ -1,4 +1,4 @@
-"""Tables: what alignment changed, by how much, at what cost; of a run, of rounds, of runs side by side."""
+"""Tables of a run, of rounds, and of runs side by side: results, intervals, cost."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -43,7 +43,7 @@ def _aligned(table: Sequence[Sequence[str]]) -> str:
 
 
 def key_figures(run: Run) -> dict[str, str]:
-    """What is to be known of a run at a glance; "-" is what it has not told (yet).
+    """The most important numbers of a run; "-" where there is none (yet).
 
     Losses and rewards are those of the newest evaluation; without held-out rows, of the last logged window of training,
     and the row `measured on` says so.

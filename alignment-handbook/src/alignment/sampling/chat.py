@@ -19,7 +19,7 @@ HELP = "/both: base and aligned side by side, on and off; /new: a new conversati
 
 @dataclass
 class Speaker:
-    """Who answers: a model, and what it and the user have said.
+    """A model in a conversation, with the turns so far.
 
     Attributes:
         name: Printed before each answer.
@@ -35,7 +35,7 @@ class Speaker:
 
     @torch.inference_mode()
     def answer(self, text: str, tokenizer: PreTrainedTokenizerBase, config: SamplingConfig) -> str:
-        """Says the answer to the user's turn while it is made, and keeps both."""
+        """Prints the answer to the user's turn while it is generated, and keeps both turns."""
         self.turns.append({"role": "user", "content": text})
         ids = torch.tensor([encode_prompt(tokenizer, self.turns)], device=self.model.device)  # (1, L)
         adapter = contextlib.nullcontext() if self.with_adapter else self.model.disable_adapter()
@@ -90,9 +90,9 @@ def chat(
     Args:
         lines: What the user types.
         who: From `speakers`.
-        tokenizer: Of the models.
-        config: Length and temperature of an answer; its seed, for the whole conversation.
-        both: Whether the base answers too, from the start on.
+        tokenizer: Tokenizer of the models.
+        config: Length and temperature of an answer; the seed of the whole conversation.
+        both: Whether the base answers too, from the start.
         say: Prints a line.
     """
     torch.manual_seed(config.seed)

@@ -1,4 +1,4 @@
-"""Rows with a prompt, as `sample.py` and `score.py` read them: whole, in order, each known by its place in the file."""
+"""Reads rows with a prompt, for `sample.py` and `score.py`: complete, in order, each with its location."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,10 +17,10 @@ def read_prompts(path: str) -> tuple[list[Row], list[str]]:
             `.parquet`) with a column `prompt`: text, which is one turn of the user's, or messages.
 
     Returns:
-        The rows, and for each the words that tell a user where it stands.
+        The rows, and for each its location as a user would name it.
 
     Raises:
-        UserError: There is no such file, a row cannot be read, or its prompt is none to answer.
+        UserError: There is no such file, a row cannot be read, or its prompt cannot be answered.
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; give a .jsonl file, or a .txt with a prompt a line")

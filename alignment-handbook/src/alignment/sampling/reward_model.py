@@ -1,4 +1,4 @@
-"""Reward models: sequence classifiers with one output, which read prompt and response in the chat template."""
+"""Reward models: sequence classifiers with one output, over prompt and response in the chat template."""
 
 import math
 
@@ -52,7 +52,7 @@ class RewardModel:
 
         Args:
             rows: `prompt` as messages, and `responses` (K texts).
-            places: Where the rows stand, for errors.
+            places: Locations of the rows, for errors.
 
         Raises:
             UserError: The chat template refuses a row, or a score is not finite.

@@ -1,7 +1,7 @@
-"""Sample responses to chat prompts, many at a time.
+"""Samples responses to chat prompts, many at a time.
 
-Every batch has its own seed and stands for itself, so that work which was stopped can go on with the next batch and
-come out the same. B prompts in a batch, S samples of each, L tokens of the longest prompt in the batch.
+Every batch has its own seed, so that work which was stopped can resume with the next batch and give the same result.
+ B prompts in a batch, S samples of each, L tokens of the longest prompt in the batch.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How responses are drawn.
+    """How responses are sampled.
 
     Attributes:
         num_samples: Samples of each prompt, S.
@@ -98,7 +98,7 @@ def sample_batch(
 
     Args:
         prompt_ids: Token ids of B prompts.
-        index: Of the batch; with `config.seed` it gives the batch's seed.
+        index: Index of the batch; with `config.seed` it gives the batch's seed.
         model, tokenizer, config: See `sample_responses`.
 
     Returns:
@@ -127,7 +127,7 @@ def encode_prompt(tokenizer, messages: Messages) -> list[int]:
 
 
 def _generate(model, prompt_ids: list[list[int]], num_samples: int, settings: dict[str, Any]) -> torch.Tensor:
-    """Returns the sampled tokens, prompt-major. Shape (B * S, longest response)."""
+    """Samples tokens, prompt-major. Shape (B * S, longest response)."""
     length = max(map(len, prompt_ids))
     padding = [[settings["pad_token_id"]] * (length - len(ids)) for ids in prompt_ids]
     input_ids = torch.tensor([pad + ids for pad, ids in zip(padding, prompt_ids, strict=True)], device=model.device)
@@ -155,7 +155,7 @@ def _generate(model, prompt_ids: list[list[int]], num_samples: int, settings: di
 
 
 def generation_settings(model, tokenizer, config: SamplingConfig) -> dict[str, Any]:
-    """Returns the arguments of `generate`; each default of the model's that would bend the distribution is off."""
+    """Arguments of `generate`, without the model's defaults that would change the distribution."""
     stops = model.generation_config.eos_token_id
     # A base model with a chat template stops at the template's token, which its own configuration need not know.
     stops = {*(stops if isinstance(stops, list) else [stops]), tokenizer.eos_token_id} - {None}

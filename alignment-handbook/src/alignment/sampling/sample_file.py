@@ -1,4 +1,4 @@
-"""Sample responses to the prompts of a file, with transformers or vLLM, batch by batch, and write rows of them."""
+"""Samples responses to the prompts of a file, with transformers or vLLM, batch by batch, and writes rows of them."""
 
 import gc
 import importlib.util
@@ -36,13 +36,13 @@ def sample_file(
 ) -> str:
     """Writes rows of prompt, responses and sources: S responses of each model to each prompt of a file.
 
-    A run that was killed goes on where it stopped, and gives the file of an uninterrupted one, byte for byte.
+    A run that was killed resumes where it stopped, and gives the file of an uninterrupted one, byte for byte.
 
     Args:
-        path: See `read_prompts`. Columns besides the prompt are carried along, but for those of older responses.
+        path: See `read_prompts`. Other columns are copied, except those of older responses.
         models: Folders or Hub ids; adapters' folders too.
         output: A `.jsonl`. Rows are in the order of the prompts; responses are without white space around them.
-        config: How responses are drawn.
+        config: How responses are sampled.
         finished_only: Leave out responses that ran into `max_new_tokens`; a row may then have fewer, or none.
         engine: "transformers" or "vllm".
         dtype: Type of the weights, "auto" as they were saved.
@@ -74,7 +74,7 @@ def sample_file(
 
 
 def choose_engine(name: str) -> str:
-    """The engine to use: for "auto" vLLM where it is installed.
+    """Chooses the engine: for "auto" vLLM where it is installed.
 
     Raises:
         UserError: vLLM is asked for and not installed.
@@ -123,7 +123,7 @@ def vllm_sampler(name: str, tokenizer, config: SamplingConfig, dtype: str) -> Sa
 
 
 def _max_lora_rank(name: str) -> int:
-    """The least of the ranks that vLLM reserves memory for which holds the adapter's."""
+    """The smallest rank vLLM reserves memory for that is at least the adapter's."""
     from peft import PeftConfig
 
     rank = PeftConfig.from_pretrained(name).r
@@ -143,14 +143,14 @@ def encode_row(tokenizer, prompt: Messages, name: str, location: str) -> list[in
 
 
 def _encode_prompts(name: str, rows: list[Row], locations: list[str], max_new_tokens: int) -> list[list[int]]:
-    tokenizer, most = load_trained_tokenizer(name)
+    tokenizer, max_positions = load_trained_tokenizer(name)
     encoded = []
     for row, location in zip(rows, locations, strict=True):
         encoded.append(encode_row(tokenizer, row["prompt"], name, location))
-        if most is not None and len(encoded[-1]) + max_new_tokens > most:
+        if max_positions is not None and len(encoded[-1]) + max_new_tokens > max_positions:
             raise UserError(
                 f"{location}: the prompt has {len(encoded[-1])} tokens, and with --max_new_tokens {max_new_tokens} "
-                f"more than the {most} of {name}; remove the row, or lower --max_new_tokens"
+                f"more than the {max_positions} of {name}; remove the row, or lower --max_new_tokens"
             )
     return encoded
 
@@ -164,7 +164,7 @@ def _sample_batches(
     engine: str,
     dtype: str,
 ) -> Iterator[Entry]:
-    """Entries of a model's batches that are not done yet; the model is loaded if there are any, and let go after."""
+    """Entries of a model's batches that are not done yet; the model is loaded if there are any, and freed after."""
     missing = [index for index in batches if index not in done]
     if not missing:
         return

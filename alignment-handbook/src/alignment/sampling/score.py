@@ -1,6 +1,7 @@
-"""Score the responses of a file: Python reward functions, reward models, and their weighted sum.
+"""Scores the responses of a file by Python reward functions, reward models, and their weighted sum.
 
-Each scorer goes through the rows batch by batch, the longest first; what it found is kept (`alignment.resumable`).
+Each scorer goes through the rows batch by batch, the longest first; finished batches are saved
+(`alignment.resumable`).
 """
 
 import importlib.util
@@ -20,7 +21,7 @@ from alignment.resumable import Entry, PartFile, content_hash, fingerprint
 from alignment.sampling.prompts import read_prompts
 
 RewardFunction = Callable[..., list[float | None]]
-#: Scores of one row's responses. None: the scorer says that it does not apply.
+#: Scores of one row's responses. None: the scorer does not apply.
 Scores = list[float | None]
 
 #: Columns that a reward function is not given by name.
@@ -57,12 +58,12 @@ class Scorer:
         return cls(name, value, is_model)
 
     def fingerprint(self) -> str:
-        """What tells its code or weights from those that stood under the same name before."""
+        """A hash that changes when its code or weights do."""
         return fingerprint(self.name if self.is_model else self.name.rpartition(":")[0])
 
 
 def load_reward_function(spec: str) -> RewardFunction:
-    """A function (prompts, completions, **columns) -> scores, TRL's signature, from `FILE.py:NAME`.
+    """Loads a function (prompts, completions, **columns) -> scores, TRL's signature, from `FILE.py:NAME`.
 
     Raises:
         UserError: No such file or function.
@@ -90,7 +91,7 @@ def score_file(
 ) -> str:
     """Writes the rows of a file with `scores`, and with `score_parts` where there are several scorers.
 
-    A run that was killed goes on where it stopped, and gives the file of an uninterrupted one, byte for byte.
+    A run that was killed resumes where it stopped, and gives the file of an uninterrupted one, byte for byte.
 
     Args:
         path: Rows with `prompt` (see `read_prompts`) and `responses` (K texts). Older scores are replaced.
@@ -128,14 +129,14 @@ def score_file(
 
 
 def call_reward_function(function: RewardFunction, name: str, rows: list[Row], locations: list[str]) -> list[Scores]:
-    """Scores of the rows' responses by a Python function, which is called once.
+    """Scores the rows' responses by a Python function, which is called once.
 
     Args:
         function: From `load_reward_function`. Given: a prompt (messages) and a completion (one assistant message) for
             each response, and those of the rows' other columns that it takes by name, as often.
-        name: Of the function, for errors.
+        name: Name of the function, for errors.
         rows: `prompt` as messages, and `responses`.
-        places: Where the rows stand, for errors.
+        places: Locations of the rows, for errors.
 
     Raises:
         UserError: It returns too few or too many scores, or one that is no finite number and not None.
@@ -188,7 +189,7 @@ def _open(scorer: Scorer, batch_size: int, dtype: str) -> Callable[[list[Row], l
 
 
 def _check_scorers(scorers: list[Scorer], batch_size: int) -> None:
-    """Finds the mistakes that can be found before any work; also in the last of the functions."""
+    """Checks what can be checked before any work, in all functions."""
     names = [scorer.name for scorer in scorers]
     if not scorers or batch_size < 1:
         raise UserError("command line: give a --reward_function or a --reward_model, and a --batch_size of at least 1")

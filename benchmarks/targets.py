@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks.work import OURS
 
 #: By part: a sentence, the figure, and what it must be.
-BARS: list[tuple[str, str, Callable[[Any], float], str, float]] = [
+TARGETS: list[tuple[str, str, Callable[[Any], float], str, float]] = [
     ("equality", "fp32: furthest of ours from padded", lambda r: _furthest(r, "fp32", "ours"), "<=", 1e-4),
     ("equality", "bf16: ours from fp32, over padded from fp32", lambda r: _rounding(r), "<=", 1.5),
     ("qlora", "QLoRA, K=4: times as fast as padded", lambda r: _of(r, "padded", "times_slower_than_ours"), ">=", 2),
@@ -42,10 +42,10 @@ def _of_k(found: list[dict[str, Any]], num_responses: int) -> float:
     return next(row["peak_memory_gb"] for row in found if row["num_responses"] == num_responses)
 
 
-def bars_table(results: dict[str, Any]) -> str:
+def targets_table(results: dict[str, Any]) -> str:
     """Every bar with its figure; of a part that was not run, why."""
     lines = ["| bar | figure | bound | |", "|---|---|---|---|"]
-    for part, what, figure, sign, bound in BARS:
+    for part, what, figure, sign, bound in TARGETS:
         found = results["parts"].get(part)
         if found is None or "not_run" in found:
             lines.append(f"| {what} | | {sign} {bound:g} | not run: {(found or {}).get('not_run', 'not asked for')} |")
