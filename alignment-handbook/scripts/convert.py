@@ -10,17 +10,13 @@ rules for bad rows; `--help` lists all options. Any machine; no GPU.
 
 from pathlib import Path
 
-from datasets import Dataset
-from transformers import AutoTokenizer
-
 from alignment import errors
 from alignment.data.convert import ConvertConfig, convert
-from alignment.data.report import Columns, summary
+from alignment.data.report import summary
 from alignment.errors import UserError
 from alignment.files import write_json
 from alignment.recipe import StrictParser
 from alignment.report.figures import draw_data_report
-from trl_nca.responses import tokenize_dataset
 
 
 def main() -> None:
@@ -31,16 +27,7 @@ def main() -> None:
         config, rest = parser.parse_args_into_dataclasses(look_for_args_file=False)
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from error
-    if config.tokenizer is None:
-        report = convert(rest.inputs, config)
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
-        control_tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-
-        def measure(rows: Dataset) -> Columns:
-            return Columns.of_tokens(tokenize_dataset(rows, tokenizer)[0])
-
-        report = convert(rest.inputs, config, measure, control_tokens)
+    report = convert(rest.inputs, config)
     if config.report:
         folder = Path(config.report)
         folder.mkdir(parents=True, exist_ok=True)

@@ -54,6 +54,11 @@ def check_columns(dataset: Dataset, needed: set[str]) -> None:
         raise ValueError(f"needs columns {', '.join(sorted(needed))}; found {', '.join(dataset.column_names)}")
 
 
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Texts of the tokenizer's special tokens, in the order of their ids."""
+    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+
+
 class ResponseTokenizer:
     """Tokenizes one prompt and its responses so that training sees what sampling will see.
 
@@ -80,8 +85,7 @@ class ResponseTokenizer:
         self.max_length = max_length
         self.max_prompt_length = max_prompt_length
         self.cut_over_long = cut_over_long
-        added = tokenizer.added_tokens_decoder.values()
-        specials = {str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)
+        specials = {*control_tokens(tokenizer), *tokenizer.all_special_tokens}
         self._stand_ins = {text: chr(_FIRST_STAND_IN + i) for i, text in enumerate(sorted(specials))}
         self._literals = {stand_in: text for text, stand_in in self._stand_ins.items()}
         longest_first = sorted(specials, key=len, reverse=True)

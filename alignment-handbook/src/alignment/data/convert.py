@@ -2,7 +2,7 @@
 
 import gzip
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from alignment.data.reading import column, load_source
 from alignment.data.report import Columns, describe
 from alignment.errors import UserError
 from alignment.files import atomic_path
+from alignment.models import load_trained_tokenizer
+from trl_nca.responses import control_tokens, tokenize_dataset
 
 _ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")
 
@@ -60,12 +62,7 @@ class ConvertConfig(RowConfig):
             self.make_pairs = self.make_pairs or "best_worst"
 
 
-def convert(
-    inputs: Sequence[str],
-    config: ConvertConfig,
-    measure: Callable[[Dataset], Columns] = Columns.of_texts,
-    control_tokens: list[str] | None = None,
-) -> dict[str, Any]:
+def convert(inputs: Sequence[str], config: ConvertConfig) -> dict[str, Any]:
     """Reads the inputs, writes what is kept of them to one file, and reports.
 
     The same inputs and settings give the same bytes. The output is there whole or not at all.
@@ -73,8 +70,6 @@ def convert(
     Args:
         inputs: Files, folders or Hub ids, in the order of their rows in the output.
         config: How rows are read, and what to write.
-        measure: Lengths and scores of the rows, for the report.
-        control_tokens: Texts of a tokenizer's control tokens that are looked for in the rows.
 
     Returns:
         The data report, as in data_report.json.
@@ -85,15 +80,16 @@ def convert(
     output = Path(config.output)
     if output.exists() and not config.overwrite:
         raise UserError(f"output: {output} is there already; give another name, or --overwrite=true")
+    tokenizer = load_trained_tokenizer(config.tokenizer)[0] if config.tokenizer else None
+    forbidden = control_tokens(tokenizer) if tokenizer else None
     parts = [
-        load_source(path, config.split, config=config, unscored_pairs=True, control_tokens=control_tokens)
-        for path in inputs
+        load_source(path, config.split, config=config, unscored_pairs=True, control_tokens=forbidden) for path in inputs
     ]
     rows = concatenate_datasets(parts)
     counts = count_outcomes(rows)
     check_dropped("input", counts, config.max_dropped_fraction)
     kept = kept_rows(rows)
-    columns = measure(kept)
+    columns = Columns.of_tokens(tokenize_dataset(kept, tokenizer)[0]) if tokenizer else Columns.of_texts(kept)
     fixed = int((pc.list_value_length(column(kept, "fixed")).to_numpy() > 0).sum())
     counts |= {"rows_kept": len(kept), "rows_fixed": fixed, "responses": len(columns.scores)}
     report = counts | describe(columns, config.alpha)

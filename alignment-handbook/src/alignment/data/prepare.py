@@ -9,7 +9,7 @@ from alignment.data.load import DataConfig, check_rows, load_groups
 from alignment.data.report import data_report
 from alignment.data.rules import actions
 from trl_nca.config import NCAConfig
-from trl_nca.responses import tokenize_dataset
+from trl_nca.responses import control_tokens, tokenize_dataset
 
 
 def prepare_rows(
@@ -31,8 +31,7 @@ def prepare_rows(
     Raises:
         UserError: They cannot be trained on; see `load_groups`.
     """
-    control_tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    raw, counts = load_groups(config, pairs, control_tokens, args.dataset_num_proc, keep_columns)
+    raw, counts = load_groups(config, pairs, control_tokens(tokenizer), args.dataset_num_proc, keep_columns)
     check_rows(raw["train"], only_pairs=args.loss_type in ("DPO", "biasedNCA"), template=tokenizer.chat_template)
     rows, reports = {}, {}
     for name, dataset in raw.items():

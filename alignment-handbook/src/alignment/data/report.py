@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
+import torch
 from datasets import Dataset
 
 from alignment.data.load import DataConfig, check_dropped
 from alignment.data.rules import actions
 from alignment.errors import UserError
+from trl_nca.losses import reward_targets
 
 #: Percentiles of the lengths that are reported.
 PERCENTILES = (50, 90, 99)
@@ -109,7 +111,7 @@ def describe(columns: Columns, alpha: float | None = None) -> dict[str, Any]:
     }
     warnings = []
     if alpha is not None:
-        largest = _mean_largest_target(scores, best, starts, owner, alpha)
+        largest = _mean_largest_target(scores, ks, alpha)
         about_scores |= {"alpha": alpha, "mean_largest_target": largest}
         warnings = _warn_of_targets(about_scores, float((1 / ks).mean()))
     values, counts = np.unique(ks, return_counts=True)
@@ -154,14 +156,11 @@ def _count_distinct(scores: np.ndarray, owner: np.ndarray, num_rows: int) -> np.
     return np.bincount(owner[order][is_new], minlength=num_rows)
 
 
-def _mean_largest_target(
-    scores: np.ndarray, best: np.ndarray, starts: np.ndarray, owner: np.ndarray, alpha: float
-) -> float:
-    """Mean largest target softmax(score / alpha): 1 for one-hot targets, 1 / K for uniform ones."""
-    below = scores - best[owner]  # <= 0
-    with np.errstate(divide="ignore", invalid="ignore"):
-        weights = (below == 0).astype(float) if alpha == 0 else np.exp(below / alpha)
-    return float((1 / np.add.reduceat(weights, starts)).mean())
+def _mean_largest_target(scores: np.ndarray, ks: np.ndarray, alpha: float) -> float:
+    """Mean over the rows of the largest target: 1 for one-hot targets, 1 / K for uniform ones."""
+    of_k = np.repeat(ks, ks)
+    rows = [torch.from_numpy(scores[of_k == k].reshape(-1, k)) for k in np.unique(ks)]
+    return torch.cat([reward_targets(group, alpha).amax(dim=-1) for group in rows]).mean().item()
 
 
 def _warn_of_targets(scores: dict[str, Any], uniform: float) -> list[str]:
