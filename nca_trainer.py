@@ -107,13 +107,9 @@ class NCATrainer(AtomicCheckpoints, DPOTrainer):
             return dataset
         if set(TOKENIZED_FEATURES) <= {*dataset.column_names, "length"}:
             return dataset.map(lambda row: {"length": group_length(row)}, desc=f"Measuring {dataset_name}")
+        limits, desc = (args.max_length, args.max_prompt_length), f"Tokenizing {dataset_name}"
         dataset, report = tokenize_dataset(
-            self._to_groups(dataset),
-            processing_class,
-            args.max_length,
-            args.max_prompt_length,
-            num_proc=args.dataset_num_proc,
-            desc=f"Tokenizing {dataset_name}",
+            self._to_groups(dataset), processing_class, *limits, num_proc=args.dataset_num_proc, desc=desc
         )
         if report["rows_dropped"] or report["responses_cut"]:
             logger.warning("%s: not all rows fit: %s", dataset_name, report)
@@ -168,13 +164,9 @@ class NCATrainer(AtomicCheckpoints, DPOTrainer):
             logps = self.compute_ref_log_probs(model, batch)
             return [values[mask].tolist() for values, mask in zip(logps, batch["response_mask"], strict=True)]
 
-        description = describe_reference(
-            self.accelerator.unwrap_model(model),
-            dataset,
-            self._trained_adapter,
-            precision=self.accelerator.mixed_precision,
-            shared_prompt=self._shared_prompt,
-        )
+        reference = self.accelerator.unwrap_model(model)
+        settings = {"precision": self.accelerator.mixed_precision, "shared_prompt": self._shared_prompt}
+        description = describe_reference(reference, dataset, self._trained_adapter, **settings)
         file = cache_file(description, self.args.ref_logps_dir)
         logps = reference_logps(dataset, file, description, score, batch_size, desc=f"Reference log-probs of {name}")
         return dataset.add_column("ref_logps", logps)
@@ -227,8 +219,7 @@ class NCATrainer(AtomicCheckpoints, DPOTrainer):
             logps = logps_without_gradient(logps_fn, chunks, self._max_over_ranks)
         losses, rewards = losses_of(logps)
         loss = average(losses)
-        metrics = router.metrics | group_metrics(losses, rewards, logps, scores, mask)
-        self.step_metrics.record(metrics, inputs["location"])
+        self.step_metrics.record(router.metrics | group_metrics(losses, rewards, logps, scores, mask), inputs)
         return (loss, {"rewards": rewards}) if return_outputs else loss
 
     def _targets(self, scores: Tensor, response_mask: Tensor) -> Tensor:
@@ -266,6 +257,9 @@ class NCATrainer(AtomicCheckpoints, DPOTrainer):
     def eval_metrics(self) -> Mapping[str, list[float]]:
         """Metrics of the evaluation that is running: a list of numbers for each, one a prompt."""
         return self._metrics["eval"]
+
+    def _track_num_input_tokens(self, inputs: Batch) -> None:
+        """Does nothing, where upstream would wait for all processes: `StepMetrics` counts, once a step."""
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         grad_norm = super()._get_grad_norm(model, grad_norm)

@@ -51,8 +51,9 @@ def make_model(dropout=0.0, dtype=torch.float64):
 
 
 def losses_of(loss_type, batch, beta=0.05):
-    ref_logps = torch.linspace(-40, -20, batch["scores"].numel()).view(batch["scores"].shape)
-    targets = reward_targets(batch["scores"], 0.3, batch["response_mask"])
+    scores = batch["scores"]
+    ref_logps = torch.linspace(-40, -20, scores.numel(), device=scores.device).view(scores.shape)
+    targets = reward_targets(scores, 0.3, batch["response_mask"])
     return lambda logps: LOSSES[loss_type](beta * (logps - ref_logps), targets, batch["response_mask"])
 
 

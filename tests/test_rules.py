@@ -259,3 +259,9 @@ def test_a_malformed_row_is_read_or_dropped_under_a_name(raw, action, settings_)
         assert group.prompt
         json.dumps([group.prompt, group.responses], ensure_ascii=False).encode()
         assert set(group.fixed) <= set(RULES)
+
+
+def test_the_old_name_of_fix_is_read():
+    text_scores = row(scores=["1", "2", "3"])
+    assert read(text_scores, {"text_score": "mend"}) == read(text_scores, {"text_score": "fix"})
+    assert actions({"text_score": "mend"}) == actions({"text_score": "fix"})

@@ -20,6 +20,7 @@ SEAMS = {
     "compute_ref_log_probs": ["model", "inputs"],
     "compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"],
     "get_batch_samples": ["epoch_iterator", "num_batches", "device"],
+    "_track_num_input_tokens": ["inputs"],
     "_get_grad_norm": ["model", "grad_norm"],
     "_save_checkpoint": ["model", "trial"],
     "_send_telemetry": [],
@@ -65,7 +66,9 @@ def test_constructor_keeps_the_arguments_that_are_passed_on():
 
 def test_upstream_calls_the_seams():
     calls = inspect.getsource(Trainer)
-    for name in (PASSED_ON.keys() | {"_get_grad_norm", "compute_loss", "get_batch_samples"}) - {"train"}:
+    for name in (
+        PASSED_ON.keys() | {"_track_num_input_tokens", "_get_grad_norm", "compute_loss", "get_batch_samples"}
+    ) - {"train"}:
         assert f"self.{name}(" in calls
     for attribute in ("_tr_loss", "_globalstep_last_logged", "_total_loss_scalar", "current_flos"):
         assert f"self.{attribute}" in calls

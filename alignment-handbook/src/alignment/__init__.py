@@ -1,6 +1,6 @@
 """What surrounds a training run: recipes, data, models, planning, sampling, evaluation, reports.
 
-It imports `trl_nca` and no trainer. tests/test_house.py has the order in which its modules and folders import each other.
+It imports `trl_nca` and no trainer. tests/test_house.py has the order in which its parts import each other.
 """
 
 import logging

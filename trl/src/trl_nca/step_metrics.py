@@ -7,14 +7,16 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from trl_nca.logps import Batch
 from trl_nca.metrics import stack_metrics
 
 
 class StepMetrics:
     """Collects the metrics of micro-batches, and gathers them into `trainer._metrics`, whose lists upstream averages.
 
-    What the processes must agree on comes with them: whether one of them was asked to stop, and which rows have a loss
-    that is not finite. A training step has one exchange, just before the optimizer's step (`SkipNonFiniteSteps`).
+    What else the processes must know of each other comes with them: whether one was asked to stop, how many tokens it
+    ran, and which rows have a loss that is not finite. A training step has one exchange, just before the optimizer's
+    step (`SkipNonFiniteSteps`).
 
     Args:
         trainer: An `NCATrainer`.
@@ -24,16 +26,18 @@ class StepMetrics:
         self.trainer = trainer
         self._batches: list[dict[str, Tensor]] = []
         self._locations: list[str] = []
+        self._num_tokens = 0
 
-    def record(self, metrics: dict[str, Tensor], locations: list[str]) -> None:
+    def record(self, metrics: dict[str, Tensor], batch: Batch) -> None:
         """Keeps the metrics of a micro-batch until they are gathered; those of an evaluation are gathered at once.
 
         Args:
             metrics: One value a prompt: `trl_nca.metrics.group_metrics`, after any others. Shape (B,) each.
-            locations: Where the B rows stand.
+            batch: The micro-batch, from `GroupCollator`.
         """
         self._batches.append(metrics)
-        self._locations += locations
+        self._locations += batch["location"]
+        self._num_tokens += batch["input_ids"].numel()
         if not self.trainer.model.training:
             self.gather()
 
@@ -41,15 +45,18 @@ class StepMetrics:
         """Gathers what was kept, so that each prompt of all processes counts once in the mean that is logged."""
         trainer, mode = self.trainer, "train" if self.trainer.model.training else "eval"
         names, table = stack_metrics(self._batches)
-        locations, self._batches, self._locations = self._locations, [], []
-        stop = torch.full_like(table[:, :1], trainer.preemption.stop_requested)
-        table = torch.cat([stop, table], dim=1)  # (prompts, 1 + metrics), the ranks last
+        stop, tokens = torch.zeros_like(table[:, :2]).split(1, dim=1)  # both are read as sums over the prompts
+        stop[0], tokens[0] = trainer.preemption.stop_requested, self._num_tokens
+        table = torch.cat([stop, tokens, table], dim=1)  # (prompts, 2 + metrics), the ranks last
+        locations, self._batches, self._locations, self._num_tokens = self._locations, [], [], 0
         table = trainer.accelerator.pad_across_processes(table, dim=1, pad_index=float("nan"))  # to the largest K
-        names += [f"rewards/rank_{k}" for k in range(table.shape[1] - 1 - len(names))]
+        names += [f"rewards/rank_{k}" for k in range(table.shape[1] - 2 - len(names))]
         # Evaluation fills the last batch up with prompts it has seen: gather_for_metrics drops those.
         gather = trainer.accelerator.gather if mode == "train" else trainer.accelerator.gather_for_metrics
-        stops, *columns = gather(table).T.tolist()
+        stops, tokens, *columns = gather(table).T.tolist()
         trainer.preemption.stopped |= any(stops)
+        if mode == "train" and trainer.args.include_num_input_tokens_seen != "no":
+            trainer.state.num_input_tokens_seen += int(sum(tokens))
         for name, values in zip(names, columns, strict=True):
             if name == "loss" and mode == "train":  # the Trainer logs it, over the accumulation steps
                 if not all(map(math.isfinite, values)):
