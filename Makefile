@@ -31,7 +31,7 @@ setup: $(VENV)/.installed $(MODEL)/config.json  ## The environment, and the mode
 deepspeed: setup  ## The extra that ZeRO launches need; without it their tests are skipped.
 	DS_BUILD_OPS=0 $(VENV)/bin/pip install --quiet --no-build-isolation deepspeed==0.19.8
 
-data: $(WORK)/scored_train.jsonl $(WORK)/scored_eval.jsonl  ## Make the embedded reward data again; go on after a kill.
+data: $(WORK)/scored_train.jsonl $(WORK)/scored_eval.jsonl  ## Make the embedded reward data again; resumes after a kill.
 	$(SCRIPTS)/convert.py $(WORK)/scored_train.jsonl --to list --min_responses 4 --overwrite=true --output data/checkable_train.jsonl
 	$(SCRIPTS)/convert.py $(WORK)/scored_eval.jsonl --to list --min_responses 4 --overwrite=true --output data/checkable_eval.jsonl
 

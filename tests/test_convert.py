@@ -160,7 +160,7 @@ DROPPED = {
     22: "identical_scores", 23: "prompts_differ", 24: "too_few_responses", 25: "roles_do_not_alternate",
     28: "unknown_format", 29: "too_few_responses",
 }  # fmt: skip
-MENDED = {0: "empty_response", 1: "empty_response", 3: "duplicate_response", 4: "duplicate_response",
+FIXED = {0: "empty_response", 1: "empty_response", 3: "duplicate_response", 4: "duplicate_response",
           6: "empty_response", 9: "duplicate_response"}  # fmt: skip
 
 
@@ -174,11 +174,11 @@ def test_awkward_real_rows_are_kept_fixed_or_dropped_under_a_name(tmp_path):
         for what, found in ((dropped, report["dropped_by_reason"]), (fixed, report["fixed_by_reason"])):
             if found:
                 (what[i],) = found
-    assert (dropped, fixed) == (DROPPED, MENDED)
+    assert (dropped, fixed) == (DROPPED, FIXED)
     report, output = run(tmp_path, rows)
     assert report["dropped_by_reason"] == Counter(DROPPED.values())
     assert len(lines(output)) == report["rows_kept"] == 30 - len(DROPPED)
-    assert report["rows_fixed"] == len(MENDED)
+    assert report["rows_fixed"] == len(FIXED)
 
 
 @needs_shared

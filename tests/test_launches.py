@@ -207,7 +207,7 @@ def slurm(folder, *arguments):
 
 @pytest.mark.slow
 def test_two_nodes_under_slurm_with_fsdp2(work, one_process, tmp_path):
-    """Each run is also told to go on with the newest checkpoint, and has none."""
+    """Each run is also told to resume from the newest checkpoint, and has none."""
     slurm(tmp_path, "fsdp2", "tests/launch_runs.py", write_runs(work, "slurm", tmp_path))
     assert_launched("fsdp2 by slurm.sh on 2 nodes", tmp_path, one_process, 2, sharded=True)
 

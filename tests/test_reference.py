@@ -1,4 +1,4 @@
-"""The reference's log-probs on disk: what they are keyed by, and that a run goes on from what is there."""
+"""The reference's log-probs on disk: what they are keyed by, and that a run resumes from what is there."""
 
 import json
 from pathlib import Path
@@ -146,7 +146,7 @@ def test_a_killed_precompute_goes_on_where_it_stopped(tmp_path):
         reference_logps(rows, file, {"about": "x"}, scorer(seen, fail_after=4), 2, "")
     assert seen == [9, 8, 7, 6], "longest first"
     with file.open("a") as stream:
-        stream.write('{"row": 2, "logps": [-0.1')  # torn by the kill
+        stream.write('{"row": 2, "logps": [-0.1')  # cut by the kill
     seen = []
     assert reference_logps(rows, file, {"about": "x"}, scorer(seen), 2, "") == expected
     assert seen == [5, 4, 3]

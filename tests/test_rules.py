@@ -78,7 +78,7 @@ BAD = {
 #: Rules that are met when the row is tokenized; tests/test_responses.py and tests/test_scripts.py have them.
 OF_TOKENS = {"template_refused", "prompt_too_long", "empty_prompt", "over_long"}
 #: What is left of the row above when it is fixed: responses and scores.
-MENDED = {
+FIXED = {
     "no_overall_score": (["a", "b"], [2.0, 5.0]),
     "ten_for_one": (["a", "b"], [1.0, 7.0]),
     "roles_do_not_alternate": (ROW["responses"], ROW["scores"]),
@@ -104,7 +104,7 @@ def test_every_action_of_every_rule(reason, action):
     group = read(raw, {reason: action}, **settings)
     assert group.fixed == ([reason] if action == "fix" else [])
     if action == "fix":
-        left, scores = MENDED.get(reason, (ROW["responses"][:2], ROW["scores"][:2]))
+        left, scores = FIXED.get(reason, (ROW["responses"][:2], ROW["scores"][:2]))
         assert (group.responses, group.scores) == (left, scores)
     else:
         assert len(group.responses) == len(raw["responses"])

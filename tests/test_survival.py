@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped, starved of disk or fed rows that are not finite: what is left, and how they go on."""
+"""Runs that are killed, stopped, starved of disk or fed rows that are not finite: what is left, and how they resume."""
 
 import errno
 import json

@@ -7,7 +7,7 @@
 #
 # CONFIG is a file of accelerate_configs/ by its name: multi_node (DDP), fsdp2, fsdp2_qlora, deepspeed_zero2 or
 # deepspeed_zero3. Submitted from the repository's root. A recipe that runs for hours should save often (save_strategy:
-# steps, save_steps): a job that is queued again goes on with the newest complete checkpoint.
+# steps, save_steps): a job that is queued again resumes from the newest complete checkpoint.
 #SBATCH --job-name=alignment
 #SBATCH --ntasks-per-node=1
 #SBATCH --requeue
