@@ -5,7 +5,7 @@
     benchmarks/gpu.sh --device cpu    a rehearsal at a tiny size, whose figures mean nothing
 
 Rows are drawn with UltraFeedback's lengths: up to 1,024 tokens, a prompt has 0.42 of a response. Each part is written
-to results_gpu.json as it comes; the table at the end has the bars, and says what was not run and why.
+to results_gpu.json as it comes; the table at the end has the targets, and says what was not run and why.
 """
 
 import argparse

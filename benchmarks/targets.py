@@ -44,7 +44,7 @@ def _of_k(found: list[dict[str, Any]], num_responses: int) -> float:
 
 def targets_table(results: dict[str, Any]) -> str:
     """Every bar with its figure; of a part that was not run, why."""
-    lines = ["| bar | figure | bound | |", "|---|---|---|---|"]
+    lines = ["| target | figure | bound | |", "|---|---|---|---|"]
     for part, what, figure, sign, bound in TARGETS:
         found = results["parts"].get(part)
         if found is None or "not_run" in found:
@@ -52,7 +52,7 @@ def targets_table(results: dict[str, Any]) -> str:
             continue
         try:
             value = figure(found["result"])
-        except Exception as error:  # the other bars are still to come
+        except Exception as error:  # the other targets are still to come
             lines.append(f"| {what} | | {sign} {bound:g} | no figure: {type(error).__name__}: {error} |")
             continue
         holds = COMPARE[sign](value, bound)
