@@ -6,7 +6,7 @@ SCRIPTS := $(RUN) alignment-handbook/scripts
 MODEL := models/SmolLM2-135M-Instruct
 WORK := runs/data
 
-.PHONY: train test check bench figure2 setup data clean deepspeed
+.PHONY: train test check docs bench figure2 setup data clean deepspeed
 .SECONDARY:  # the files on the way to the data stay
 
 train: setup  ## Align the embedded model on the embedded data, on this machine's CPU.
@@ -19,6 +19,9 @@ check: $(VENV)/.installed  ## Lint, format, types of the pure modules.
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+docs: setup  ## The option tables of docs/scripts/, from the scripts' parsers.
+	$(RUN) docs/generate_options.py
 
 bench: setup  ## Time and memory of a step against the padded way and upstream: benchmarks/results.json.
 	$(RUN) -m benchmarks.bench

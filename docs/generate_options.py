@@ -1,0 +1,98 @@
+"""Writes the option tables of docs/scripts/ from the scripts' own parsers, between two markers in each page.
+
+    make docs
+
+run_reward.md lists the keys of this project's dataclasses; those of TRL and transformers are in their own pages.
+"""
+
+import argparse
+import dataclasses
+import runpy
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from alignment.configs import Configs
+
+PAGES = Path(__file__).resolve().parent / "scripts"
+SCRIPTS = PAGES.parent.parent / "alignment-handbook" / "scripts"
+START, END = "<!-- Written by `make docs`. -->", "<!-- End of what `make docs` writes. -->"
+#: Headings of run_reward.md, by the field of `Configs`.
+HEADINGS = {"trainer": "Loss, memory, resuming", "data": "Data", "policy": "Model", "run": "Run"}
+
+
+class _Parsed(Exception):
+    """Carries the parser of a script out of it."""
+
+
+def find_parser(script: Path) -> argparse.ArgumentParser:
+    """The parser that a script makes, before it parses anything."""
+
+    def stop(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> None:
+        raise _Parsed(parser)
+
+    with mock.patch.object(argparse.ArgumentParser, "parse_known_args", stop), mock.patch.object(sys, "argv", ["-"]):
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except _Parsed as parsed:
+            return parsed.args[0]
+    raise ValueError(f"{script} parses no command line")
+
+
+def option_rows(parser: argparse.ArgumentParser) -> Iterator[tuple[str, str, str]]:
+    """Name, default and meaning of each option, positional ones first."""
+    for action in sorted(parser._actions, key=lambda action: bool(action.option_strings)):
+        if not isinstance(action, argparse._HelpAction):
+            name = action.option_strings[0] if action.option_strings else (action.metavar or action.dest).upper()
+            text = action.help[0].upper() + action.help[1:]
+            yield name, "needed" if action.required else _default(action.default), _meaning(text, action.choices)
+
+
+def key_rows(config: type) -> Iterator[tuple[str, str, str]]:
+    """Name, default and meaning of each key that a dataclass has from this project, in the order of the fields."""
+    classes = [base for base in config.__mro__ if base.__module__.split(".")[0] in ("alignment", "trl_nca")]
+    own = {name for base in classes for name in base.__annotations__}
+    for field in dataclasses.fields(config):
+        if field.name in own and field.init:
+            factory = field.default_factory
+            default = field.default if factory is dataclasses.MISSING else factory()
+            yield field.name, _default(default), _meaning(field.metadata["help"], field.metadata.get("choices"))
+
+
+def with_tables(page: Path) -> str:
+    """The text of a page, its tables written anew; of a page without markers the text as it is."""
+    text = page.read_text()
+    if START not in text:
+        return text
+    before, rest = text.split(START)
+    if page.stem == "run_reward":
+        configs = Configs.__annotations__
+        parts = [f"### {heading}\n\n{_table('key', key_rows(configs[field]))}" for field, heading in HEADINGS.items()]
+    else:
+        parts = [_table("option", option_rows(find_parser(SCRIPTS / f"{page.stem}.py")))]
+    return "\n\n".join([f"{before}{START}", *parts, f"{END}{rest.split(END)[1]}"])
+
+
+def _table(head: str, rows: Iterable[tuple[str, str, str]]) -> str:
+    lines = [f"| `{name}` | {default} | {meaning} |" for name, default, meaning in rows]
+    return "\n".join([f"| {head} | default | |", "|---|---|---|", *lines])
+
+
+def _default(value: Any) -> str:
+    if value is None or value is argparse.SUPPRESS or value in ("", []):
+        return ""
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def _meaning(text: str, choices: Iterable[Any] | None) -> str:
+    """A help text as a sentence without a full stop, with the choices that it does not name."""
+    text = text.replace("%%", "%").replace("|", r"\|").rstrip(".")
+    named = f" ({', '.join(f'`{choice}`' for choice in choices or ())})"
+    return text + (named if any(str(choice) not in text for choice in choices or ()) else "")
+
+
+if __name__ == "__main__":
+    for path in sorted(PAGES.glob("*.md")):
+        path.write_text(with_tables(path))
