@@ -4,6 +4,7 @@ Every word that depends on a number is computed from it.
 """
 
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -221,6 +222,12 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def _wrapped(block: str) -> str:
+    """A paragraph in lines of at most 100 characters; code, tables, headings and images as they are."""
+    return block if block[0] in "`|#!" else textwrap.fill(block, 100, break_long_words=False, break_on_hyphens=False)
+
+
 def _write(page: Path, parts: Sequence[str]) -> Path:
-    write_text(page, "\n\n".join(parts) + "\n")
+    blocks = [_wrapped(block) for part in parts for block in part.split("\n\n")]
+    write_text(page, "\n\n".join(blocks) + "\n")
     return page
