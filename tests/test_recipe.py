@@ -232,15 +232,21 @@ def script_flags():
     return {script: flags for script, flags in found.items() if flags}
 
 
-@pytest.mark.parametrize(
-    "page", [ROOT / "README.md", *sorted(ROOT.glob("*/*.md")), *PAGES.glob("*.md")], ids=lambda page: page.name
-)
-def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("[a-z]*/*.md"), *PAGES.glob("*.md")]
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere_and_prose_is_narrow(page):
+    text = page.read_text()
+    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
         assert (page.parent / target).exists(), target
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
+    assert not [line for line in prose.splitlines() if len(line) > 100 and not line.startswith(("|", "!["))]
 
 
-def test_the_readme_has_commands():
+def test_the_readme_is_short_and_has_commands():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 140 and max(map(len, lines)) <= 100
     assert len(readme_commands()) >= 5
 
 
