@@ -72,8 +72,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--answers", nargs="+", required=True, help="files of generate_answers.py; two for a reward "
                         "function or model")  # fmt: skip
     parser.add_argument("--output_dir", required=True, help="folder to write in")
-    parser.add_argument("--questions", help="of mt_bench: FastChat's question.jsonl")
-    parser.add_argument("--reference_outputs", help="of alpaca_eval: outputs to compare with")
+    parser.add_argument("--questions", help="mt_bench only: FastChat's question.jsonl")
+    parser.add_argument("--reference_outputs", help="alpaca_eval only: outputs to compare with")
     endpoint = parser.add_argument_group("a judge behind an endpoint")
     endpoint.add_argument("--base_url", help="OpenAI-compatible, such as http://localhost:8000/v1")
     endpoint.add_argument("--model", help="name of the judge there")
