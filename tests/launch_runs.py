@@ -1,13 +1,12 @@
 """Runs of run_reward.py, several in the same processes: importing takes longer than any of them.
 
     accelerate launch --config_file CONFIG --num_processes=2 tests/launch_runs.py RUNS.json
-    python tests/launch_runs.py --fork LAUNCHES.json
 
-RUNS.json is a list of command lines of run_reward.py, or with make_pairs of run_preference.py. LAUNCHES.json is a list
-of [arguments of `accelerate launch`, RUNS.json]; accelerate sets each up as it always does, and its processes are then
-forked from this one, which has imported everything, in place of started anew.
+RUNS.json is a list of command lines of run_reward.py, or with make_pairs of run_preference.py. Each process leaves
+`rank_N.json` in a run's output folder: how it was launched, and how much of the policy it holds.
 
-Each process leaves `rank_N.json` in a run's output folder: how it was launched, and how much of the policy it holds.
+`fork_launches` and `fork_workers` are called in a process that has imported everything: accelerate sets a launch up as
+it always does, and its processes are then forked from this one, in place of started anew.
 """
 
 import json
@@ -25,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from nca_trainer import NCATrainer, PairwiseNCATrainer
 from run_reward import align
-from tests.conftest import draw_nothing
+from tests.forked import draw_nothing, run_as_main
 
 
 class WatchedTrainer(NCATrainer):
@@ -87,13 +86,29 @@ def fork(args: Any) -> None:
         sys.exit(1)
 
 
-def main() -> None:
-    if sys.argv[1] != "--fork":
-        return run(sys.argv[1])
+def fork_launches(launches: list[tuple[list[str], str]]) -> None:
+    """Launches by their arguments of `accelerate launch` and their RUNS.json, one after the other."""
     torch.distributed.run.run = fork
-    for launch, runs in json.loads(Path(sys.argv[2]).read_text()):
+    for launch, runs in launches:
         launch_command(launch_command_parser().parse_args([*launch, __file__, runs]))
 
 
+def fork_workers(argv: list[str]) -> None:
+    """A whole `accelerate launch` with torchrun's agent, which forks its processes; they run the script as always."""
+    config_from_args = torch.distributed.run.config_from_args
+
+    def forked(args: Any) -> Any:
+        config, *_ = config_from_args(args)
+        config.start_method = "fork"
+        return config, run_worker, [args.training_script, *args.training_script_args]
+
+    torch.distributed.run.config_from_args = forked
+    launch_command(launch_command_parser().parse_args(argv))
+
+
+def run_worker(*argv: str) -> None:
+    run_as_main(list(argv))
+
+
 if __name__ == "__main__":
-    main()
+    run(sys.argv[1])

@@ -10,6 +10,7 @@ import pytest
 from alignment.errors import UserError
 from alignment.report.tables import rounds_table
 from tests.conftest import ROOT
+from tests.forked import in_one_worker
 from tests.scripts import save_stopping_model
 
 
@@ -36,7 +37,8 @@ def test_the_table_of_rounds_says_what_the_intervals_show():
         rounds_table([scored(start), scored(start, first="another")])
 
 
-def test_rounds_from_samples_to_the_next_model(tmp_path):
+@in_one_worker
+def test_rounds_from_samples_to_the_next_model(tmp_path, forked_python):
     model = save_stopping_model(tmp_path / "model")
     for name, asked in [("train", "What"), ("eval", "Where")]:
         rows = [{"prompt": f"{asked} is {i}?", "responses": ["a", "b"], "scores": [1, 0]} for i in range(6)]
@@ -61,7 +63,7 @@ report_to: none
 use_cpu: true
 """)
     command = ["bash", f"{ROOT}/alignment-handbook/scripts/iterate.sh", f"{tmp_path}/recipe.yaml"]
-    env = os.environ | {"PYTHON": sys.executable, "MIN_RESPONSES": "2", "NUM_SAMPLES": "4", "MAX_NEW_TOKENS": "16"}
+    env = os.environ | {"PYTHON": forked_python, "MIN_RESPONSES": "2", "NUM_SAMPLES": "4", "MAX_NEW_TOKENS": "16"}
     out = tmp_path / "rounds"
 
     def iterate(rounds, **changed):

@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from nca_trainer import NCATrainer, PairwiseNCATrainer
 from run_reward import align
 from tests.conftest import ROOT
-from tests.launch_runs import free_port
+from tests.forked import in_one_worker, start
+from tests.launch_runs import fork_launches, free_port
 from tests.scripts import documentation
 from tests.trainers import text
 
@@ -37,6 +38,7 @@ MIXED = ["--gradient_checkpointing=true", "--max_tokens_per_forward=70"]
 TOLERANCES = {"logps": 1e-3, "eval_logps": 1e-3}  # sums of some 20 log-probs, around -100
 NOT_COMPARED = ("runtime", "per_second", "total_flos")
 
+pytestmark = in_one_worker  # for `one_process`
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs `make deepspeed`")
 
 
@@ -164,8 +166,9 @@ def test_processes(work, one_process, tmp_path, launches):
     for config, n in launches.items():
         launch = [f"--config_file={CONFIGS / config}.yaml", f"--num_processes={n}"]
         arguments.append([launch, write_runs(work, config, tmp_path / config)])
-    (tmp_path / "launches.json").write_text(json.dumps(arguments))
-    shell([sys.executable, "tests/launch_runs.py", "--fork", str(tmp_path / "launches.json")])
+    child = start(fork_launches, arguments, log=tmp_path / "log")
+    child.join(600)
+    assert child.exitcode == 0, (tmp_path / "log").read_text()[-4000:]
     for config, n in launches.items():
         assert_launched(config, tmp_path / config, one_process, n, sharded=config == "fsdp2")
         if config == "multi_gpu":
@@ -194,7 +197,7 @@ printf '127.0.0.1\\n127.0.0.1\\n'
 """
 
 
-def slurm(folder, *arguments):
+def slurm(folder, *arguments, **env):
     """Runs slurm.sh on that cluster; returns what it prints."""
     (folder / "bin").mkdir()
     for name, script in [("srun", SRUN), ("scontrol", SCONTROL)]:
@@ -202,7 +205,7 @@ def slurm(folder, *arguments):
         (folder / "bin" / name).chmod(0o755)
     path = f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     job = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1"}
-    return shell([SLURM, *arguments], PATH=path, SLURM_JOB_ID=str(os.getpid()), **job)
+    return shell([SLURM, *arguments], PATH=path, SLURM_JOB_ID=str(os.getpid()), **job, **env)
 
 
 @pytest.mark.slow
@@ -221,9 +224,16 @@ os.write(1, f"{who} {sys.argv[1:]}\\n".encode())
 
 
 @pytest.mark.parametrize("config", ["multi_node", pytest.param("deepspeed_zero3", marks=needs_deepspeed)])
-def test_two_nodes_under_slurm_are_one_launch(tmp_path, config):
+def test_two_nodes_under_slurm_are_one_launch(tmp_path, forked_python, config):
     (tmp_path / "hello.py").write_text(HELLO)
-    printed = slurm(tmp_path, config, str(tmp_path / "hello.py"), "RECIPE", "--a=b c")
+    submitted = tmp_path / "submitted"  # a clone whose accelerate is forked
+    (submitted / ".venv" / "bin").mkdir(parents=True)
+    (submitted / "alignment-handbook").symlink_to(ROOT / "alignment-handbook")
+    accelerate = submitted / ".venv" / "bin" / "accelerate"
+    accelerate.write_text(f'#!/bin/sh\nexec {forked_python} -m accelerate.commands.accelerate_cli "$@"\n')
+    accelerate.chmod(0o755)
+    hello = str(tmp_path / "hello.py")
+    printed = slurm(tmp_path, config, hello, "RECIPE", "--a=b c", SLURM_SUBMIT_DIR=str(submitted))
     flags = "['RECIPE', '--resume_from_checkpoint=true', '--a=b c']"
     assert {f"0 2 0 {flags}", f"1 2 1 {flags}"} <= set(printed.splitlines())
 

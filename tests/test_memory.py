@@ -4,7 +4,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 from types import SimpleNamespace
 
 import datasets
@@ -27,6 +26,7 @@ from alignment.plan.trace import StepMemory, largest_forward, repeat_batch, trac
 from alignment.recipe import PLAN_KEYS
 from benchmarks.plan import LORA, SMALL, Case, measured, planned
 from tests.conftest import ROOT
+from tests.forked import in_one_worker
 from tests.tiny import tiny_config
 
 RECIPES = sorted((ROOT / "yamls").glob("*.yaml"))
@@ -259,14 +259,15 @@ def test_what_does_not_fit_says_so(monkeypatch, no_tracing):
     assert "REFUSED" in describe(plan, facts, notes) and "--optim=adamw_torch" in describe(plan, facts, notes)
 
 
-def run_plan(recipe, folder, *flags):
-    command = [sys.executable, "run_reward.py", str(recipe), "--plan", f"--output_dir={folder}", *flags]
+def run_plan(python, recipe, folder, *flags):
+    command = [python, "run_reward.py", str(recipe), "--plan", f"--output_dir={folder}", *flags]
     return subprocess.run(
         command, cwd=ROOT, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True
     )
 
 
-def test_the_command_writes_a_plan_and_nothing_else(tmp_path):
+@in_one_worker
+def test_the_command_writes_a_plan_and_nothing_else(tmp_path, forked_python):
     """A folder with a config and nothing else is a model to plan for."""
     tiny = tmp_path / "model"
     tiny_config().save_pretrained(tiny)
@@ -279,7 +280,7 @@ def test_the_command_writes_a_plan_and_nothing_else(tmp_path):
         "use_cpu: true\nmax_length: 64\n"
     )
     out = tmp_path / "out"
-    done = run_plan(recipe, out, "--num_processes=2")
+    done = run_plan(forked_python, recipe, out, "--num_processes=2")
     assert done.returncode == 0, done.stderr
     assert [file.name for file in out.iterdir()] == ["plan.json"]
     plan = json.loads((out / "plan.json").read_text())

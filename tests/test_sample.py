@@ -1,7 +1,6 @@
 """Prompts in, responses out: what a file of samples holds, and that a killed run gives the same bytes."""
 
 import signal
-import subprocess
 import sys
 import time
 from importlib.machinery import ModuleSpec
@@ -19,6 +18,7 @@ from alignment.sampling.prompts import read_prompts
 from alignment.sampling.sample import SamplingConfig, encode_prompt, sample_batch, sample_responses
 from alignment.sampling.sample_file import choose_engine, sample_file
 from tests.conftest import ROOT
+from tests.forked import in_one_worker, run_as_main, start
 from tests.scripts import Killed, read, save_stopping_model, script, write
 from tests.tiny import save_tiny_model
 
@@ -44,13 +44,25 @@ def adapter(model, tmp_path_factory):
     return str(folder)
 
 
-@pytest.fixture
-def prompts(tmp_path):
-    """A file of prompts: texts, messages, and a row that was sampled and scored before."""
+def write_prompts(folder):
     rows = [{"prompt": text, "id": i} for i, text in enumerate(PROMPTS)]
     rows[1]["prompt"] = [{"role": "system", "content": "Be short."}, {"role": "user", "content": PROMPTS[1]}]
     rows[2] |= {"responses": ["old"], "sources": ["old"], "scores": [1.0], "score_parts": {"f": [1.0]}}
-    return write(tmp_path / "prompts.jsonl", rows)
+    return write(folder / "prompts.jsonl", rows)
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    """A file of prompts: texts, messages, and a row that was sampled and scored before."""
+    return write_prompts(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def whole(model, adapter, tmp_path_factory):
+    """What the model and the adapter say to them in turns."""
+    folder = tmp_path_factory.mktemp("whole")
+    sample_file(write_prompts(folder), [model, adapter], str(folder / "whole.jsonl"), CONFIG)
+    return folder / "whole.jsonl"
 
 
 def test_rows_are_the_prompts_with_their_samples(prompts, model, tmp_path):
@@ -133,10 +145,8 @@ def stop_after(monkeypatch, num_batches):
 
 
 @pytest.mark.parametrize(("cut", "left"), [(0, 3), (5, 2), ("middle", 1), ("header", 0)])
-def test_a_killed_run_gives_the_same_bytes(prompts, model, adapter, tmp_path, monkeypatch, cut, left):
-    whole, out, part = (tmp_path / name for name in ("whole.jsonl", "out.jsonl", "out.jsonl.part"))
-    models = [model, adapter]
-    sample_file(prompts, models, str(whole), CONFIG)
+def test_a_killed_run_gives_the_same_bytes(prompts, model, adapter, whole, tmp_path, monkeypatch, cut, left):
+    out, part, models = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part", [model, adapter]
     stop_after(monkeypatch, 3)
     with pytest.raises(Killed):
         sample_file(prompts, models, str(out), CONFIG)
@@ -166,16 +176,18 @@ def test_what_was_torn_is_gone_after_the_next_batch(tmp_path):
     assert part.read_bytes() == whole + b'{"batch": 1}\n'
 
 
+@in_one_worker
 def test_a_sigkill_in_the_middle(model, tmp_path):
     prompts = write(tmp_path / "prompts.jsonl", [{"prompt": f"{text} {i}"} for i in range(12) for text in PROMPTS])
     out, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
-    command = [sys.executable, f"{ROOT}/alignment-handbook/scripts/sample.py", prompts, "--model_name_or_path", model,
+    command = [f"{ROOT}/alignment-handbook/scripts/sample.py", prompts, "--model_name_or_path", model,
                "--output", str(out), "--num_samples=2", "--max_new_tokens=6", "--batch_size=4"]  # fmt: skip
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
-        while process.poll() is None and not (part.exists() and part.read_bytes().count(b"\n") > 3):
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
+    process = start(run_as_main, command)
+    while process.is_alive() and not (part.exists() and part.read_bytes().count(b"\n") > 3):
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     sample_file(prompts, [model], str(out), CONFIG)
     sample_file(prompts, [model], str(tmp_path / "whole.jsonl"), CONFIG)
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()

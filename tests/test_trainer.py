@@ -1,6 +1,8 @@
 """Trajectories of the trainers on tiny random models: each pair of settings that must agree is held to one curve."""
 
+import functools
 import math
+import tempfile
 
 import pytest
 import torch
@@ -8,6 +10,19 @@ from trl import DPOConfig, DPOTrainer
 
 from nca_trainer import NCAConfig, PairwiseNCATrainer
 from tests.trainers import DEFAULTS, assert_same_curve, logged, make_trainer, pair_rows, reward_rows, run
+
+
+@functools.cache
+def curve(loss_type, lora):
+    """Of 20 rows, as they are trained without more settings: what several tests compare with."""
+    with tempfile.TemporaryDirectory() as folder:
+        return run(folder, reward_rows(20), loss_type=loss_type, lora=lora)
+
+
+@functools.cache
+def upstream_curve(loss_type, lora):
+    with tempfile.TemporaryDirectory() as folder:
+        return run(folder, pair_rows(20), DPOTrainer, DPOConfig, loss_type=[loss_type], lora=lora)
 
 
 @pytest.mark.parametrize(("loss_type", "expected"), [("NCA", 2 * math.log(2)), ("InfoNCA", math.log(3))])
@@ -28,8 +43,7 @@ def test_dpo_loss_at_step_zero(tmp_path):
 def test_pairs_follow_upstream(tmp_path, ours, upstream, lora):
     rows = pair_rows(20)
     mine = run(tmp_path, rows, PairwiseNCATrainer, loss_type=ours, lora=lora)
-    theirs = run(tmp_path, rows, DPOTrainer, DPOConfig, loss_type=[upstream], lora=lora)
-    assert_same_curve(mine, theirs)
+    assert_same_curve(mine, upstream_curve(upstream, lora))
 
 
 def test_pairs_as_reward_rows_follow_upstream(tmp_path):
@@ -39,7 +53,7 @@ def test_pairs_as_reward_rows_follow_upstream(tmp_path):
         remove_columns=["chosen", "rejected"],
     )
     mine = run(tmp_path, rewards, loss_type="InfoNCA", alpha=0)
-    assert_same_curve(mine, run(tmp_path, pairs, DPOTrainer, DPOConfig, loss_type=["sigmoid"]))
+    assert_same_curve(mine, upstream_curve("sigmoid", True))
 
 
 @pytest.mark.parametrize("loss_type", ["NCA", "InfoNCA"])
@@ -65,7 +79,7 @@ def test_packed_equals_padded(tmp_path, lora):
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 def test_chunked_equals_whole(tmp_path, loss_type, lora):
     rows, settings = reward_rows(20), {"loss_type": loss_type, "lora": lora}
-    whole = run(tmp_path, rows, **settings)
+    whole = curve(loss_type, lora)
     in_twos = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     assert_same_curve(whole, run(tmp_path, rows, max_tokens_per_forward=40, **settings))
     assert_same_curve(whole, run(tmp_path, rows, max_tokens_per_forward=25, **settings, **in_twos))
@@ -81,15 +95,13 @@ def test_evaluation_in_chunks_is_the_same(tmp_path):
 
 
 def test_checkpointing_changes_nothing(tmp_path):
-    rows = reward_rows(20)
-    assert_same_curve(run(tmp_path, rows), run(tmp_path, rows, gradient_checkpointing=True))
+    assert_same_curve(curve("NCA", True), run(tmp_path, reward_rows(20), gradient_checkpointing=True))
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 def test_precomputed_equals_online_reference(tmp_path, lora):
-    rows = reward_rows(20)
-    online = run(tmp_path, rows, lora=lora)
-    assert_same_curve(online, run(tmp_path, rows, lora=lora, precompute_ref_log_probs=True))
+    precomputed = run(tmp_path, reward_rows(20), lora=lora, precompute_ref_log_probs=True)
+    assert_same_curve(curve("NCA", lora), precomputed)
 
 
 def test_resumed_equals_uninterrupted(tmp_path):
