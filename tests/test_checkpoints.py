@@ -22,14 +22,13 @@ from alignment.errors import UserError
 from nca_trainer import NCATrainer
 from run_reward import align
 from tests.conftest import ROOT
-from tests.forked import in_one_worker, start
+from tests.forked import start
 from tests.launch_runs import fork_workers, free_port
 from tests.runs import assert_same_run, history, launch, wait_for
 from tests.trainers import make_trainer, reward_rows
 from trl_nca.checkpoints import MARKER, STAGING, find_corruption, rotate, seal, write_error_reason
 
 
-@in_one_worker
 def test_ten_kills_and_the_run_ends_as_if_there_had_been_none(saving_recipe, whole_run, tmp_path):
     rng, out = random.Random(0), tmp_path / "out"
     staging, passed = out / STAGING, []
@@ -55,7 +54,6 @@ def test_ten_kills_and_the_run_ends_as_if_there_had_been_none(saving_recipe, who
     assert not staging.exists()
 
 
-@in_one_worker
 def test_a_corrupt_checkpoint_is_skipped_with_a_line(saving_recipe, whole_run, tmp_path, caplog):
     out = tmp_path / "out"
     shutil.copytree(whole_run, out)
@@ -113,7 +111,22 @@ def test_rotation_keeps_the_one_just_written(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-6"}
 
 
-@in_one_worker
+def test_a_kill_while_old_checkpoints_are_removed_leaves_none_that_is_half_there(tmp_path, monkeypatch):
+    for step in (2, 4):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "weights").touch()
+        seal(tmp_path / f"checkpoint-{step}")
+
+    def killed(folder, *args, **kwargs):
+        next(Path(folder).rglob("weights")).unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        rotate(str(tmp_path), 1, {"checkpoint-4"})
+    assert [find_corruption(folder) for folder in tmp_path.glob("checkpoint-*")] == [None]
+
+
 def test_a_killed_worker_ends_all_processes_and_the_run_goes_on(saving_recipe, tmp_path):
     flags = ["--lora_dropout=0", "--disable_dropout=true", "--logging_steps=1"]
     align([str(saving_recipe), f"--output_dir={tmp_path}/one", *flags], NCATrainer)
@@ -189,7 +202,6 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", folder], check=True)
 
 
-@in_one_worker
 def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(saving_recipe, whole_run, small_disk, tmp_path):
     out = small_disk / "out"
     flags = [str(saving_recipe), f"--output_dir={out}", "--save_total_limit=20", "--resume_from_checkpoint=true"]

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +107,12 @@ def rotate(output_dir: str, limit: int | None, kept: set[str]) -> None:
     """
     found = list_checkpoints(output_dir)
     rest = [folder for folder in found if folder.name not in kept]
-    for folder in rest[: max(len(found) - (limit or len(found)), 0)]:
-        shutil.rmtree(folder, ignore_errors=True)
+    removed = Path(output_dir) / STAGING
+    with suppress(OSError):
+        for folder in rest[: max(len(found) - (limit or len(found)), 0)]:
+            removed.mkdir(exist_ok=True)
+            folder.rename(removed / folder.name)  # so that a kill between its files leaves no half of it
+    shutil.rmtree(removed, ignore_errors=True)
 
 
 def write_error_reason(error: Exception) -> str | None:
