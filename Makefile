@@ -13,7 +13,7 @@ train: setup  ## Align the embedded model on the embedded data, on this machine'
 	$(RUN) run_reward.py yamls/reward_cpu.yaml --overwrite_output_dir=true
 
 test: setup  ## The whole test suite, offline.
-	$(RUN) -m pytest -n 2
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.installed  ## Lint, format, types of the pure modules.
 	$(VENV)/bin/ruff check .

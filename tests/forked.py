@@ -13,16 +13,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 CHILDREN = multiprocessing.get_context("forkserver")
 CHILDREN.set_forkserver_preload(
     ["run_reward", "run_preference", "alignment.sampling.sample_file", "tests.launch_runs", "tests.engine",
      "tests.trainers", "tests.forked"]
 )  # fmt: skip
-
-#: Of tests that start such processes: in one worker of xdist they share a server and what they compare with.
-in_one_worker = pytest.mark.xdist_group("forked")
 
 
 def start(target: Callable[..., Any], *args: Any, log: str | Path = os.devnull, daemon: bool = True) -> BaseProcess:

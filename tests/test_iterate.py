@@ -10,7 +10,6 @@ import pytest
 from alignment.errors import UserError
 from alignment.report.tables import rounds_table
 from tests.conftest import ROOT
-from tests.forked import in_one_worker
 from tests.scripts import save_stopping_model
 
 
@@ -37,7 +36,6 @@ def test_the_table_of_rounds_says_what_the_intervals_show():
         rounds_table([scored(start), scored(start, first="another")])
 
 
-@in_one_worker
 def test_rounds_from_samples_to_the_next_model(tmp_path, forked_python):
     model = save_stopping_model(tmp_path / "model")
     for name, asked in [("train", "What"), ("eval", "Where")]:

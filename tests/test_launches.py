@@ -1,6 +1,6 @@
 """The same result however it is launched: one process is the measure that every launch is held to.
 
-`pytest tests/test_launches.py -n 0 -rP` prints the largest differences, for benchmarks/RESULTS.md.
+`STEPS=20 pytest tests/test_launches.py -n 0 -rP` prints the largest differences, for benchmarks/RESULTS.md.
 """
 
 import importlib.util
@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from nca_trainer import NCATrainer, PairwiseNCATrainer
 from run_reward import align
 from tests.conftest import ROOT
-from tests.forked import in_one_worker, start
+from tests.forked import start
 from tests.launch_runs import fork_launches, free_port
 from tests.scripts import documentation
 from tests.trainers import text
@@ -34,17 +34,17 @@ RUNS = {
     "pairs": ["--make_pairs=best_worst", "--loss_type=DPO"],
 }
 MIXED = ["--gradient_checkpointing=true", "--max_tokens_per_forward=70"]
+STEPS = int(os.environ.get("STEPS", 10))  # two epochs
 #: Largest difference from one process, by the beginning of what is logged; of anything else, 1e-4.
 TOLERANCES = {"logps": 1e-3, "eval_logps": 1e-3}  # sums of some 20 log-probs, around -100
 NOT_COMPARED = ("runtime", "per_second", "total_flos")
 
-pytestmark = in_one_worker  # for `one_process`
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs `make deepspeed`")
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory, tiny_model):
-    """Folder with rows of K = 2 to 5 and a recipe of 20 steps of 8 prompts, in float32."""
+    """Folder with rows of K = 2 to 5 and a recipe of two epochs by 8 prompts, in float32."""
     folder, rng = tmp_path_factory.mktemp("launches"), random.Random(0)
     for name, n in [("train", 40), ("eval", 5)]:
         with open(folder / f"{name}.jsonl", "w") as rows:
@@ -55,7 +55,7 @@ def work(tmp_path_factory, tiny_model):
     settings = {
         "model_name_or_path": tiny_model, "use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj", "v_proj"],
         "train_file": str(folder / "train.jsonl"), "eval_file": str(folder / "eval.jsonl"), "dataset_num_proc": 1,
-        "beta": 0.1, "alpha": 0.2, "learning_rate": 1e-2, "max_steps": 20, "global_batch_size": 8,
+        "beta": 0.1, "alpha": 0.2, "learning_rate": 1e-2, "max_steps": STEPS, "global_batch_size": 8,
         "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "gradient_checkpointing": False,
         "logging_steps": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "seed": 3,
     }  # fmt: skip
@@ -87,7 +87,7 @@ def outcome(folder):
 def assert_same(launch, folder, expected):
     logged, weights = outcome(folder)
     logged_by_one, weights_of_one = expected
-    assert len(logged) == 20 + 1
+    assert len(logged) == STEPS + 1
     assert [set(entry) for entry in logged] == [set(entry) for entry in logged_by_one]
     furthest = {}
     for ours, theirs in zip(logged, logged_by_one, strict=True):

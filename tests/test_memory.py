@@ -26,7 +26,6 @@ from alignment.plan.trace import StepMemory, largest_forward, repeat_batch, trac
 from alignment.recipe import PLAN_KEYS
 from benchmarks.plan import LORA, SMALL, Case, measured, planned
 from tests.conftest import ROOT
-from tests.forked import in_one_worker
 from tests.tiny import tiny_config
 
 RECIPES = sorted((ROOT / "yamls").glob("*.yaml"))
@@ -266,7 +265,6 @@ def run_plan(python, recipe, folder, *flags):
     )
 
 
-@in_one_worker
 def test_the_command_writes_a_plan_and_nothing_else(tmp_path, forked_python):
     """A folder with a config and nothing else is a model to plan for."""
     tiny = tmp_path / "model"

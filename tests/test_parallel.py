@@ -13,7 +13,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.engine import make_model, step
-from tests.forked import in_one_worker
 from tests.tiny import rows_of
 from trl_nca.chunks import split_batch
 from trl_nca.collate import GroupCollator
@@ -87,7 +86,6 @@ def worker(rank, port):
     dist.destroy_process_group()
 
 
-@in_one_worker
 def test_two_processes():
     """Both in the same two: starting them takes longer than what they do."""
     with socket.socket() as free:

@@ -10,13 +10,11 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from tests.forked import in_one_worker
 from tests.runs import assert_same_run, launch, wait_for
 from tests.trainers import LORA, logged, make_trainer, reward_rows
 from trl_nca.checkpoints import UNLOGGED_STATE, find_corruption
 
 
-@in_one_worker
 def test_sigterm_saves_and_exits_0(saving_recipe, whole_run, tmp_path):
     out = tmp_path / "out"
     child = launch(saving_recipe, out, "--save_steps=1000")

@@ -18,7 +18,7 @@ from alignment.sampling.prompts import read_prompts
 from alignment.sampling.sample import SamplingConfig, encode_prompt, sample_batch, sample_responses
 from alignment.sampling.sample_file import choose_engine, sample_file
 from tests.conftest import ROOT
-from tests.forked import in_one_worker, run_as_main, start
+from tests.forked import run_as_main, start
 from tests.scripts import Killed, read, save_stopping_model, script, write
 from tests.tiny import save_tiny_model
 
@@ -176,7 +176,6 @@ def test_what_was_torn_is_gone_after_the_next_batch(tmp_path):
     assert part.read_bytes() == whole + b'{"batch": 1}\n'
 
 
-@in_one_worker
 def test_a_sigkill_in_the_middle(model, tmp_path):
     prompts = write(tmp_path / "prompts.jsonl", [{"prompt": f"{text} {i}"} for i in range(12) for text in PROMPTS])
     out, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
