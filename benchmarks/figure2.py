@@ -16,7 +16,6 @@ import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -166,8 +165,16 @@ def finish_all(arms: Iterable[Arm], seeds: Sequence[int], steps: int, runs: Path
     found: dict[Arm, list[Run]] = {arm: [] for arm in arms}
     prepare_rows(found, runs)
     pairs = [(arm, seed) for seed in seeds for arm in found]
-    one = partial(finish, steps=steps, runs=runs, num_threads=max(1, (os.cpu_count() or 1) // jobs))
+    num_threads = max(1, (os.cpu_count() or 1) // jobs)
     pool = ThreadPoolExecutor(jobs)
+
+    def one(arm: Arm, seed: int) -> Run:
+        try:
+            return finish(arm, seed, steps, runs, num_threads)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # here, before this thread takes the next run
+            raise
+
     try:
         done = pool.map(one, *zip(*pairs, strict=True))
         for number, ((arm, seed), run) in enumerate(zip(pairs, done, strict=True), start=1):
@@ -178,7 +185,7 @@ def finish_all(arms: Iterable[Arm], seeds: Sequence[int], steps: int, runs: Path
                 flush=True,
             )
     finally:
-        pool.shutdown(cancel_futures=True)  # after a run that failed, or Ctrl-C, none is started
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C, none is started
     return found
 
 
