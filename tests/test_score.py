@@ -233,6 +233,19 @@ def test_functions_that_return_no_scores_are_named(samples, functions, tmp_path,
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("out")]
 
 
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda completions: [1.0], "got an unexpected keyword argument 'prompts'"),
+        (lambda prompts, completions, solution: [1.0], "missing a required argument: 'solution'"),
+    ],
+)
+def test_functions_that_cannot_be_called_so_are_named(function, message):
+    rows = [{"prompt": [{"role": "user", "content": "a"}], "responses": ["x"]}]
+    with pytest.raises(UserError, match=f"rows.jsonl, line 1: mine {message}"):
+        call_reward_function(function, "mine", rows, ["rows.jsonl, line 1"])
+
+
 def test_the_script(samples, functions, reward_model, tmp_path, monkeypatch, capsys):
     flags = ["--reward_function", f"{functions}:words=2", f"{functions}:thirds", "--reward_model", reward_model]
     assert script(monkeypatch, "score.py", samples, *flags, "--output", tmp_path / "out.jsonl", "--digits=3") == 0

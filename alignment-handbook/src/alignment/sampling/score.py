@@ -136,16 +136,18 @@ def call_reward_function(function: RewardFunction, name: str, rows: list[Row], l
             each response, and those of the rows' other columns that it takes by name, as often.
         name: Name of the function, for errors.
         rows: `prompt` as messages, and `responses`.
-        places: Locations of the rows, for errors.
+        locations: Where the rows stand, for errors.
 
     Raises:
-        UserError: It returns too few or too many scores, or one that is no finite number and not None.
+        UserError: It needs an argument that is not given, or cannot take one; it returns
+            too few or too many scores, or one that is no finite number and not None.
     """
     each = [(row, text) for row in rows for text in row["responses"]]
     names = list(dict.fromkeys(name for row in rows for name in row if name not in _NOT_PASSED))
     given = {name: [row.get(name) for row, _ in each] for name in names if _takes(function, name)}
     given["prompts"] = [row["prompt"] for row, _ in each]
     given["completions"] = [[{"role": "assistant", "content": text}] for _, text in each]
+    _check_call(function, name, given, locations[0] if locations else "")
     returned = list(function(**given)) if each else []
     if len(returned) != len(each):
         raise UserError(
@@ -166,6 +168,15 @@ def _takes(function: RewardFunction, name: str) -> bool:
     except (TypeError, ValueError):  # of a builtin
         return True
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _check_call(function: RewardFunction, name: str, given: dict[str, Any], location: str) -> None:
+    try:
+        inspect.signature(function).bind(**given)
+    except ValueError:  # of a builtin
+        return
+    except TypeError as error:
+        raise UserError(f"{location}: {name} {error}; it is called with {', '.join(given)}, by name") from error
 
 
 def _number(value: Any, location: str) -> float | None:
