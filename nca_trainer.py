@@ -19,27 +19,28 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from trl import DPOTrainer
-from trl.data_utils import extract_prompt
 from trl.models import prepare_deepspeed
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import use_adapter
 
 from trl_nca import paper
-from trl_nca.checkpoints import AtomicCheckpoints
+from trl_nca.adapter_reference import AdapterReference
+from trl_nca.checkpoints import AtomicCheckpoints, RunStopped
 from trl_nca.chunks import LogpsFn, logps_for_training, logps_without_gradient, split_batch
 from trl_nca.collate import GroupCollator
+from trl_nca.columns import checked_rows, is_tokenized, scored_pairs, scored_responses, with_locations
 from trl_nca.config import NCAConfig
 from trl_nca.distributed import max_over_ranks, no_sync
 from trl_nca.layers import cast_adapter_to_float32, keep_4bit_weights
-from trl_nca.logps import Batch, patch_models, response_logps
+from trl_nca.logps import Batch, prepare, response_logps
 from trl_nca.losses import LOSSES, SEPARABLE, reward_targets
 from trl_nca.metrics import group_metrics
 from trl_nca.nonfinite import SkipNonFiniteSteps, check_weights
 from trl_nca.preemption import StopOnSigterm
 from trl_nca.reference import cache_file, describe_reference, reference_logps
-from trl_nca.responses import TOKENIZED_FEATURES, check_columns, group_length, tokenize_dataset
+from trl_nca.responses import TOKENIZED_FEATURES, tokenize_dataset
 from trl_nca.router import RouterLoss, check_router
 from trl_nca.sampler import SeededLengthSampler
+from trl_nca.self_check import evaluating
 from trl_nca.step_metrics import StepMetrics
 
 logger = logging.getLogger(__name__)
@@ -89,6 +90,9 @@ class NCATrainer(AtomicCheckpoints, DPOTrainer):
         keep_4bit_weights(self.model)
         if not self.is_fsdp_enabled:  # which shards the adapter with the base, in one type
             cast_adapter_to_float32(self.model)
+        self._adapter_reference  # noqa: B018
+        if not self._is_sharded:  # which puts the models together later
+            self._shared_prompt  # noqa: B018
         self.step_metrics = StepMetrics(self)
         self.nonfinite, self.preemption = SkipNonFiniteSteps(self), StopOnSigterm(self)
         self.add_callback(self.nonfinite)
@@ -100,13 +104,9 @@ class NCATrainer(AtomicCheckpoints, DPOTrainer):
     # Data
 
     def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: NCAConfig, dataset_name: str) -> Dataset:
-        if "location" not in dataset.column_names:
-            locations = [f"row {i + 1} of {dataset_name}" for i in range(len(dataset))]
-            dataset = dataset.add_column("location", locations)
-        if set(TOKENIZED_FEATURES) <= set(dataset.column_names):
-            return dataset
-        if set(TOKENIZED_FEATURES) <= {*dataset.column_names, "length"}:
-            return dataset.map(lambda row: {"length": group_length(row)}, desc=f"Measuring {dataset_name}")
+        dataset = with_locations(dataset, dataset_name)
+        if is_tokenized(dataset):
+            return checked_rows(dataset, dataset_name)
         limits, desc = (args.max_length, args.max_prompt_length), f"Tokenizing {dataset_name}"
         dataset, report = tokenize_dataset(
             self._to_groups(dataset), processing_class, *limits, num_proc=args.dataset_num_proc, desc=desc
@@ -117,10 +117,7 @@ class NCATrainer(AtomicCheckpoints, DPOTrainer):
 
     def _to_groups(self, dataset: Dataset) -> Dataset:
         """Rows of `prompt`, `responses`, `scores` from the columns that this trainer takes."""
-        if "rewards" in dataset.column_names and "scores" not in dataset.column_names:
-            dataset = dataset.rename_column("rewards", "scores")
-        check_columns(dataset, {"prompt", "responses", "scores"})
-        return dataset
+        return scored_responses(dataset)
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = [*TOKENIZED_FEATURES, "ref_logps"]
@@ -137,20 +134,18 @@ class NCATrainer(AtomicCheckpoints, DPOTrainer):
 
     def compute_ref_log_probs(self, model: nn.Module, inputs: Batch) -> Tensor:
         """Summed log-probs of the responses under the reference. Shape (B, K), no gradient."""
-        adapter = contextlib.nullcontext()
-        if self._trained_adapter:
-            policy = self.accelerator.unwrap_model(self.model)
-            adapter = use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None)
         checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
-        with checkpointing, adapter, self.accelerator.autocast():
+        weights = self._adapter_reference.weights() if self._adapter_reference else contextlib.nullcontext()
+        with checkpointing, evaluating(model), weights:
             return logps_without_gradient(self._logps_fn(model), self._chunks(inputs), self._max_over_ranks)
 
-    @property
-    def _trained_adapter(self) -> str | None:
-        """Name of the adapter that is switched off to get the reference; None where the reference has none."""
+    @functools.cached_property
+    def _adapter_reference(self) -> AdapterReference | None:
+        """The reference's weights, where it is the policy itself. Made before a checkpoint's weights are loaded."""
         if self.ref_model is not None or not is_peft_model(self.model):
             return None
-        return self.accelerator.unwrap_model(self.model).active_adapter
+        keeps_copy = self.precompute_ref_logps or not self._is_sharded
+        return AdapterReference(self.accelerator.unwrap_model(self.model), keeps_copy)
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         if self.args.max_tokens_per_forward and not self.args.precompute_ref_batch_size:
@@ -166,7 +161,8 @@ class NCATrainer(AtomicCheckpoints, DPOTrainer):
 
         reference = self.accelerator.unwrap_model(model)
         settings = {"precision": self.accelerator.mixed_precision, "shared_prompt": self._shared_prompt}
-        description = describe_reference(reference, dataset, self._trained_adapter, **settings)
+        switched_off = self._adapter_reference.switched_off if self._adapter_reference else None
+        description = describe_reference(reference, dataset, switched_off, **settings)
         file = cache_file(description, self.args.ref_logps_dir)
         logps = reference_logps(dataset, file, description, score, batch_size, desc=f"Reference log-probs of {name}")
         return dataset.add_column("ref_logps", logps)
@@ -230,19 +226,24 @@ class NCATrainer(AtomicCheckpoints, DPOTrainer):
 
     @functools.cached_property
     def _shared_prompt(self) -> bool:
-        """Whether batches run packed. Decided at the first batch, when policy and reference are both there."""
+        """Whether batches run packed. Decided when policy and reference are both there."""
         models = [self.accelerator.unwrap_model(m) for m in (self.model, self.ref_model) if m is not None]
-        return patch_models(models, self.args.shared_prompt)
+        try:
+            with self.accelerator.autocast():
+                return prepare(models, self.args.shared_prompt, self.args.check_logps)
+        except ValueError as error:
+            raise (RunStopped(str(error)) if self.is_in_train else error) from error
 
     def _logps_fn(self, model: nn.Module, router: RouterLoss | None = None) -> LogpsFn:
-        return functools.partial(response_logps, model, shared_prompt=self._shared_prompt, router=router)
+        run = self.accelerator.autocast()(response_logps)
+        return functools.partial(run, model, shared_prompt=self._shared_prompt, router=router)
 
     def _chunks(self, inputs: Batch) -> list[Batch]:
         return split_batch(inputs, self.args.max_tokens_per_forward, self._shared_prompt)
 
     def _max_over_ranks(self, number: int) -> int:
         """The largest over all processes, where weights are sharded and each forward takes all of them."""
-        if self.args.max_tokens_per_forward is None or not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if self.args.max_tokens_per_forward is None or not self._is_sharded:
             return number
         return max_over_ranks(self.accelerator, number)
 
@@ -252,6 +253,10 @@ class NCATrainer(AtomicCheckpoints, DPOTrainer):
             self.accelerator.backward(loss, **{"scale_wrt_gas": False} if self.is_deepspeed_enabled else {})
 
     # Metrics, stops, saving
+
+    @property
+    def _is_sharded(self) -> bool:
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     @property
     def eval_metrics(self) -> Mapping[str, list[float]]:
@@ -286,14 +291,7 @@ class PairwiseNCATrainer(NCATrainer):
     pairs = True
 
     def _to_groups(self, dataset: Dataset) -> Dataset:
-        check_columns(dataset, {"chosen", "rejected"})
-        if "prompt" not in dataset.column_names:
-            dataset = dataset.map(extract_prompt, desc="Extracting prompts")
-        return dataset.map(
-            lambda row: {"responses": [row["chosen"], row["rejected"]], "scores": [1.0, 0.0]},
-            remove_columns=["chosen", "rejected"],
-            desc="Pairing",
-        )
+        return scored_pairs(dataset)
 
     def _targets(self, scores: Tensor, response_mask: Tensor) -> Tensor:
         return reward_targets(scores, 0.0, response_mask)  # one-hot on chosen

@@ -51,7 +51,7 @@ from benchmarks.tiny import save_tiny_model
 from benchmarks.variants import VARIANTS
 from benchmarks.work import BY_K, LORA4, OURS, PAIRS, QLORA, plan
 from trl_nca.collate import GroupCollator
-from trl_nca.logps import patch_models, response_logps
+from trl_nca.logps import prepare, response_logps
 from trl_nca.losses import nca_loss, reward_targets
 
 #: Seconds before the end in which no part is begun, and in which the last one is stopped.
@@ -98,7 +98,7 @@ def _outcome(model: nn.Module, rows: list[dict[str, Any]], device: str, way: str
             model.get_base_model().set_attn_implementation("sdpa")
             logps = torch.cat([padded_logps(model, row, device) for row in rows])
         else:
-            patch_models([model], "true")
+            prepare([model], "true")
             logps = response_logps(model, batch, True)[mask]
     rewards = torch.zeros_like(batch["scores"], dtype=torch.float32)
     rewards[mask] = 0.01 * (logps.float() - logps.float().detach().mean())

@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from alignment.plan.trace import decoder_layers
 from trl_nca import layers, shared_prompt
 from trl_nca.layout import GroupLayout
-from trl_nca.shared_prompt import base_model
+from trl_nca.sharing import base_model
 
 Variant = Callable[[nn.Module], contextlib.AbstractContextManager[Any]]
 

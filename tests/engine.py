@@ -18,7 +18,7 @@ from transformers import (
 
 from tests.tiny import SIZES, tiny_config
 from trl_nca.chunks import logps_for_training, split_batch
-from trl_nca.logps import patch_models, response_logps
+from trl_nca.logps import prepare, response_logps
 from trl_nca.losses import LOSSES, SEPARABLE, reward_targets
 
 FAMILIES = {
@@ -46,7 +46,7 @@ def make_model(dropout=0.0, dtype=torch.float64):
     for name, p in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.1)
-    patch_models([model])
+    prepare([model])
     return model.train()
 
 

@@ -10,7 +10,7 @@ from tests.conftest import MODEL, needs_model
 from tests.engine import FAMILIES, make
 from tests.tiny import SHAPES, rows_of
 from trl_nca.collate import GroupCollator
-from trl_nca.logps import patch_models, response_logps
+from trl_nca.logps import prepare, response_logps
 from trl_nca.losses import nca_loss, reward_targets
 
 
@@ -33,7 +33,7 @@ def compare(model, rows, weights=None):
     expected = torch.cat([padded_logps(model, row, "cpu") for row in rows])
     weights = torch.linspace(-1, 1, len(expected), dtype=expected.dtype) if weights is None else weights
     expected_gradient = torch.autograd.grad(weights @ expected, trained)
-    assert patch_models([model], "true")
+    assert prepare([model], "true")
     batch = GroupCollator()(rows)
     logps = response_logps(model, batch, True)[batch["response_mask"]]
     return expected, logps, expected_gradient, torch.autograd.grad(weights @ logps, trained)
@@ -82,7 +82,7 @@ def test_smollm2_in_bf16_keeps_the_loss_and_does_not_drift():
     with torch.no_grad():
         exact = torch.zeros_like(targets, dtype=torch.float32)
         exact[mask] = torch.cat([padded_logps(model, row, "cpu") for row in rows])
-        assert patch_models([model], "true")
+        assert prepare([model], "true")
         with model.disable_adapter():
             ref_logps = response_logps(model, batch, True)
         with torch.autocast("cpu", torch.bfloat16):

@@ -22,7 +22,7 @@ from tests.conftest import ROOT
 from tests.tiny import SHAPES, rows_of, tiny_config
 from trl_nca import layers
 from trl_nca.collate import GroupCollator
-from trl_nca.logps import patch_models, response_logps
+from trl_nca.logps import prepare, response_logps
 
 
 def test_ours_equals_padded_rows():
@@ -55,7 +55,7 @@ def test_other_ways_to_take_the_step_are_the_same_step(name, monkeypatch):
     monkeypatch.setattr(layers, "_has_fused_norm", lambda x, weight: True)
     torch.manual_seed(0)
     model = get_peft_model(LlamaForCausalLM(tiny_config()), LORA)
-    shared, batch = patch_models([model]), GroupCollator()(rows_of(SHAPES))
+    shared, batch = prepare([model]), GroupCollator()(rows_of(SHAPES))
     fused = {id(module): module.forward for module in model.modules()}
     with torch.no_grad():
         exact = response_logps(model, batch, shared)

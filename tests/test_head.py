@@ -53,7 +53,7 @@ def test_values_and_gradients(trained, rows):
     head, hidden, targets, weights = case(trained)
     wanted = [hidden, *(head.parameters() if trained else ())]
     expected = head(hidden).log_softmax(-1)[torch.arange(23), targets]
-    logps = target_logps(head, head, hidden, targets, rows)
+    logps = target_logps(head, hidden, targets, rows, trained)
     torch.testing.assert_close(logps, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(
         torch.autograd.grad(weights @ logps, wanted),
@@ -66,14 +66,14 @@ def test_values_and_gradients(trained, rows):
 @pytest.mark.parametrize("trained", [True, False])
 def test_gradcheck(trained):
     head, hidden, targets, _ = case(trained, vocabulary=7)
-    assert torch.autograd.gradcheck(lambda h: target_logps(head, head, h, targets, 4), hidden)
+    assert torch.autograd.gradcheck(lambda h: target_logps(head, h, targets, 4, trained), hidden)
 
 
 @pytest.mark.parametrize("trained", [True, False])
 def test_logits_of_all_tokens_are_never_there(trained):
     head, hidden, targets, weights = case(trained, vocabulary=500)
     with LargestTensor() as largest:
-        (weights @ target_logps(head, head, hidden, targets, 4)).backward()
+        (weights @ target_logps(head, hidden, targets, 4, trained)).backward()
     assert largest.numel <= max(4 * 500, head.weight.numel())
     with LargestTensor() as largest:
         head(hidden).log_softmax(-1)
@@ -83,13 +83,13 @@ def test_logits_of_all_tokens_are_never_there(trained):
 def test_no_gradient_no_memory():
     head, hidden, targets, _ = case(trained=False)
     with torch.no_grad():
-        assert target_logps(head, head, hidden, targets, 5).grad_fn is None
-    assert target_logps(head, head, hidden[:0], targets[:0], 5).shape == (0,)
+        assert target_logps(head, hidden, targets, 5, False).grad_fn is None
+    assert target_logps(head, hidden[:0], targets[:0], 5, False).shape == (0,)
 
 
 def test_half_precision_sums_up_in_float32():
     head, hidden, targets, _ = case(trained=False)
-    logps = target_logps(head.bfloat16(), head, hidden.detach().bfloat16(), targets, 5)
+    logps = target_logps(head.bfloat16(), hidden.detach().bfloat16(), targets, 5, False)
     assert logps.dtype == torch.float32
 
 

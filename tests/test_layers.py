@@ -18,7 +18,7 @@ from tests.tiny import SIZES, rows_of, tiny_config, tiny_tokenizer
 from trl_nca import layers
 from trl_nca.collate import GroupCollator
 from trl_nca.layers import fuse_layers
-from trl_nca.logps import patch_models, response_logps
+from trl_nca.logps import prepare, response_logps
 
 LORA = LoraConfig(r=4, lora_alpha=10, target_modules="all-linear", task_type="CAUSAL_LM")
 IDS = torch.arange(40).reshape(2, 20)
@@ -268,8 +268,8 @@ def test_a_small_learning_rate_moves_a_quantized_models_adapter(tmp_path):
 def test_a_compiled_model_is_not_compiled_again_for_every_layout():
     compiled = CompileCounter()
     model = lora_model(base=LlamaForCausalLM(tiny_config(num_hidden_layers=1)))
-    plain, shared = copy.deepcopy(model), patch_models([model])
-    patch_models([plain])
+    plain, shared = copy.deepcopy(model), prepare([model])
+    prepare([plain])
     model.compile(backend=compiled)
     counts = []
     layouts = [[(7, (3, 5, 1))], [(9, (4, 9)), (3, (2, 2))], [(30, (21, 2)), (4, (5, 1, 1))]]

@@ -17,8 +17,8 @@ from tests.engine import FAMILIES, make
 from tests.tiny import SHAPES, SIZES, rows_of, tiny_config
 from trl_nca import shared_prompt
 from trl_nca.collate import GroupCollator
-from trl_nca.logps import patch_models, response_logps
-from trl_nca.shared_prompt import unsupported_reason
+from trl_nca.logps import prepare, response_logps
+from trl_nca.sharing import unsupported_reason
 
 
 def by_hand(model, rows):
@@ -41,7 +41,7 @@ def test_packed_equals_padded_equals_by_hand(family):
     expected = by_hand(model, rows)
     expected_gradient = torch.autograd.grad(expected.square().mean(), model.parameters())
 
-    assert patch_models([model])
+    assert prepare([model])
     for packed in (True, False):
         logps = response_logps(model, batch, packed)
         assert (logps[~mask] == 0).all()
@@ -53,7 +53,7 @@ def test_packed_equals_padded_equals_by_hand(family):
 
 def test_gradient_checkpointing_changes_nothing():
     model, batch = make("mistral-window"), GroupCollator()(rows_of(SHAPES))
-    assert patch_models([model])
+    assert prepare([model])
     model.train()
     plain = torch.autograd.grad(response_logps(model, batch, True).sum(), model.parameters())
     model.gradient_checkpointing_enable()
@@ -64,10 +64,10 @@ def test_gradient_checkpointing_changes_nothing():
 def test_the_sliding_window_is_seen():
     batch = GroupCollator()(rows_of(SHAPES))
     windowed = make("mistral-window")
-    assert patch_models([windowed])
+    assert prepare([windowed])
     wide = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=None)).double()
     wide.load_state_dict(windowed.state_dict())
-    assert patch_models([wide])
+    assert prepare([wide])
     difference = response_logps(windowed, batch, True) - response_logps(wide, batch, True)
     assert difference.abs().max() > 1e-3
 
@@ -91,7 +91,7 @@ def test_packed_for_flash_attention(family, monkeypatch):
         return torch.cat(outs)
 
     model, batch = make(family), GroupCollator()(rows_of(SHAPES))
-    assert patch_models([model])
+    assert prepare([model])
     expected = response_logps(model, batch, True)
     monkeypatch.setattr(shared_prompt, "varlen_attn", varlen_attn)
     monkeypatch.setattr(shared_prompt, "_has_flash", lambda query: True)
@@ -101,7 +101,7 @@ def test_packed_for_flash_attention(family, monkeypatch):
 
 def test_responses_do_not_see_each_other():
     model, rows = make("llama"), rows_of(SHAPES)
-    assert patch_models([model])
+    assert prepare([model])
     before = response_logps(model, GroupCollator()(rows), True)
     rows[0]["response_ids"][1] = [5, 6, 7, 8]
     after = response_logps(model, GroupCollator()(rows), True)
@@ -112,7 +112,7 @@ def test_responses_do_not_see_each_other():
 def test_sampling_is_as_before_after_the_switch():
     model, prompt = make("gemma3"), torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
     expected = model.generate(prompt, max_new_tokens=12, do_sample=False)
-    assert patch_models([model])
+    assert prepare([model])
     assert torch.equal(model.generate(prompt, max_new_tokens=12, do_sample=False), expected)
 
 

@@ -17,7 +17,7 @@ from nca_trainer import NCAConfig, NCATrainer, PairwiseNCATrainer
 from tests.tiny import SIZES, rows_of, tiny_config, tiny_tokenizer
 from tests.trainers import DEFAULTS, logged, pair_rows, reward_rows
 from trl_nca.collate import GroupCollator
-from trl_nca.logps import patch_models, response_logps
+from trl_nca.logps import prepare, response_logps
 from trl_nca.router import RouterLoss, check_router, load_balancing_loss
 
 EXPERTS = {"num_experts_per_tok": 2, "bos_token_id": 1, "eos_token_id": 2}
@@ -44,7 +44,7 @@ def gradients(model, loss):
 def test_the_loss_is_the_models_own_over_all_real_tokens(config, shared_prompt):
     model = tiny_moe(config)
     check_router(model, enabled=True)
-    patch_models([model], str(shared_prompt).lower())
+    prepare([model], str(shared_prompt).lower())
     batch = GroupCollator()(rows_of([(5, (4,)), (9, (2,))]))  # one response each: packed holds what padded does
     router = RouterLoss(batch, 0.5)
     response_logps(model, batch, shared_prompt, router)
@@ -97,7 +97,7 @@ def test_a_step_has_the_coefficient_times_the_mean_over_its_forwards(tmp_path):
     without = first_gradient(make_trainer(tmp_path, rows, router_aux_loss_coef=0.0, **WHOLE))
     found = first_gradient(with_loss)
     model = tiny_moe()
-    patch_models([model])
+    prepare([model])
     dataset = [with_loss.train_dataset[i] for i in range(6)]
     batch = with_loss.data_collator(dataset)
     router = RouterLoss(batch, 0.5)

@@ -9,7 +9,7 @@ from tests.tiny import SHAPES, rows_of
 from tests.trainers import make_trainer, reward_rows
 from trl_nca.collate import GroupCollator
 from trl_nca.distributed import no_sync
-from trl_nca.logps import patch_models
+from trl_nca.logps import prepare
 from trl_nca.metrics import group_metrics
 
 
@@ -18,7 +18,7 @@ from trl_nca.metrics import group_metrics
 def test_a_packed_step_never_waits_for_the_device(family, most):
     """Tensors without storage refuse to say what is in them, as a GPU does before its queue is done."""
     model = make(family).train()
-    patch_models([model])
+    prepare([model])
     model.to("meta")
     batch = {name: value.to("meta") for name, value in GroupCollator()(rows_of(SHAPES)).items() if name != "location"}
     logps = step(model, batch, "NCA", most)

@@ -9,6 +9,7 @@ import torch
 from trl import DPOConfig, DPOTrainer
 
 from nca_trainer import NCAConfig, PairwiseNCATrainer
+from tests.tiny import SIZES
 from tests.trainers import DEFAULTS, assert_same_curve, logged, make_trainer, pair_rows, reward_rows, run
 
 
@@ -179,15 +180,13 @@ def test_loss_type_in_any_case(tmp_path, written):
     assert config.loss_type in ("NCA", "InfoNCA", "DPO", "biasedNCA")
 
 
-def test_a_model_that_cannot_share_prompts_says_so(tmp_path):
-    trainer = make_trainer(tmp_path, reward_rows(4), shared_prompt="auto", max_steps=1)
-    trainer.model.set_attn_implementation("eager")
+def test_a_model_that_cannot_share_prompts_says_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(SIZES, "attn_implementation", "eager")
     with pytest.warns(UserWarning, match="Prompts are not shared"):
-        trainer.train()
-    trainer = make_trainer(tmp_path, reward_rows(4), shared_prompt="true", max_steps=1)
-    trainer.model.set_attn_implementation("eager")
+        trainer = make_trainer(tmp_path, reward_rows(4), shared_prompt="auto", max_steps=1)
+    trainer.train()
     with pytest.raises(ValueError, match="cannot share prompts"):
-        trainer.train()
+        make_trainer(tmp_path, reward_rows(4), shared_prompt="true", max_steps=1)
 
 
 def test_missing_columns_are_named(tmp_path):

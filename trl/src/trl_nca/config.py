@@ -72,6 +72,13 @@ class NCAConfig(DPOConfig):
             "choices": ["auto", "true", "false"],
         },
     )
+    check_logps: bool = field(
+        default=True,
+        metadata={
+            "help": "Before the first step, hold the log-probs of a few short rows against those of the model's own "
+            "forward. A model whose packed rows are wrong is run padded; one that is wrong padded too is not trained."
+        },
+    )
 
     max_tokens_per_forward: int | None = field(
         default=None,

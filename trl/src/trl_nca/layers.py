@@ -27,10 +27,15 @@ def fuse_layers(model: nn.Module) -> None:
     """
     keep_4bit_weights(model)  # where the reference is run before the trainer is made
     for module in model.modules():
-        if isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), nn.Linear):
+        if isinstance(module, LoraLayer) and _is_linear(module):
             module.forward = types.MethodType(_lora_forward, module)
         elif is_llama_norm(type(module)):
             module.forward = types.MethodType(_norm_forward, module)
+
+
+def _is_linear(layer: LoraLayer) -> bool:
+    """Whether a layer is PEFT's own LoRA over a linear one. (AdaLoRA's derives from it, and computes otherwise.)"""
+    return type(layer).__module__.startswith("peft.tuners.lora.") and isinstance(layer.get_base_layer(), nn.Linear)
 
 
 def keep_4bit_weights(model: nn.Module) -> None:

@@ -11,9 +11,11 @@ import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 @dataclass(frozen=True)
@@ -115,3 +117,39 @@ class GroupLayout:
     def _on_device(self, parts: list[Tensor]) -> Tensor:
         joined = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long)
         return joined.to(self.device, non_blocking=True)
+
+
+def padded_inputs(tokens: Tensor, layout: GroupLayout) -> dict[str, Any]:
+    """One row a response, each behind its own copy of the context, padded on the right: no token sees another row.
+
+    Args:
+        tokens: The packed tokens. Shape (T,).
+        layout: Where groups lie in them.
+
+    Returns:
+        A model's `input_ids` and `attention_mask`, of shape (N, L) for N responses, the longest of L tokens with its
+        context; `row_length`, L; and `positions`, shape (R,), of the tokens in the flattened rows that predict the
+        targets. (The positions that a family gives such rows by itself are right.)
+
+    Example:
+        >>> inputs = padded_inputs(torch.tensor([1, 2, 3, 2, 6, 7]), GroupLayout([1, 0], [[2, 1], [2]]))
+        >>> inputs["input_ids"]
+        tensor([[1, 2, 3],
+                [1, 2, 0],
+                [6, 7, 0]])
+        >>> inputs["positions"]
+        tensor([1, 2, 4, 6, 7])
+    """
+    pairs = [(context, response) for context, responses in layout.groups for response in responses]
+    rows = [torch.cat([tokens[context], tokens[response]]) for context, response in pairs]
+    input_ids = pad_sequence(rows, batch_first=True, padding_value=-1)  # (N, L)
+    longest = input_ids.shape[1]
+    # Known from the lengths: to look for them would wait for the device.
+    starts = [n * longest + context.stop - context.start for n, (context, _) in enumerate(pairs)]
+    spans = [torch.arange(at, at + r.stop - r.start) for at, (_, r) in zip(starts, pairs, strict=True)]
+    return {
+        "input_ids": input_ids.clamp(min=0),
+        "attention_mask": (input_ids >= 0).long(),
+        "row_length": longest,
+        "positions": torch.cat(spans).to(tokens.device, non_blocking=True),
+    }

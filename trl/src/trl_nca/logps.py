@@ -4,39 +4,96 @@ Legend: B prompts, K responses, N real responses in the batch, T packed tokens, 
 V vocabulary. The batch is that of `GroupCollator`.
 """
 
-from collections.abc import Sequence
+import contextlib
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from trl_nca.head import fuse_head
 from trl_nca.layers import fuse_layers
-from trl_nca.layout import GroupLayout
+from trl_nca.layout import GroupLayout, padded_inputs
 from trl_nca.router import RouterLoss
-from trl_nca.shared_prompt import base_model, share_prompts
+from trl_nca.self_check import Probe, evaluating
+from trl_nca.shared_prompt import CannotShare
+from trl_nca.sharing import Attention, base_model, share_prompts, unshare_prompts
 
 Batch = dict[str, Any]  # tensors, the layout, and the rows' locations
 
 
-def patch_models(models: Sequence[nn.Module], shared_prompt: str = "auto") -> bool:
+def prepare(models: Sequence[nn.Module], shared_prompt: str = "auto", check: bool = True) -> bool:
     """Patches models in place so that `response_logps` can run them. Sampling, and any other use, is as before.
 
     Args:
         models: Policy and, where it is a model of its own, reference; bare or wrapped by PEFT.
         shared_prompt: "true", "false", or "auto": true where the models can, else a warning.
+        check: Hold the log-probs of a few short rows against those of each model's own plain forward: a model whose
+            packed rows are wrong cannot share prompts.
 
     Returns:
         What to pass to `response_logps` as `shared_prompt`.
 
     Raises:
-        ValueError: "true" was asked for and a model cannot; says why.
+        ValueError: "true" was asked for and a model cannot, or its padded rows are wrong too; says why.
     """
-    for model in models:
-        fuse_head(base_model(model))
-        fuse_layers(model)
-    return share_prompts(models, shared_prompt)
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        for model in models:
+            stack.enter_context(evaluating(model))
+        probes = [_run(model, Probe, model) for model in models] if check else []
+        for model in models:
+            _patch(model)
+        shares = shared_prompt != "false" and _share(models, probes, shared_prompt == "true")
+        for model, probe in zip(models, probes, strict=False):
+            reason = None if shares else probe.compare(_run(model, response_logps, model, probe.batch, False))
+            if reason:
+                raise ValueError(f"{_name(model)} cannot be trained on: {reason}")
+    return shares
+
+
+def _run(model: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
+    """Calls what runs the model; whatever its family's code says of a few plain rows is why it cannot be trained."""
+    try:
+        return function(*args)
+    except Exception as error:
+        raise ValueError(f"{_name(model)} cannot be trained on: {_words(error)}") from error
+
+
+def _words(error: Exception) -> str:
+    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+
+
+def _name(model: nn.Module) -> str:
+    return type(base_model(model)).__name__
+
+
+def _patch(model: nn.Module) -> None:
+    base = base_model(model)
+    fuse_head(base)
+    fuse_layers(model)
+    for wrapper in model.modules():  # PEFT's adaption prompts keep the forward of the model that they wrap
+        if wrapper is not base and getattr(wrapper.__dict__.get("forward"), "__self__", None) is base:
+            wrapper.forward = base.forward
+
+
+def _share(models: Sequence[nn.Module], probes: Sequence[Probe], required: bool) -> bool:
+    """Makes models run packed groups, if all of them can."""
+    before: Attention = []
+    try:
+        before = share_prompts(models)
+        for model, probe in zip(models, probes, strict=False):
+            if reason := probe.compare(response_logps(model, probe.batch, True)):
+                raise CannotShare(reason)
+    except Exception as error:  # whatever a family's code says of a row that it does not expect
+        unshare_prompts(before)
+        if required:
+            raise ValueError(
+                f"shared_prompt: this model cannot share prompts: {_words(error)}; set it to auto or false"
+            ) from error
+        warnings.warn(f"Prompts are not shared and rows are padded: {_words(error)}", stacklevel=3)
+        return False
+    return True
 
 
 def response_logps(model: nn.Module, batch: Batch, shared_prompt: bool, router: RouterLoss | None = None) -> Tensor:
@@ -45,9 +102,9 @@ def response_logps(model: nn.Module, batch: Batch, shared_prompt: bool, router: 
     .. math:: \log \pi(y | x) = \sum_t \log \pi(y_t | x, y_{<t})
 
     Args:
-        model: A causal language model after `patch_models`, bare or wrapped (PEFT, DDP, FSDP, DeepSpeed).
+        model: A causal language model after `prepare`, bare or wrapped (PEFT, DDP, FSDP, DeepSpeed).
         batch: Packed groups from `GroupCollator`.
-        shared_prompt: What `patch_models` returned. True: run packed, each prompt once. False: every response is run in
+        shared_prompt: What `prepare` returned. True: run packed, each prompt once. False: every response is run in
             a padded row of its own, behind its own copy of the prompt.
         router: Where it is enabled, the load-balancing loss of this forward is added to it.
 
@@ -83,28 +140,13 @@ def _packed(batch: Batch) -> dict[str, Any]:
     return {
         "input_ids": batch["input_ids"],
         "position_ids": batch["position_ids"],
-        # transformers hands a mask of four dimensions on as it is and builds none of its own: (T, T) would be large.
-        "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=layout.device),
+        "attention_mask": torch.ones(1, 1, dtype=torch.long, device=layout.device),  # see `shared_prompt_mask`
         "group_layout": layout,
         "positions": layout.target_positions,
+        "row_length": batch["input_ids"].shape[1],
     }
 
 
 def _padded(batch: Batch) -> dict[str, Any]:
-    """One padded row a response: contexts padded on the left, responses on the right."""
-    tokens, groups = batch["input_ids"][0], batch["layout"].groups
-    rows = [(tokens[context], tokens[response]) for context, responses in groups for response in responses]
-    contexts = pad_sequence([c for c, _ in rows], batch_first=True, padding_value=-1, padding_side="left")
-    responses = pad_sequence([r for _, r in rows], batch_first=True, padding_value=-1)  # (N, L)
-    input_ids = torch.cat([contexts, responses], dim=1)  # (N, longest context + L)
-    real = input_ids >= 0
-    # The positions that predict targets are known from the lengths: to look for them would wait for the device.
-    length, start = input_ids.shape[1], contexts.shape[1]
-    spans = [(row * length + start, len(response)) for row, (_, response) in enumerate(rows)]
-    positions = torch.cat([torch.arange(first, first + count) for first, count in spans])  # (R,)
-    return {
-        "input_ids": input_ids.clamp(min=0),
-        "position_ids": (real.cumsum(dim=1) - 1).clamp(min=0),
-        "attention_mask": real.long(),
-        "positions": positions.to(tokens.device, non_blocking=True),
-    }
+    """One padded row a response."""
+    return padded_inputs(batch["input_ids"][0], batch["layout"])

@@ -23,7 +23,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from trl_nca.code_hash import code_hash
-from trl_nca.shared_prompt import base_model
+from trl_nca.sharing import base_model
 
 #: The modules that the values come from; with all that these import of their package, they are the engine.
 ENGINE = ("trl_nca.collate", "trl_nca.logps")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trl_nca.shared_prompt import base_model
+from trl_nca.sharing import base_model
 
 
 def load_balancing_loss(model: nn.Module, router_logits: tuple[Tensor, ...], attention_mask: Tensor | None) -> Tensor:

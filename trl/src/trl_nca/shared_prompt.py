@@ -8,12 +8,9 @@ Legend: B prompts, K responses, H heads, T packed tokens, D head dimension, P to
 """
 
 import inspect
-import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
@@ -24,11 +21,21 @@ from transformers.masking_utils import sdpa_mask
 from trl_nca.layout import GroupLayout
 
 NAME = "shared_prompt"
+#: Arguments that layers hand on and that change no score here: the mask has the window, the rotation the positions.
+_IGNORED = frozenset({
+    "sliding_window", "is_causal", "position_ids", "cache_position", "past_key_values", "use_cache", "return_dict",
+    "output_attentions", "output_hidden_states", "output_router_logits", "num_items_in_batch", "logits_to_keep",
+    "layer_idx", "target_dtype", "deterministic", "implementation", "position_embeddings",
+})  # fmt: skip
 # What scaled_dot_product_attention calls on a CPU; called here because they give and take the logsumexp.
 _cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _cpu_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 # Fewer heads of keys than of queries: torch 2.11 takes them as they are, later releases want to be told.
 _GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+
+class CannotShare(ValueError):
+    """Why a model cannot run packed groups."""
 
 
 @torch.compiler.disable  # a layout differs at every step: compiled, it would be compiled at every step
@@ -40,7 +47,6 @@ def shared_prompt_attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    sliding_window: int | None = None,
     group_layout: GroupLayout | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
@@ -48,26 +54,66 @@ def shared_prompt_attention(
 
     Args:
         query: Shape (1, H, T, D).
-        key, value: Shape (1, H or fewer, T, D).
-        sliding_window: Keys at this distance or more from the query are not seen.
+        key: Shape (1, H or fewer, T, D).
+        value: As the key; the head dimension may be another.
+        attention_mask: Of a packed row, what `shared_prompt_mask` made of it.
         group_layout: Layout of the packed row, handed through the model's forward.
+        **kwargs: What else a family hands to its attention.
 
     Returns:
         The output, shape (1, T, H, D), and no weights.
+
+    Raises:
+        CannotShare: The layer was handed no layout, or something that changes its scores.
     """
     if group_layout is None:
+        if _is_packed(attention_mask, key):
+            raise CannotShare(f"{type(module).__name__} is not handed the keyword arguments of its model")
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    if unknown := [name for name, given in kwargs.items() if name not in _IGNORED and _says_something(given)]:
+        raise CannotShare(f"{type(module).__name__} scores by {', '.join(unknown)} too")
+    window = _window(attention_mask, key)
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves them wide after the rotation
-    if _has_flash(query) and not dropout:
-        return _attend_by_flash(query, key, value, scaling, sliding_window, group_layout), None
-    within_window = sliding_window is None or group_layout.longest <= sliding_window
-    if query.device.type == "cpu" and not dropout and within_window:
+    same_size = value.shape[-1] == key.shape[-1]
+    if same_size and _has_flash(query) and not dropout:
+        return _attend_by_flash(query, key, value, scaling, window, group_layout), None
+    within_window = window is None or group_layout.longest <= window
+    if same_size and query.device.type == "cpu" and not dropout and within_window:
         heads_per_key = query.shape[1] // key.shape[1]
         key, value = repeat_kv(key, heads_per_key), repeat_kv(value, heads_per_key)
-        return _TwoPartAttention.apply(query, key, value, scaling, group_layout).transpose(1, 2), None
-    return _attend_by_parts(query, key, value, dropout, scaling, sliding_window, group_layout), None
+        out = _TwoPartAttention.apply(query, key, value, scaling, group_layout)
+    else:
+        out = _attend_by_parts(query, key, value, dropout, scaling, window, group_layout)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def shared_prompt_mask(
+    *args: Any, q_length: int, kv_length: int, local_size: int | None = None, device: Any = "cpu", **kwargs: Any
+) -> Tensor | None:
+    """Mask function for transformers' interface: SDPA's, and of a packed row a mark with the layer's window.
+
+    A packed row comes with a mask of one token, which no other row of more tokens has. transformers decides which
+    layer sees how far; the mark, of shape (1, 1, window + 1 or 1, 1) and without storage, tells attention.
+    """
+    if q_length > kv_length == 1:
+        return torch.ones((), dtype=torch.bool, device=device).expand(1, 1, (local_size or 0) + 1, 1)
+    return sdpa_mask(*args, q_length=q_length, kv_length=kv_length, local_size=local_size, device=device, **kwargs)
+
+
+def _is_packed(mask: Tensor | None, key: Tensor) -> bool:
+    return mask is not None and mask.shape[-1] == 1 < key.shape[2]
+
+
+def _window(mask: Tensor | None, key: Tensor) -> int | None:
+    """Keys at this distance or more from the query are not seen; None: all are."""
+    return mask.shape[2] - 1 or None if mask is not None and _is_packed(mask, key) else None
+
+
+def _says_something(value: object) -> bool:
+    """Whether an argument asks for more than plain causal attention."""
+    return isinstance(value, Tensor) or (value is not None and value is not False and value != 0)
 
 
 def gpu_attention(
@@ -78,12 +124,11 @@ def gpu_attention(
     attention_mask: Tensor | None,
     group_layout: GroupLayout,
     scaling: float | None = None,
-    sliding_window: int | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """What `shared_prompt_attention` does on a GPU, on any device: for a plan to trace."""
-    query, key = query.to(value.dtype), key.to(value.dtype)
-    return _attend_by_flash(query, key, value, scaling, sliding_window, group_layout), None
+    query, key, window = query.to(value.dtype), key.to(value.dtype), _window(attention_mask, key)
+    return _attend_by_flash(query, key, value, scaling, window, group_layout), None
 
 
 def _has_flash(query: Tensor) -> bool:
@@ -171,7 +216,7 @@ def _attend_by_parts(
     sliding_window: int | None,
     group_layout: GroupLayout,
 ) -> Tensor:
-    """One context or response after the other, on any device and in any precision. Shape (1, T, H, D)."""
+    """One context or response after the other, on any device and in any precision. Shape (1, H, T, D)."""
     heads_per_key = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, heads_per_key), repeat_kv(value, heads_per_key)
 
@@ -192,7 +237,7 @@ def _attend_by_parts(
         for _ in responses:
             q, k, v = next(parts)
             outputs.append(attend(q, torch.cat([context_key, k], dim=2), torch.cat([context_value, v], dim=2)))
-    return torch.cat(outputs, dim=2).transpose(1, 2)  # (1, T, H, D)
+    return torch.cat(outputs, dim=2)  # (1, H, T, D)
 
 
 def _causal_mask(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor | None:
@@ -207,51 +252,4 @@ def _causal_mask(num_queries: int, num_keys: int, window: int | None, device: to
 
 
 AttentionInterface.register(NAME, shared_prompt_attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
-
-
-def share_prompts(models: Sequence[nn.Module], mode: str = "auto") -> bool:
-    """Makes models run packed groups, if all of them can. Sampling, and batches without a layout, run as before.
-
-    Args:
-        models: Policy and, where it is a model of its own, reference; plain or wrapped by PEFT.
-        mode: "true", "false", or "auto": true where the models can, else a warning.
-
-    Returns:
-        Whether they run packed groups now.
-
-    Raises:
-        ValueError: The mode is "true" and a model cannot; says why.
-    """
-    if mode == "false":
-        return False
-    reason = next(filter(None, map(unsupported_reason, models)), None)
-    if reason is not None:
-        if mode == "true":
-            raise ValueError(f"shared_prompt: this model cannot share prompts: {reason}; set it to auto or false")
-        warnings.warn(f"Prompts are not shared and rows are padded: {reason}", stacklevel=2)
-        return False
-    for model in models:
-        base_model(model).set_attn_implementation(NAME)
-    return True
-
-
-def unsupported_reason(model: nn.Module) -> str | None:
-    """Why this model cannot run packed groups; None when it can."""
-    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-        return "its adapter puts virtual tokens before the prompt"
-    model = base_model(model)
-    config = model.config.get_text_config()
-    if not any(word in config._attn_implementation for word in ("sdpa", "flash", "flex", NAME)):
-        return f"its attention is {config._attn_implementation!r}, which scores by rules of its own"
-    if not getattr(model, "_supports_attention_backend", False):
-        return f"{type(model).__name__} does not use transformers' attention interface"
-    other = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if other:
-        return f"it has layers of type {', '.join(sorted(other))}"
-    return None
-
-
-def base_model(model: nn.Module) -> nn.Module:
-    """The model without its adapter's wrapper."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+AttentionMaskInterface.register(NAME, shared_prompt_mask)

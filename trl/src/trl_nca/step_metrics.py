@@ -1,5 +1,6 @@
 """The metrics of an optimizer step, gathered from all processes in one exchange."""
 
+import logging
 import math
 from typing import Any
 
@@ -9,6 +10,11 @@ from torch import Tensor
 
 from trl_nca.logps import Batch
 from trl_nca.metrics import stack_metrics
+
+logger = logging.getLogger(__name__)
+
+#: Share of a log-prob that it may differ by from run to run, in 16 bits too.
+_ROUNDING = 0.01
 
 
 class StepMetrics:
@@ -57,6 +63,8 @@ class StepMetrics:
         trainer.preemption.stopped |= any(stops)
         if mode == "train" and trainer.args.include_num_input_tokens_seen != "no":
             trainer.state.num_input_tokens_seen += int(sum(tokens))
+        if mode == "train" and trainer.state.global_step == 0:
+            self._check_start(dict(zip(names, columns, strict=True)))
         for name, values in zip(names, columns, strict=True):
             if name == "loss" and mode == "train":  # the Trainer logs it, over the accumulation steps
                 if not all(map(math.isfinite, values)):
@@ -64,3 +72,14 @@ class StepMetrics:
                     trainer.nonfinite.mark_non_finite([row for row, value in rows if not math.isfinite(value)])
             elif finite := [value for value in values if math.isfinite(value)]:
                 trainer._metrics[mode][name] += finite
+
+    def _check_start(self, metrics: dict[str, list[float]]) -> None:
+        """Warns where the first step's rewards are not 0: the reference is another model than training starts from."""
+        logratios = [reward / self.trainer.args.beta for reward in metrics["rewards/chosen"]]
+        largest = max(map(abs, logratios), default=0.0)
+        if largest > _ROUNDING * max(map(abs, metrics["logps/chosen"]), default=0.0):
+            logger.warning(
+                "The reference is not the model that training starts from: before the first step their log-probs of a "
+                "response differ by up to %.2g nats. Rewards count from there",
+                largest,
+            )

@@ -23,8 +23,9 @@ from alignment.plan.meta_model import StepSpec, build_meta_model, is_quantized, 
 from alignment.plan.timeline import KINDS, Timeline, fake_copy
 from trl_nca.chunks import split_batch
 from trl_nca.collate import GroupCollator
-from trl_nca.logps import Batch, model_inputs, patch_models
-from trl_nca.shared_prompt import base_model, gpu_attention
+from trl_nca.logps import Batch, model_inputs, prepare
+from trl_nca.shared_prompt import gpu_attention, shared_prompt_mask
+from trl_nca.sharing import base_model
 
 #: Numbers of layers of the models that are run. From two on, the first layer and the last are different ones.
 _DEPTHS = (2, 3)
@@ -185,7 +186,7 @@ def _mark_backward(output: Any, timeline: Timeline, marks: list[int]) -> None:
 
 def trainer_inputs(spec: StepSpec, model: nn.Module, batch: Batch) -> dict[str, Any]:
     """Patches the model as the trainer does, and returns the arguments of its forward for the batch."""
-    shared = patch_models([model], spec.shared_prompt)
+    shared = prepare([model], spec.shared_prompt, check=False)
     batch = batch | {"layout": replace(batch["layout"])}  # a new one: it keeps its tensors, and a trace's are fake
     base = base_model(model)
     if shared and spec.device == "cuda":
@@ -221,4 +222,5 @@ def decoder_layers(base: nn.Module) -> nn.ModuleList:
 
 
 AttentionInterface.register(_GPU_ATTENTION, gpu_attention)
+AttentionMaskInterface.register(_GPU_ATTENTION, shared_prompt_mask)
 AttentionMaskInterface.register(_GPU_ATTENTION, sdpa_mask)

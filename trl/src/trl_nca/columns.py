@@ -1,0 +1,84 @@
+"""The columns of a data set that the trainers take: scored responses, pairs, or the token ids of either."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset
+from trl.data_utils import extract_prompt
+
+from trl_nca.responses import TOKENIZED_FEATURES, check_columns, group_length
+
+
+def scored_responses(dataset: Dataset) -> Dataset:
+    """Rows of `prompt`, `responses` and `scores` (or `rewards`).
+
+    Raises:
+        ValueError: A column is missing.
+    """
+    if "rewards" in dataset.column_names and "scores" not in dataset.column_names:
+        dataset = dataset.rename_column("rewards", "scores")
+    check_columns(dataset, {"prompt", "responses", "scores"})
+    return dataset
+
+
+def scored_pairs(dataset: Dataset) -> Dataset:
+    """Rows of `prompt`, `responses` and `scores` 1 and 0, from `chosen` and `rejected`, with the prompt inside or not.
+
+    Raises:
+        ValueError: A column is missing.
+    """
+    check_columns(dataset, {"chosen", "rejected"})
+    if "prompt" not in dataset.column_names:
+        dataset = dataset.map(extract_prompt, desc="Extracting prompts")
+    return dataset.map(
+        lambda row: {"responses": [row["chosen"], row["rejected"]], "scores": [1.0, 0.0]},
+        remove_columns=["chosen", "rejected"],
+        desc="Pairing",
+    )
+
+
+def with_locations(dataset: Dataset, name: str) -> Dataset:
+    """The rows, each with the `location` that a person knows it by: by default its number."""
+    if "location" in dataset.column_names:
+        return dataset
+    return dataset.add_column("location", [f"row {i + 1} of {name}" for i in range(len(dataset))])
+
+
+def is_tokenized(dataset: Dataset) -> bool:
+    """Whether the rows come tokenized."""
+    return set(TOKENIZED_FEATURES) <= {*dataset.column_names, "length"}
+
+
+def checked_rows(dataset: Dataset, name: str) -> Dataset:
+    """Rows that come tokenized, with their `length`.
+
+    Args:
+        dataset: Columns `prompt_ids`, `response_ids`, `scores` and `location`.
+        name: Name of the data set, for errors.
+
+    Raises:
+        ValueError: A row has no prompt, fewer than two responses, an empty one, or another number of scores; names the
+            first.
+    """
+    table = dataset.select_columns(["prompt_ids", "response_ids", "scores"]).with_format("arrow")[:]
+    prompts, responses, scores = (table[column].combine_chunks() for column in table.column_names)
+    num_responses = _lengths(responses)
+    has_empty = np.zeros(len(num_responses), dtype=bool)
+    has_empty[np.repeat(np.arange(len(num_responses)), num_responses)[_lengths(pc.list_flatten(responses)) == 0]] = True
+    faults = {
+        "its prompt has no token": _lengths(prompts) == 0,
+        "a response has no token": has_empty,
+        "it has fewer than two responses": num_responses < 2,
+        "it has another number of scores than of responses": num_responses != _lengths(scores),
+    }
+    for fault, rows in faults.items():
+        if rows.any():
+            location = dataset[int(rows.argmax())]["location"]
+            raise ValueError(f"{name}: {location}: {fault} ({int(rows.sum())} such rows); leave it out")
+    if "length" in dataset.column_names:
+        return dataset
+    return dataset.map(lambda row: {"length": group_length(row)}, desc=f"Measuring {name}")
+
+
+def _lengths(lists: pa.Array) -> np.ndarray:
+    return pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
