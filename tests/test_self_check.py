@@ -44,10 +44,14 @@ from transformers import (
     RwkvForCausalLM,
 )
 
+from alignment.errors import UserError
+from alignment.models import PolicyConfig
+from alignment.plan.check import check_model
 from tests.tiny import SHAPES, SIZES, rows_of, tiny_config
 from trl_nca import self_check
 from trl_nca.chunks import logps_without_gradient, split_batch
 from trl_nca.collate import GroupCollator
+from trl_nca.config import NCAConfig
 from trl_nca.head import fuse_head
 from trl_nca.logps import prepare, response_logps
 from trl_nca.rotary import forget_lengths, length_dependent
@@ -231,3 +235,21 @@ def test_a_cut_vocabulary():
     expected = model(ids).logits[0].log_softmax(-1)[torch.arange(8), ids[0, 1:]]
     fuse_head(model)
     torch.testing.assert_close(model(ids, positions=torch.arange(8), targets=ids[0, 1:]), expected)
+
+
+def test_a_plan_checks_the_weights_that_are_here(tmp_path):
+    def outcome(model, name, **settings):
+        model.save_pretrained(tmp_path / name)
+        policy = PolicyConfig(model_name_or_path=str(tmp_path / name), use_peft=True, lora_target_modules="all-linear")
+        args = NCAConfig(output_dir=str(tmp_path), report_to="none", bf16=False, use_cpu=True, **settings)
+        return check_model(policy, args)
+
+    torch.manual_seed(0)
+    assert outcome(_LLAMA(), "llama") == "Log-probs: those of the model's own forward, packed"
+    assert outcome(_LLAMA(), "llama", check_logps=False) is None
+    padded = outcome(NemotronForCausalLM(NemotronConfig(**SIZES)), "nemotron")
+    assert padded.startswith("Prompts are not shared and rows are padded: NemotronAttention")
+    with pytest.raises(UserError, match="cannot be trained as the recipe says: BertLMHeadModel .* not causal"):
+        outcome(BertLMHeadModel(BertConfig(**_BERT | {"is_decoder": False})), "bert")
+    elsewhere = PolicyConfig(model_name_or_path="an/id")
+    assert "when the run starts" in check_model(elsewhere, NCAConfig(output_dir=str(tmp_path), report_to="none"))

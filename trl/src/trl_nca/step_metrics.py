@@ -79,7 +79,7 @@ class StepMetrics:
         largest = max(map(abs, logratios), default=0.0)
         if largest > _ROUNDING * max(map(abs, metrics["logps/chosen"]), default=0.0):
             logger.warning(
-                "The reference is not the model that training starts from: before the first step their log-probs of a "
-                "response differ by up to %.2g nats. Rewards count from there",
+                "Before the first step, policy and reference differ in the log-prob of a response by up to %.2g nats: "
+                "dropout or noise, or the reference is not the model that training starts from",
                 largest,
             )

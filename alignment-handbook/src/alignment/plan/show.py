@@ -29,6 +29,7 @@ from alignment.files import write_json
 from alignment.launch import launched_layout
 from alignment.models import load_config, load_tokenizer
 from alignment.plan import layouts
+from alignment.plan.check import check_model
 from alignment.plan.compatibility import incompatibilities
 from alignment.plan.estimate import GroupLengths, MemoryEstimator
 from alignment.plan.steps import Plan, plan_run, set_global_batch
@@ -87,6 +88,8 @@ def make_plan(configs: Configs, pairs: bool) -> tuple[Plan, dict[str, Any], list
     num_prompts = run.num_prompts if rows is None else len(rows)
     if num_prompts is None and args.max_steps <= 0:
         notes.append("Steps are not known without the data: --num_prompts=N plans for N rows")
+    checked = check_model(configs.policy, args)
+    notes += [checked] if checked else []
     plan = plan_run(args, num_processes, num_prompts, sum(lengths) if lengths else None)
     if lengths:
         groups = _longest(rows, lengths, plan.per_device_train_batch_size)
