@@ -144,8 +144,9 @@ class NCATrainer(AtomicCheckpoints, DPOTrainer):
         """The reference's weights, where it is the policy itself. Made before a checkpoint's weights are loaded."""
         if self.ref_model is not None or not is_peft_model(self.model):
             return None
-        keeps_copy = self.precompute_ref_logps or not self._is_sharded
-        return AdapterReference(self.accelerator.unwrap_model(self.model), keeps_copy)
+        policy = self.accelerator.unwrap_model(self.model)
+        with self.accelerator.autocast():
+            return AdapterReference(policy, self._is_sharded, precomputed=self.precompute_ref_logps)
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         if self.args.max_tokens_per_forward and not self.args.precompute_ref_batch_size:

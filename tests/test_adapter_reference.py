@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, VBLoRAConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
 from nca_trainer import NCAConfig, NCATrainer
@@ -57,6 +57,14 @@ def test_whatever_the_adapter(tmp_path, settings):
     torch.testing.assert_close(reference(trainer), expected, rtol=1e-5, atol=1e-4)
     assert logged(trainer, "rewards/rank_0")[0] == pytest.approx(0, abs=1e-5)
     assert logged(trainer, "rewards/rank_0")[-1] != pytest.approx(0, abs=1e-3)
+
+
+def test_an_adapter_that_says_nothing_of_its_start(tmp_path):
+    """VB-LoRA's vectors are drawn at random, and no key of its config says that they change the model."""
+    config = VBLoRAConfig(task_type="CAUSAL_LM", r=4, vector_length=8, target_modules=["q_proj", "v_proj"])
+    trainer = make_trainer(tmp_path, peft_config=config)
+    trainer.train()
+    assert logged(trainer, "rewards/rank_0")[0] == 0
 
 
 def test_of_virtual_tokens_it_is_their_first_values(tmp_path):

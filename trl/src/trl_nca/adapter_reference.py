@@ -6,10 +6,13 @@ and `bias: all` or `lora_only` trains the base's own biases: there it is the mod
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
+import torch
 from peft import PeftModel, PeftType
 from trl.trainer.utils import use_adapter
+
+from trl_nca.self_check import evaluating, probe_logits
 
 #: `init_lora_weights` of adapters that change nothing at first.
 _NEUTRAL = (True, None, "gaussian", "eva")
@@ -21,24 +24,25 @@ class AdapterReference:
     Args:
         policy: A model with an adapter that is trained. With a copy of it under the name "ref", which TRL makes of an
             adapter that was trained before, that is the reference.
-        keeps_copy: Whether a copy of the first weights can be kept.
+        sharded: Whether the weights are spread over processes: then the policy is not run, and no copy is kept.
+        precomputed: Whether the reference is run before the first step alone.
 
     Attributes:
         switched_off: Name of the adapter that does not count for the reference; None where the first weights do.
 
     Raises:
-        ValueError: A copy is needed, and cannot be kept.
+        ValueError: A copy is needed, and is not kept.
     """
 
-    def __init__(self, policy: PeftModel, keeps_copy: bool = True):
+    def __init__(self, policy: PeftModel, sharded: bool = False, precomputed: bool = False):
         self._policy = policy
-        reason = None if "ref" in policy.peft_config else differs_from_base(policy)
-        if reason and not keeps_copy:
+        reason = None if "ref" in policy.peft_config else _moves_base(policy) or _changes_base(policy, sharded)
+        if reason and sharded and not precomputed:
             raise ValueError(
                 f"the reference is the model that training starts from, and {reason}: no copy of sharded weights is "
                 "kept; set precompute_ref_log_probs: true"
             )
-        trained = [p for p in policy.parameters() if p.requires_grad] if reason else []
+        trained = [p for p in policy.parameters() if p.requires_grad] if reason and not sharded else []
         self._start = [(p, p.detach().clone()) for p in trained]
         self.switched_off = None if reason else policy.active_adapter
 
@@ -46,7 +50,7 @@ class AdapterReference:
         """A context in which the policy has the reference's weights."""
         if self.switched_off is None:
             return self._restored()
-        return use_adapter(self._policy, adapter_name="ref" if "ref" in self._policy.peft_config else None)
+        return _switched_off(self._policy)
 
     @contextmanager
     def _restored(self) -> Iterator[None]:
@@ -60,17 +64,31 @@ class AdapterReference:
                 p.data = data
 
 
-def differs_from_base(model: PeftModel) -> str | None:
-    """Why the model with its adapter off is not, or will not stay, the one that training starts from; None if it is."""
-    config = model.active_peft_config
-    if config.is_prompt_learning:
-        return "virtual tokens are random at first"
-    for key in ("init_lora_weights", "init_weights"):
-        init = getattr(config, key, True)
-        if init not in _NEUTRAL:
-            return f"{key}: {init} changes the model at first"
-    if config.peft_type == PeftType.ADAPTION_PROMPT:
+def _switched_off(policy: PeftModel) -> AbstractContextManager[None]:
+    return use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None)
+
+
+def _moves_base(policy: PeftModel) -> str | None:
+    """Why the model with its adapter off does not stay as it is."""
+    config = policy.active_peft_config
+    if config.is_prompt_learning or config.peft_type == PeftType.ADAPTION_PROMPT:
         return None
-    if any(p.requires_grad and model.active_adapter not in name.split(".") for name, p in model.named_parameters()):
+    if any(p.requires_grad and policy.active_adapter not in name.split(".") for name, p in policy.named_parameters()):
         return f"weights of the base are trained too (bias: {getattr(config, 'bias', 'none')})"
     return None
+
+
+def _changes_base(policy: PeftModel, sharded: bool) -> str | None:
+    """Why the model with its adapter off is another one than training starts from."""
+    config = policy.active_peft_config
+    if config.is_prompt_learning:
+        return "virtual tokens are random at first"
+    if sharded:
+        init = getattr(config, "init_lora_weights", getattr(config, "init_weights", True))
+        return None if init in _NEUTRAL else f"init_lora_weights: {init} changes the model at first"
+    with torch.no_grad(), evaluating(policy):
+        logits = []
+        for weights in (nullcontext(), _switched_off(policy)):
+            with weights:
+                logits.append(probe_logits(policy))
+    return None if torch.allclose(*logits, rtol=1e-5, atol=1e-4) else "the adapter changes the model at first"

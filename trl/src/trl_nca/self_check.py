@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trl_nca.collate import GroupCollator
+from trl_nca.layers import keep_4bit_weights
 from trl_nca.rotary import forget_lengths, length_dependent
 from trl_nca.sharing import base_model
 
@@ -35,7 +36,7 @@ class Probe:
 
     def __init__(self, model: nn.Module):
         device = next(model.parameters()).device
-        rows = _rows(base_model(model).config.get_text_config().vocab_size)
+        rows = _rows(_vocab_size(model))
         self.batch = {k: v.to(device) if hasattr(v, "to") else v for k, v in GroupCollator()(rows).items()}
         self._expected = _plain_logps(model, rows, device)  # (N,)
         self._tolerance = _tolerance(model)
@@ -48,6 +49,16 @@ class Probe:
         if largest <= self._tolerance:  # NaN is not
             return None
         return f"the log-probs differ from those of its own forward, by up to {largest:.2g} nats a token"
+
+
+def probe_logits(model: nn.Module) -> Tensor:
+    """Logits of a short row of the model's tokens, by its own forward. Shape (L, V)."""
+    row = _rows(_vocab_size(model))[0]
+    return _logits(model, torch.tensor([row["prompt_ids"]], device=next(model.parameters()).device))
+
+
+def _vocab_size(model: nn.Module) -> int:
+    return base_model(model).config.get_text_config().vocab_size
 
 
 def _rows(vocab_size: int) -> list[dict[str, Any]]:
@@ -89,6 +100,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:
     """Logits of a row. Shape (L, V), without those of virtual tokens before it."""
+    keep_4bit_weights(model)
     forget_lengths(length_dependent(model))
     logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     return logits[0, -ids.shape[1] :]
