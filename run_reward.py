@@ -21,7 +21,7 @@ from typing import Any
 from accelerate import PartialState
 
 from alignment import errors, output
-from alignment.configs import parse_configs
+from alignment.configs import describe_loss, parse_configs
 from alignment.data.prepare import describe_group
 from alignment.data.report import summary
 from alignment.errors import UserError
@@ -45,6 +45,9 @@ def align(argv: Sequence[str], trainer_class: type[NCATrainer]) -> None:
     """
     started = time.monotonic()
     configs = parse_configs(argv)
+    loss = describe_loss(configs, trainer_class.pairs)
+    if PartialState().is_main_process:
+        print(loss, flush=True)
     if configs.run.plan:
         return show_plan(configs, trainer_class.pairs)
     job = prepare_job(configs, trainer_class.pairs)

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from alignment.data.load import DataConfig
+from alignment.configs import Configs, describe_loss
+from alignment.data.load import DataConfig, load_groups
 from alignment.errors import UserError
 from alignment.models import PolicyConfig
 from alignment.output import resolve, start
@@ -198,6 +199,94 @@ def test_every_old_key_leads_to_a_known_key():
 def test_mistakes_are_named(tmp_path, recipe, overrides, message):
     with pytest.raises(UserError, match=message):
         parse(tmp_path, recipe, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("lines", "key", "expected"),
+    [
+        ("eval_strategy: no", "eval_strategy", "no"),
+        ("evaluation_strategy: off", "eval_strategy", "no"),
+        ("save_strategy: No", "save_strategy", "no"),
+        ("logging_strategy: false", "logging_strategy", "no"),
+        ("shared_prompt: no", "shared_prompt", "false"),
+        ("bf16: no", "bf16", False),
+        ("report_to: [tensorboard, wandb]", None, "report_to: (tensorboard|wandb) is not installed"),
+        ("report_to: []", "report_to", []),
+        ("report_to: null", "report_to", []),
+        ("report_to: none", "report_to", []),
+        ("report_to: [none]", "report_to", []),
+        ("loss_type: [sigmoid]", "loss_type", "DPO"),
+        ("learning_rate: 1e-5", "learning_rate", 1e-5),
+        ("optim_target_modules: [a, b]", "optim_target_modules", ["a", "b"]),
+        ("optim_target_modules: all-linear", "optim_target_modules", "all-linear"),
+        ("seed: 010", "seed", 10),
+        ("model_revision: 0012e4", "model_revision", "0012e4"),
+        ("max_grad_norm: .inf", "max_grad_norm", float("inf")),
+        ("lr_scheduler_kwargs: {min_lr: 5e-7}", "lr_scheduler_kwargs", {"min_lr": 5e-7}),
+        ("model_init_kwargs: {a: {b: [1e-3, '1e-3']}}", "model_init_kwargs", {"a": {"b": [1e-3, "1e-3"]}}),
+        ("dataset_splits: []", "dataset_splits", None),
+        ("beta: 0.5\nalpha: 1\nbeta: 0.1", None, "recipe.yaml, line 3: the key 'beta' stands twice, first in line 1"),
+        ("model_init_kwargs:\n  a: {x: 1}\n  b:\n    - {y: 1, y: 2}", None, "line 4: the key 'y' stands twice"),
+        ("warmup_ratio: 0.1\nwarmup_steps: 0", "warmup_steps", 0.1),
+        ("warmup_ratio: 0.1\nwarmup_steps: 0.0", "warmup_steps", 0.1),
+        ("warmup_ratio: 0.1\nwarmup_steps: 7", "warmup_steps", 7),
+        ("warmup_ratio: 0.0\nwarmup_steps: 7", "warmup_steps", 7),
+        ("warmup_ratio: 1.0", None, "warmup_ratio: a share of all steps, from 0 to below 1; got 1"),
+        ("output_dir: $RUNS/a", "output_dir", "/scratch/runs/a"),
+        ("output_dir: ~/a${RUNS}", "output_dir", "/home/me/a/scratch/runs"),
+        ("output_dir: $RUNS_OF/a", None, r"recipe.yaml: output_dir: \$RUNS_OF/a: the variable RUNS_OF is not set"),
+        ("reward_function: $RUNS/f.py:f", "reward_function", "/scratch/runs/f.py:f"),
+        ("chat_template: '{{ a }} costs $RUNS'", "chat_template", "{{ a }} costs $RUNS"),
+        ("lora_target_modules: ['.*q$|.*v$']", "lora_target_modules", ".*q$|.*v$"),
+    ],
+)
+def test_spellings_of_yaml_mean_what_they_say(tmp_path, monkeypatch, lines, key, expected):
+    monkeypatch.setenv("RUNS", "/scratch/runs")
+    monkeypatch.setenv("HOME", "/home/me")
+    given = {line.split(":")[0] for line in lines.splitlines()}
+    rest = yaml.safe_dump({name: value for name, value in MINIMAL.items() if name not in given})
+    if key is None:
+        with pytest.raises(UserError, match=expected):
+            parse(tmp_path, f"{lines}\n{rest}")
+        return
+    configs = parse(tmp_path, f"{lines}\n{rest}")
+    assert next(getattr(config, key) for config in configs if hasattr(config, key)) == expected
+
+
+def test_spellings_on_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("RUNS", "/scratch/runs")
+    flags = ["--report_to", "none", "--output_dir=$RUNS/b", '--dataset_mixer={"$RUNS/c": 5e-1}', "--train_file="]
+    data, _, _, args = parse(tmp_path, MINIMAL, *flags)
+    assert (args.report_to, args.output_dir, data.dataset_mixer) == ([], "/scratch/runs/b", {"/scratch/runs/c": 0.5})
+    with pytest.raises(UserError, match="command line: train_file: .* NOWHERE is not set"):
+        parse(tmp_path, MINIMAL, "--train_file=${NOWHERE}/rows.jsonl")
+
+
+@pytest.mark.parametrize("weight", [0, 1.5, -1, "many", None, ".nan"])
+def test_a_weight_is_a_share(weight):
+    for key, value in (
+        ("dataset_mixer", {"rows.jsonl": weight}),
+        ("dataset_mixture", {"datasets": [{"id": "rows.jsonl", "weight": weight}]}),
+    ):
+        with pytest.raises(UserError, match=f"{key}: the (fraction|weight) of rows.jsonl must be above 0 and at most"):
+            load_groups(DataConfig(**{key: value}))
+
+
+def test_the_loss_is_named_and_pairs_need_its_name(tmp_path):
+    def loss(recipe, *flags, pairs=False):
+        return describe_loss(Configs(*parse(tmp_path, MINIMAL | recipe, *flags)), pairs)
+
+    assert loss({}) == (
+        "Loss: NCA (the default: loss_type is not given), beta 0.01 (the default; TRL's is 0.1), alpha 0.0001 "
+        "(the default)"
+    )
+    given = {"loss_type": "InfoNCA", "beta": 0.1, "alpha": 0.5}
+    assert loss(given | {"tie_break": 0.01}) == "Loss: InfoNCA, beta 0.1, alpha 0.5, tie_break 0.01"
+    assert loss(given, "--loss_type=sigmoid", pairs=True) == "Loss: DPO, beta 0.1"
+    with pytest.raises(UserError, match="loss_type: is not given, .* means DPO by that; set --loss_type=DPO, or"):
+        loss({"beta": 0.1}, pairs=True)
+    with pytest.raises(UserError, match="loss_type: is not given"):
+        loss(given, "--loss_type=", pairs=True)
 
 
 def test_no_recipe_and_missing_recipe():

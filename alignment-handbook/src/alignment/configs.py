@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from alignment.data.load import DataConfig
+from alignment.errors import UserError
 from alignment.models import PolicyConfig
 from alignment.recipe import RunConfig, parse_recipe
 from trl_nca.config import NCAConfig
@@ -28,3 +29,34 @@ class Configs(NamedTuple):
 def parse_configs(argv: Sequence[str]) -> Configs:
     """Parses `RECIPE.yaml --key=value ...`; see `recipe.parse_recipe` for arguments and errors."""
     return Configs(*parse_recipe(argv, list(Configs.__annotations__.values())))
+
+
+def describe_loss(configs: Configs, pairs: bool) -> str:
+    """The loss and its settings in a line, for the start of every run; says what is a default.
+
+    Args:
+        configs: From `parse_configs`.
+        pairs: Whether the rows are preference pairs, whose targets need no alpha.
+
+    Raises:
+        UserError: Pairs, and no loss_type: a recipe for TRL or the alignment-handbook means their default by that,
+            which is DPO, and the one here is NCA.
+    """
+    args, given = configs.trainer, configs.run.given
+    if pairs and "loss_type" not in given:
+        raise UserError(
+            "loss_type: is not given, and a recipe for TRL or the alignment-handbook means DPO by that; set "
+            "--loss_type=DPO, or --loss_type=NCA"
+        )
+
+    def setting(key: str, text: str, note: str) -> str:
+        return text if key in given else f"{text} ({note})"
+
+    settings = [
+        setting("loss_type", args.loss_type, "the default: loss_type is not given"),
+        setting("beta", f"beta {args.beta:g}", "the default; TRL's is 0.1"),
+    ]
+    if not pairs:
+        settings.append(setting("alpha", f"alpha {args.alpha:g}", "the default"))
+        settings += [f"tie_break {args.tie_break:g}"] if args.tie_break else []
+    return f"Loss: {', '.join(settings)}"

@@ -261,8 +261,7 @@ def _load_mixer(config: DataConfig, load: Callable[..., Dataset]) -> dict[str, D
         raise UserError(f"dataset_splits: no train split in {splits}; one name must contain 'train'")
     parts: dict[str, list[Dataset]] = {"train": [], "eval": []}
     for i, (path, fraction) in enumerate(config.dataset_mixer.items()):
-        if not isinstance(fraction, int | float) or not 0 < fraction <= 1:
-            raise UserError(f"dataset_mixer: the fraction of {path} must be above 0 and at most 1, got {fraction}")
+        fraction = _fraction(fraction, f"dataset_mixer: the fraction of {path}")
         name = config.dataset_configs[i] if config.dataset_configs else None
         for split in splits:
             if "train" in split:
@@ -279,8 +278,9 @@ def _load_mixture(mixture: dict[str, Any], load: Callable[..., Dataset]) -> dict
         raise UserError("dataset_mixture: 'datasets' must be a list of sources, each with an 'id'")
     parts = []
     for source in sources:
+        weight = _fraction(source.get("weight", 1.0), f"dataset_mixture: the weight of {source['id']}")
         part = load(source["id"], source.get("split", "train"), source.get("config"))
-        parts.append(part.select(range(round(len(part) * source.get("weight", 1.0)))))
+        parts.append(part.select(range(round(len(part) * weight))))
     rows = concatenate_datasets(parts)
     size = mixture.get("test_split_size")
     if size is None:
@@ -292,6 +292,17 @@ def _load_mixture(mixture: dict[str, Any], load: Callable[..., Dataset]) -> dict
     before = np.cumsum(counts[order]) - counts[order]
     taken = order[before < (size * counts.sum() if size < 1 else size)]
     return _split(rows, np.isin(hashes, prompts[taken]), "test_split_size")
+
+
+def _fraction(value: Any, what: str) -> float:
+    """A share of a source's rows; a number in quotes is one."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = np.nan
+    if not 0 < number <= 1:
+        raise UserError(f"{what} must be above 0 and at most 1, got {value!r}")
+    return number
 
 
 def _split(rows: Dataset, held_out: np.ndarray, key: str) -> dict[str, Dataset]:

@@ -1,0 +1,112 @@
+"""Keys and values of older scripts, and of upstream's and the alignment-handbook's recipes, in today's spelling."""
+
+import logging
+from typing import Any
+
+from alignment.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+#: Keys of the 2024 scripts and of alignment-handbook -> today's key, or None for a key that has no effect any more.
+OLD_KEYS: dict[str, str | None] = {
+    "temperature_alpha": "alpha",
+    "torch_dtype": "dtype",
+    "use_flash_attention_2": "attn_implementation",
+    "evaluation_strategy": "eval_strategy",
+    "warmup_ratio": "warmup_steps",  # below 1 it is a share of all steps; see `_ratio_counts`
+    "preprocessing_num_workers": "dataset_num_proc",
+    "no_cuda": "use_cpu",
+    "group_by_length": "train_sampling_strategy",
+    "tokenizer_name": "tokenizer_name_or_path",
+    "push_to_hub_model_id": "hub_model_id",
+    "push_to_hub_token": "hub_token",
+    "model_code_revision": None,
+    "hub_model_revision": None,
+    "base_model_revision": None,
+    "logging_dir": None,
+    "save_safetensors": None,
+    "truncation_side": None,
+    "auto_insert_empty_system_msg": None,
+    "generate_during_eval": None,
+    "is_encoder_decoder": None,
+    "force_use_ref_model": None,
+    "max_target_length": None,
+    "label_pad_token_id": None,
+    "padding_value": None,
+    "dataset_kwargs": None,
+    "use_ipex": None,
+    "jit_mode_eval": None,
+    "half_precision_backend": None,
+    "fp16_opt_level": None,
+    "include_tokens_per_second": None,
+}
+
+#: Values of older recipes -> today's, by today's key; "" is the default.
+OLD_VALUES: dict[str, dict[str, str]] = {
+    "loss_type": {"sigmoid": "DPO", "nca_pair": "NCA"},
+    "attn_implementation": {"true": "flash_attention_2", "false": ""},
+    "train_sampling_strategy": {"true": "group_by_length", "false": ""},
+}
+
+
+def translate(recipe: dict[str, Any], source: str) -> dict[str, Any]:
+    """Translates old keys and values, each with one log line. A key in today's spelling wins over its old one.
+
+    Args:
+        recipe: Values by key, from YAML; or lists of the words behind each flag.
+        source: The recipe's path or "command line", for messages.
+
+    Raises:
+        UserError: warmup_ratio is no share.
+    """
+    translated = {key: value for key, value in recipe.items() if key not in OLD_KEYS}
+    for old, value in recipe.items():
+        if old not in OLD_KEYS:
+            continue
+        new = OLD_KEYS[old]
+        counts = _ratio_counts(recipe, source) if old == "warmup_ratio" else new not in translated
+        if new is None or not counts:
+            logger.warning("%s: %s is ignored: %s", source, old, f"{new} is given" if new else "it has no effect")
+        else:
+            logger.warning("%s: %s is now called %s", source, old, new)
+            translated[new] = value
+    for key, values in OLD_VALUES.items():
+        value = translated.get(key)
+        is_flag = isinstance(value, list)  # of the command line, where a bare one means true
+        single = "true" if value == [] else value[0] if is_flag and len(value) == 1 else value
+        new = values.get(as_text(single).lower()) if single is not None and not isinstance(single, list) else None
+        if new is None:
+            continue
+        logger.warning("%s: %s: %s is now called %s", source, key, as_text(single), new or "the default")
+        if is_flag:
+            translated[key] = [new]  # an empty one resets what the recipe says
+        elif new:
+            translated[key] = new
+        else:
+            del translated[key]
+    return translated
+
+
+def _ratio_counts(recipe: dict[str, Any], source: str) -> bool:
+    """Whether warmup_ratio counts: not beside warmup_steps, but where that is 0, as transformers 4 wrote it.
+
+    Raises:
+        UserError: It is no share. (1 and more would be taken for a number of steps.)
+    """
+    ratio, steps = _number(recipe["warmup_ratio"]), _number(recipe.get("warmup_steps", 0))
+    if ratio is not None and not 0 <= ratio < 1:
+        raise UserError(f"{source}: warmup_ratio: a share of all steps, from 0 to below 1; got {ratio:g}")
+    return steps == 0
+
+
+def _number(value: Any) -> float | None:
+    """A value of YAML or of the command line as a number; None where it is none."""
+    try:
+        return float(value[0] if isinstance(value, list) else value)
+    except (TypeError, ValueError, IndexError):
+        return None
+
+
+def as_text(value: Any) -> str:
+    """A YAML scalar as the word that a user would type."""
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,183 @@
+"""Recipes: a YAML file and `--key=value` overrides, parsed strictly into dataclasses.
+
+A recipe is read as flags, so that its values and those of the command line are converted and checked alike. A key on
+the command line replaces the recipe's, and `--key=` (empty) resets it to its default.
+"""
+
+import argparse
+import difflib
+import json
+import typing
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from trl import TrlParser
+
+from alignment.errors import UserError
+from alignment.recipe.old_keys import OLD_KEYS, as_text, translate
+from alignment.recipe.paths import PATH_KEYS, expand_paths
+from alignment.recipe.settings import RunConfig
+from alignment.recipe.yaml_file import read_yaml
+
+
+def parse_recipe(argv: Sequence[str], config_types: Sequence[type]) -> tuple[Any, ...]:
+    """Parses `RECIPE.yaml --key=value ...` into one instance of each dataclass.
+
+    Args:
+        argv: The command line without the script's name; the recipe comes first (or after `--config`).
+        config_types: Dataclasses whose fields are the known keys.
+
+    Returns:
+        An instance of each of them, in their order.
+
+    Raises:
+        UserError: No recipe, malformed YAML, an unknown key (the nearest known one is named), a value of the wrong
+            type or out of range.
+    """
+    parser = StrictParser(config_types)
+    argv = list(argv)
+    if {"-h", "--help"} & set(argv):
+        parser.print_help()
+        raise SystemExit(0)
+    if "--config" in argv[:1]:
+        argv = argv[1:]
+    if not argv or argv[0].startswith("-"):
+        raise UserError("no recipe given; the first argument is a YAML file, e.g. yamls/reward_cpu.yaml")
+    path, overrides = argv[0], argv[1:]
+    defaults = {key: parser.get_default(key) for key in parser.keys}
+
+    recipe_flags = _flags_of_recipe(parser, path)
+    flags = _flags_of_command_line(parser, overrides)
+    for key in [key for key, flag in flags.items() if flag in ([f"--{key}="], [f"--{key}=null"])]:
+        is_null = flags.pop(key) == [f"--{key}=null"]
+        recipe_flags.pop(key, None)
+        parser.set_defaults(**{key: None if is_null else defaults.get(key)})
+    try:
+        configs = parser.parse_args_into_dataclasses(args=_flatten(recipe_flags | flags), look_for_args_file=False)
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(f"{path}: {error}") from error
+    for config in configs:
+        if isinstance(config, RunConfig):
+            config.given = recipe_flags | flags
+    return configs
+
+
+class StrictParser(TrlParser):
+    """Upstream's parser, without abbreviated flags, and with errors for the user.
+
+    Attributes:
+        source: Where the flags come from, for errors: a recipe's path, or "command line".
+    """
+
+    source = "command line"
+
+    def __init__(self, config_types: Sequence[type]):
+        super().__init__(config_types, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        self._one_or_more = [name for config in config_types for name in _one_or_more(config)]
+        for action in self._actions:
+            if action.dest in self._one_or_more:
+                action.nargs = "*"
+
+    @property
+    def keys(self) -> list[str]:
+        """All keys that a recipe can set."""
+        return sorted({action.dest for action in self._actions})
+
+    def action(self, key: str) -> argparse.Action:
+        """What is known of a key: its choices, and how many values it takes."""
+        return next(action for action in self._actions if action.dest == key)
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> tuple[argparse.Namespace, list[str]]:
+        namespace, rest = super().parse_known_args(*args, **kwargs)
+        for key in self._one_or_more:
+            value = getattr(namespace, key, None)
+            if isinstance(value, list) and len(value) == 1:
+                setattr(namespace, key, value[0])
+        return namespace, rest
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.source}: {message}")
+
+
+def _one_or_more(config_type: type) -> list[str]:
+    """Keys that take a text or a list of them, of which upstream's parser takes a text alone."""
+    hints = typing.get_type_hints(config_type)
+    either = {name: typing.get_args(hint) for name, hint in hints.items()}
+    return [name for name, types in either.items() if str in types and list[str] in types]
+
+
+def _flags_of_recipe(parser: StrictParser, path: str) -> dict[str, list[str]]:
+    """A recipe's keys as flags, which are parsed once so that an error names the recipe. null sets a default."""
+    recipe = translate(read_yaml(path, as_written=True), path)
+    for key in recipe:
+        _check_known(key, parser.keys, path)
+    flags = {}
+    for key, value in recipe.items():
+        action = parser.action(key)
+        if value is None or (value == [] and action.nargs == "+"):
+            parser.set_defaults(**{key: None})
+            continue
+        if key in PATH_KEYS:
+            value = expand_paths(value, f"{path}: {key}")
+        flags[key] = _as_flags(key, _no_for_false(value, action))
+    parser.source = path
+    parser.parse_args(_flatten(flags))
+    parser.source = "command line"
+    return flags
+
+
+def _flags_of_command_line(parser: StrictParser, overrides: Sequence[str]) -> dict[str, list[str]]:
+    known = [*parser.keys, *OLD_KEYS, *(option[2:] for option in parser._option_string_actions)]
+    given = _flags_to_dict(overrides)
+    for key in given:
+        _check_known(key, known, "command line")
+    given = translate(given, "command line")
+    return {
+        key: _with_values(key, expand_paths(values, f"command line: {key}") if key in PATH_KEYS else values)
+        for key, values in given.items()
+    }
+
+
+def _no_for_false(value: Any, action: argparse.Action) -> Any:
+    """YAML 1.1 reads `no` as false, also where it is the name of a choice."""
+    is_name = value is False and "no" in (action.choices or ()) and "false" not in (action.choices or ())
+    return "no" if is_name else value
+
+
+def _check_known(key: str, known: Sequence[str], source: str) -> None:
+    if key not in known:
+        nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else "see --help for all keys"
+        raise UserError(f"{source}: unknown key {key!r}; {hint}")
+
+
+def _as_flags(key: str, value: Any) -> list[str]:
+    """A YAML value as the flag that a user would type."""
+    if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(item, dict) for item in value)):
+        return [f"--{key}={json.dumps(value)}"]
+    if isinstance(value, list):
+        return [f"--{key}", *map(as_text, value)]
+    return [f"--{key}={as_text(value)}"]
+
+
+def _flags_to_dict(flags: Sequence[str]) -> dict[str, list[str]]:
+    """`--a=1 --b 2 3 --c` to {"a": ["1"], "b": ["2", "3"], "c": []}."""
+    given: dict[str, list[str]] = {}
+    key = None
+    for flag in flags:
+        if flag.startswith("--"):
+            key, equals, value = flag[2:].partition("=")
+            given[key] = [value] if equals else []
+        elif key is None:
+            raise UserError(f"command line: {flag!r} belongs to no --key; write --key=value")
+        else:
+            given[key].append(flag)
+    return given
+
+
+def _flatten(flags: dict[str, list[str]]) -> list[str]:
+    return [word for words in flags.values() for word in words]
+
+
+def _with_values(key: str, values: list[str]) -> list[str]:
+    return [f"--{key}={values[0]}"] if len(values) == 1 else [f"--{key}", *values]
