@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from trl import DPOTrainer
 
 from alignment.errors import UserError
+from alignment.output import resume_point
 from nca_trainer import NCATrainer
 from run_reward import align
 from tests.conftest import ROOT
@@ -26,7 +27,15 @@ from tests.forked import start
 from tests.launch_runs import fork_workers, free_port
 from tests.runs import assert_same_run, history, launch, wait_for
 from tests.trainers import make_trainer, reward_rows
-from trl_nca.checkpoints import MARKER, STAGING, find_corruption, rotate, seal, write_error_reason
+from trl_nca.checkpoints import (
+    MARKER,
+    STAGING,
+    find_corruption,
+    find_missing_state,
+    rotate,
+    seal,
+    write_error_reason,
+)
 
 
 def test_ten_kills_and_the_run_ends_as_if_there_had_been_none(saving_recipe, whole_run, tmp_path):
@@ -73,6 +82,35 @@ def test_a_corrupt_checkpoint_is_skipped_with_a_line(saving_recipe, whole_run, t
     (newest / "trainer_state.json").write_text("{}")
     with pytest.raises(UserError, match=f"{newest.name} is corrupt: trainer_state.json is not as it was written"):
         align([str(saving_recipe), f"--output_dir={out}", f"--resume_from_checkpoint={newest}"], NCATrainer)
+
+
+@pytest.mark.parametrize("resume", ["true", "checkpoint-4"])
+def test_a_checkpoint_without_its_optimizer_is_not_resumed_from(tmp_path, resume):
+    trainer = make_trainer(
+        tmp_path, reward_rows(8), max_steps=4, save_strategy="steps", save_steps=4, save_only_model=True
+    )
+    trainer.train()
+    assert find_corruption(tmp_path / "checkpoint-4") is None
+    message = r"checkpoint-4 cannot be resumed from: it was saved without its optimizer and scheduler .as save_only"
+    with pytest.raises(UserError, match=message):
+        resume_point(str(tmp_path), resume if resume == "true" else f"{tmp_path}/{resume}", overwrite=False)
+
+
+@pytest.mark.parametrize(
+    ("names", "missing"),
+    [
+        (["optimizer.pt", "scheduler.pt"], None),
+        (["optimizer.bin", "scheduler.pt"], None),
+        (["optimizer_0", "scheduler.pt"], None),
+        (["global_step4"], None),
+        (["optimizer.pt"], "it was saved without its scheduler"),
+        ([], "it was saved without its optimizer and scheduler"),
+    ],
+)
+def test_what_a_checkpoint_lacks(tmp_path, names, missing):
+    for name in [*names, "model.safetensors"]:
+        (tmp_path / name).mkdir()
+    assert find_missing_state(tmp_path) == missing
 
 
 def test_all_steps_done_inside_an_epoch_means_none_more(tmp_path):

@@ -16,12 +16,16 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.peft_utils import find_adapter_config_file
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from alignment.errors import UserError
 
 #: Configs of well-known models, without their weights.
 SHIPPED_CONFIGS = Path(__file__).resolve().parents[2] / "recipes" / "model_configs"
+
+#: Files with a whole model's weights, or their index.
+_WEIGHTS = ("model.safetensors*", "pytorch_model.bin*")
 
 
 @dataclass
@@ -52,8 +56,9 @@ def load_tokenizer(config: PolicyConfig, trust_remote_code: bool = False) -> Pre
     """Loads the policy's tokenizer, and before it the model's config: the cheap part of loading, which finds typos.
 
     Raises:
-        UserError: There is no such model, tokenizer or template file.
+        UserError: There is no such model, tokenizer or template file, or the model is an adapter.
     """
+    _check_is_no_adapter(config)
     name = config.tokenizer_name_or_path or config.model_name_or_path
     revision = {"revision": config.model_revision, "trust_remote_code": trust_remote_code}
     try:
@@ -76,8 +81,9 @@ def load_config(config: PolicyConfig, trust_remote_code: bool = False) -> tuple[
         The config, and a line to print where it is a shipped one.
 
     Raises:
-        UserError: There is no such model, and no config of that name is shipped.
+        UserError: There is no such model, and no config of that name is shipped; or it is an adapter.
     """
+    _check_is_no_adapter(config)
     name = config.model_name_or_path
     try:
         revision = {"revision": config.model_revision, "trust_remote_code": trust_remote_code}
@@ -117,10 +123,66 @@ def no_such_model(name: str, error: Exception) -> UserError:
     )
 
 
+def _check_is_no_adapter(config: PolicyConfig) -> None:
+    """Refuses an adapter as the model: upstream would train the weights beside it, or find none.
+
+    Raises:
+        UserError: It is one; names its base and how to make a model of it. See `adapter_base` too.
+    """
+    name = config.model_name_or_path
+    try:
+        file = find_adapter_config_file(name, revision=config.model_revision)
+    except (OSError, ValueError):  # no such model, as its loading says
+        return
+    if file is not None:
+        base = adapter_base(name) or _base_in(Path(file))
+        raise UserError(
+            f"model_name_or_path: {name} is an adapter on {base}, and a run starts from a model; make "
+            f"one of them, `python alignment-handbook/scripts/merge.py {name} --output FOLDER`, and start from FOLDER"
+        )
+
+
 def adapter_base(name: str) -> str | None:
-    """The model that a PEFT adapter's folder was trained on; None for anything else."""
+    """The model that a PEFT adapter's folder was trained on; None for anything else.
+
+    Raises:
+        UserError: The adapter names no base, or a model's weights lie beside it: which of the two is meant?
+    """
     file = Path(name) / "adapter_config.json"
-    return json.loads(file.read_text())["base_model_name_or_path"] if file.is_file() else None
+    if not file.is_file():
+        return None
+    weights = [path.name for pattern in _WEIGHTS for path in file.parent.glob(pattern)]
+    if weights:
+        raise UserError(
+            f"{name}: holds an adapter (adapter_config.json) and a model's weights ({weights[0]}), and either may be "
+            "meant; move one of them to another folder"
+        )
+    return _base_in(file)
+
+
+def _base_in(file: Path) -> str:
+    """The base that an adapter_config.json names."""
+    try:
+        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{file}: is no JSON object ({error}); save the adapter again") from error
+    if not base:
+        raise UserError(
+            f"{file}: names no base (base_model_name_or_path is {json.dumps(base)}); write there the folder or Hub id "
+            "of the model that the adapter was trained on"
+        )
+    return str(base)
+
+
+def _cannot_be_loaded(name: str, base: str | None, error: Exception) -> UserError:
+    """The error for a model that cannot be loaded, or for an adapter whose base cannot."""
+    if base is None or Path(base).is_dir():
+        return no_such_model(name, error)
+    return UserError(
+        f"{name} is an adapter on {base!r}, which is neither a folder seen from {Path.cwd()} nor a Hub id that can be "
+        f"loaded; run from the folder that it is relative to, or correct base_model_name_or_path in "
+        f"{Path(name) / 'adapter_config.json'}"
+    )
 
 
 def load_trained_tokenizer(name: str) -> tuple[PreTrainedTokenizerBase, int | None]:
@@ -135,7 +197,7 @@ def load_trained_tokenizer(name: str) -> tuple[PreTrainedTokenizerBase, int | No
         config = AutoConfig.from_pretrained(base or name)
         tokenizer = AutoTokenizer.from_pretrained(name if has_own else base)
     except (OSError, ValueError) as error:
-        raise no_such_model(name, error) from error
+        raise _cannot_be_loaded(name, base, error) from error
     return tokenizer, getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
@@ -151,7 +213,8 @@ def load_trained_model(name: str, dtype: str = "auto") -> PreTrainedModel:
     """
     auto = AutoModelForCausalLM
     kwargs = {"dtype": dtype, "device_map": "auto" if torch.cuda.is_available() else None, "use_safetensors": True}
-    if adapter_base(name) is not None:
+    base = adapter_base(name)
+    if base is not None:
         from peft import AutoPeftModelForCausalLM as auto
 
         if not (Path(name) / "adapter_model.safetensors").is_file():  # peft would unpickle an adapter_model.bin
@@ -159,4 +222,4 @@ def load_trained_model(name: str, dtype: str = "auto") -> PreTrainedModel:
     try:
         return auto.from_pretrained(name, **kwargs)
     except (OSError, ValueError) as error:
-        raise no_such_model(name, error) from error
+        raise _cannot_be_loaded(name, base, error) from error

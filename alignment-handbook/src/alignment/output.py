@@ -15,7 +15,7 @@ import yaml
 from alignment.errors import UserError
 from alignment.files import write_json, write_text
 from alignment.recipe import PLAN_KEYS
-from trl_nca.checkpoints import find_corruption, list_checkpoints
+from trl_nca.checkpoints import find_corruption, find_missing_state, list_checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def resume_point(output_dir: str, resume: str | None, overwrite: bool) -> str | 
 
     Raises:
         UserError: The folder cannot be written, holds a finished run, or an unfinished one without being asked to
-            resume it, or the checkpoint is missing or corrupt.
+            resume it, or the checkpoint is missing, corrupt, or without its optimizer.
     """
     folder = Path(output_dir)
     _check_writable(folder)
@@ -58,11 +58,13 @@ def resume_point(output_dir: str, resume: str | None, overwrite: bool) -> str | 
             raise UserError(
                 f"resume_from_checkpoint: {requested} is corrupt: {corruption}; give another, or true for the newest"
             )
+        _check_state(Path(requested))
         return requested
     found = list_checkpoints(folder)
     if requested:
         for checkpoint in reversed(found):
             if (corruption := find_corruption(checkpoint)) is None:
+                _check_state(checkpoint)
                 logger.warning("Resuming from %s", checkpoint)
                 return str(checkpoint)
             logger.warning("!!! %s is skipped, it is corrupt: %s", checkpoint, corruption)
@@ -142,6 +144,14 @@ def finish(output_dir: str, results: dict[str, Any]) -> None:
     folder = Path(output_dir)
     write_json(folder / "eval_results.json", {key: results[key] for key in ("eval", "samples")})
     write_json(folder / FINISHED, results)
+
+
+def _check_state(checkpoint: Path) -> None:
+    if missing := find_missing_state(checkpoint):
+        raise UserError(
+            f"resume_from_checkpoint: {checkpoint} cannot be resumed from: {missing} (as save_only_model: true does); "
+            "start anew with --overwrite_output_dir=true, or from its weights with model_name_or_path"
+        )
 
 
 def _check_writable(folder: Path) -> None:

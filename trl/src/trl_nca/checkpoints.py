@@ -59,6 +59,17 @@ def find_corruption(folder: Path) -> str | None:
     return None
 
 
+def find_missing_state(folder: Path) -> str | None:
+    """What a checkpoint lacks to train on as if nothing had happened, in words; None where nothing is lacking.
+
+    Without optimizer or schedule, upstream starts them anew and says nothing. (DeepSpeed keeps both in `global_stepN`.)
+    """
+    if any(folder.glob("global_step*")):
+        return None
+    missing = [name for name in ("optimizer", "scheduler") if not any(folder.glob(f"{name}*"))]
+    return f"it was saved without its {' and '.join(missing)}" if missing else None
+
+
 @contextmanager
 def staged(output_dir: str) -> Iterator[str]:
     """Gives the folder to write checkpoint-N to, on all processes; at the end it is sealed and moved to its place.
