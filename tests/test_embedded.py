@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from alignment.evaluation.held_out import bootstrap_interval
 from alignment.report.tables import compare_samples, verdict
+from alignment.sampling.reward_function import load_reward_function
 from alignment.sampling.sample import sample_responses
-from alignment.sampling.score import load_reward_function
 from tests.conftest import MODEL, ROOT, needs_model
 from tests.tiny import tiny_config, tiny_tokenizer
 

@@ -1,13 +1,17 @@
 """Responses in, scores out: functions, reward models, their sum, and that a killed run gives the same bytes."""
 
+import json
+import sys
+
 import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForSequenceClassification
 
 from alignment.errors import UserError
 from alignment.sampling import score as module
+from alignment.sampling.reward_function import call_reward_function, load_reward_function
 from alignment.sampling.reward_model import RewardModel
-from alignment.sampling.score import Scorer, call_reward_function, score_file
+from alignment.sampling.score import Scorer, score_file
 from tests.scripts import Killed, read, script, write
 from tests.tiny import save_tiny_model, tiny_config, tiny_tokenizer
 
@@ -244,6 +248,87 @@ def test_functions_that_cannot_be_called_so_are_named(function, message):
     rows = [{"prompt": [{"role": "user", "content": "a"}], "responses": ["x"]}]
     with pytest.raises(UserError, match=f"rows.jsonl, line 1: mine {message}"):
         call_reward_function(function, "mine", rows, ["rows.jsonl, line 1"])
+
+
+def load(tmp_path, text, name="reward", file="mine.py"):
+    (tmp_path / file).write_text(text)
+    return load_reward_function(f"{tmp_path / file}:{name}")
+
+
+ANNOTATED = """
+from __future__ import annotations
+from dataclasses import dataclass, field
+from json import dumps
+from beside import count
+
+
+@dataclass
+class Rule:
+    word: str
+    kinds: list[Rule] = field(default_factory=list)
+
+
+def reward(prompts, completions, **columns):
+    import later
+    return [float(later.twice(count(c[0]["content"]))) for c in completions]
+"""
+
+
+def test_a_file_is_a_module_like_any_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "beside.py").write_text("def count(text):\n    return len(text.split())\n")
+    (tmp_path / "later.py").write_text("def twice(number):\n    return 2 * number\n")
+    path = [*sys.path]
+    function = load(tmp_path, ANNOTATED, file="json.py")
+    assert sys.modules["json"] is json, "a file's name hides no module"
+    rows = [{"prompt": [{"role": "user", "content": "a"}], "responses": ["x y", "z"]}]
+    assert call_reward_function(function, "mine", rows, ["line 1"]) == [[4.0, 2.0]]
+    assert sys.path == [*path, str(tmp_path)], "its folder comes last when it is loaded"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "import nowhere_at_all",
+            r"mine.py cannot be loaded: ModuleNotFoundError: .*nowhere_at_all.* .mine.py, line 1",
+        ),
+        ("a = 1\nb = a +", r"mine.py cannot be loaded: SyntaxError: .* .mine.py, line 2."),
+        ("a = 1\n\nb = {}[a]", r"mine.py cannot be loaded: KeyError: 1 .mine.py, line 3."),
+        ("import sys\nsys.exit(3)", r"mine.py cannot be loaded: SystemExit: 3 .mine.py, line 2."),
+    ],
+)
+def test_a_file_that_cannot_be_loaded_is_named_with_its_line(tmp_path, text, message):
+    with pytest.raises(UserError, match=message):
+        load(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("yield 1.0", r"line 1 and 1 rows more: mine returned 1 scores for 3 responses"),
+        ("while True:\n        yield 1.0", r"mine returned 4 scores for 3 responses"),
+        ("return 0.5", r"mine returned 0.5 and no list of scores; it must return one for each completion"),
+        ("return '111'", r"mine returned '111' and no list of scores"),
+        ("pass", r"mine returned None and no list of scores"),
+        ("return [1 / (c[0]['content'] != 'z') for c in completions]",
+         r"^line 2: mine fails: ZeroDivisionError: division by zero .mine.py, line 2.; return None where"),
+        ("return [len(completions) - 3 or 1 / 0] * 3", r"^line 1 and 1 rows more: mine fails: ZeroDivisionError"),
+        ("yield 1.0\n    raise KeyError('gold')", r"^line 1: mine fails: KeyError: 'gold' .mine.py, line 3."),
+    ],
+)  # fmt: skip
+def test_a_function_that_fails_is_named_with_its_row(tmp_path, body, message):
+    function = load(tmp_path, f"def reward(prompts, completions):\n    {body}\n")
+    rows = [{"prompt": [{"role": "user", "content": "a"}], "responses": texts} for texts in (["x", "y"], ["z"])]
+    with pytest.raises(UserError, match=message):
+        call_reward_function(function, "mine", rows, ["line 1", "line 2"])
+
+
+def test_generators_and_arrays_are_lists_too(tmp_path):
+    rows = [{"prompt": [{"role": "user", "content": "a"}], "responses": ["x", "y"]}]
+    for values in ("iter([1, 2.5])", "np.array([1, 2.5])", "torch.tensor([1, 2.5])", "(1, 2.5)"):
+        function = load(tmp_path, f"import numpy as np, torch\ndef reward(prompts, completions): return {values}\n")
+        assert call_reward_function(function, "mine", rows, ["line 1"]) == [[1.0, 2.5]]
 
 
 def test_the_script(samples, functions, reward_model, tmp_path, monkeypatch, capsys):

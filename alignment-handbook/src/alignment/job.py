@@ -20,7 +20,7 @@ from alignment.plan.compatibility import check_layout
 from alignment.plan.steps import Plan, plan_run, set_global_batch
 from alignment.report.callback import write_report
 from alignment.report.tables import final_table
-from alignment.sampling.score import RewardFunction, load_reward_function
+from alignment.sampling.reward_function import RewardFunction, load_reward_function
 
 
 class Job(NamedTuple):

@@ -8,8 +8,8 @@ from datasets import Dataset
 
 from alignment.errors import UserError
 from alignment.recipe import RunConfig
+from alignment.sampling.reward_function import RewardFunction, call_reward_function
 from alignment.sampling.sample import sample_responses
-from alignment.sampling.score import RewardFunction, call_reward_function
 
 
 def sample_and_score(

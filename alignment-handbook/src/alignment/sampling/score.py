@@ -4,14 +4,10 @@ Each scorer goes through the rows batch by batch, the longest first; finished ba
 (`alignment.resumable`).
 """
 
-import importlib.util
-import inspect
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -19,13 +15,7 @@ from alignment.data.row import Row
 from alignment.errors import UserError
 from alignment.resumable import Entry, PartFile, content_hash, fingerprint
 from alignment.sampling.prompts import read_prompts
-
-RewardFunction = Callable[..., list[float | None]]
-#: Scores of one row's responses. None: the scorer does not apply.
-Scores = list[float | None]
-
-#: Columns that a reward function is not given by name.
-_NOT_PASSED = ("prompt", "responses", "scores", "score_parts")
+from alignment.sampling.reward_function import Scores, call_reward_function, load_reward_function
 
 
 @dataclass(frozen=True)
@@ -60,23 +50,6 @@ class Scorer:
     def fingerprint(self) -> str:
         """A hash that changes when its code or weights do."""
         return fingerprint(self.name if self.is_model else self.name.rpartition(":")[0])
-
-
-def load_reward_function(spec: str) -> RewardFunction:
-    """Loads a function (prompts, completions, **columns) -> scores, TRL's signature, from `FILE.py:NAME`.
-
-    Raises:
-        UserError: No such file or function.
-    """
-    file, _, name = spec.rpartition(":")
-    if not Path(file).is_file():
-        raise UserError(f"reward_function: {spec!r} names no file; write FILE.py:NAME")
-    module_spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    if not callable(getattr(module, name, None)):
-        raise UserError(f"reward_function: {file} has no function {name!r}")
-    return getattr(module, name)
 
 
 def score_file(
@@ -126,69 +99,6 @@ def score_file(
                 progress.update(len(batches[b]))
     part.finish(_join(rows, scorers, part.entries, digits))
     return f"{output}: {len(rows)} rows, {sum(len(row['responses']) for row in rows)} responses scored"
-
-
-def call_reward_function(function: RewardFunction, name: str, rows: list[Row], locations: list[str]) -> list[Scores]:
-    """Scores the rows' responses by a Python function, which is called once.
-
-    Args:
-        function: From `load_reward_function`. Given: a prompt (messages) and a completion (one assistant message) for
-            each response, and those of the rows' other columns that it takes by name, as often.
-        name: Name of the function, for errors.
-        rows: `prompt` as messages, and `responses`.
-        locations: Where the rows stand, for errors.
-
-    Raises:
-        UserError: It needs an argument that is not given, or cannot take one; it returns
-            too few or too many scores, or one that is no finite number and not None.
-    """
-    each = [(row, text) for row in rows for text in row["responses"]]
-    names = list(dict.fromkeys(name for row in rows for name in row if name not in _NOT_PASSED))
-    given = {name: [row.get(name) for row, _ in each] for name in names if _takes(function, name)}
-    given["prompts"] = [row["prompt"] for row, _ in each]
-    given["completions"] = [[{"role": "assistant", "content": text}] for _, text in each]
-    _check_call(function, name, given, locations[0] if locations else "")
-    returned = list(function(**given)) if each else []
-    if len(returned) != len(each):
-        raise UserError(
-            f"{locations[0]} and {len(rows) - 1} rows more: {name} returned {len(returned)} scores for {len(each)} "
-            "responses; it must return one for each completion"
-        )
-    scores = iter(returned)
-    return [
-        [_number(next(scores), f"{location}, response {k + 1}: {name}") for k in range(len(row["responses"]))]
-        for row, location in zip(rows, locations, strict=True)
-    ]
-
-
-def _takes(function: RewardFunction, name: str) -> bool:
-    """Whether a function takes an argument of this name, by itself or in its `**columns`."""
-    try:
-        parameters = inspect.signature(function).parameters
-    except (TypeError, ValueError):  # of a builtin
-        return True
-    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-
-
-def _check_call(function: RewardFunction, name: str, given: dict[str, Any], location: str) -> None:
-    try:
-        inspect.signature(function).bind(**given)
-    except ValueError:  # of a builtin
-        return
-    except TypeError as error:
-        raise UserError(f"{location}: {name} {error}; it is called with {', '.join(given)}, by name") from error
-
-
-def _number(value: Any, location: str) -> float | None:
-    if value is None:
-        return None
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise UserError(f"{location} returned {value!r}; return a finite number, or None where it does not apply")
-    return number
 
 
 def _open(scorer: Scorer, batch_size: int, dtype: str) -> Callable[[list[Row], list[str]], list[Scores]]:

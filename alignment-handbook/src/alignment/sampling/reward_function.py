@@ -1,0 +1,174 @@
+"""Reward functions: loaded from a file and called in one way, wherever responses are scored."""
+
+import contextlib
+import importlib.util
+import inspect
+import itertools
+import math
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from alignment.data.row import Row
+from alignment.errors import UserError
+from alignment.resumable import content_hash
+
+RewardFunction = Callable[..., list[float | None]]
+#: Scores of one row's responses. None: the scorer does not apply.
+Scores = list[float | None]
+
+#: Columns that a reward function is not given by name.
+_NOT_PASSED = ("prompt", "responses", "scores", "score_parts")
+
+
+def load_reward_function(spec: str) -> RewardFunction:
+    """Loads a function (prompts, completions, **columns) -> scores, TRL's signature, from `FILE.py:NAME`.
+
+    The file is a module like any other: it is in `sys.modules`, where dataclasses with postponed annotations look
+    for it, and may import the files beside it.
+
+    Raises:
+        UserError: No such file or function, or the file fails; names its line.
+    """
+    file, _, name = spec.rpartition(":")
+    if not Path(file).is_file():
+        raise UserError(f"reward_function: {spec!r} names no file; write FILE.py:NAME")
+    path = Path(file).resolve()
+    module_name = f"reward_function_{content_hash(str(path))}"  # which hides no other module of the file's name
+    module_spec = importlib.util.spec_from_file_location(module_name, path)
+    if module_spec is None:
+        raise UserError(f"reward_function: {file} is no Python file; write FILE.py:NAME")
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_name] = module
+    try:
+        with _first_in_path(str(path.parent)):
+            module_spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise UserError(f"reward_function: {file} cannot be loaded: {_in_words(error, str(path))}") from error
+    if not callable(getattr(module, name, None)):
+        raise UserError(f"reward_function: {file} has no function {name!r}")
+    return getattr(module, name)
+
+
+@contextlib.contextmanager
+def _first_in_path(folder: str) -> Iterator[None]:
+    """Looks for modules in a folder first, as for a script; and from then on last, for imports inside of functions."""
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+        if folder not in sys.path:
+            sys.path.append(folder)
+
+
+def call_reward_function(function: RewardFunction, name: str, rows: list[Row], locations: list[str]) -> list[Scores]:
+    """Scores the rows' responses by a Python function, which is called once.
+
+    Args:
+        function: From `load_reward_function`. Given: a prompt (messages) and a completion (one assistant message) for
+            each response, and those of the rows' other columns that it takes by name, as often.
+        name: Name of the function, for errors.
+        rows: `prompt` as messages, and `responses`.
+        locations: Where the rows stand, for errors.
+
+    Raises:
+        UserError: It needs an argument that is not given, or cannot take one; it fails, and on which row; it returns
+            too few or too many scores, or one that is no finite number and not None.
+    """
+    given = _arguments(function, rows)
+    num_responses = len(given["completions"])
+    if not num_responses:
+        return [[] for _ in rows]
+    _check_call(function, name, given, locations[0])
+    try:
+        returned = _take(function(**given), num_responses)
+    except UserError as error:
+        raise UserError(f"{_span(locations)}: {name} {error}; it must return one for each completion") from None
+    except Exception as error:
+        raise _failure(function, name, rows, locations, error) from error
+    if len(returned) != num_responses:
+        raise UserError(
+            f"{_span(locations)}: {name} returned {len(returned)} scores for {num_responses} responses; it must return "
+            "one for each completion"
+        )
+    scores = iter(returned)
+    return [
+        [_number(next(scores), f"{location}, response {k + 1}: {name}") for k in range(len(row["responses"]))]
+        for row, location in zip(rows, locations, strict=True)
+    ]
+
+
+def _arguments(function: RewardFunction, rows: list[Row]) -> dict[str, list[Any]]:
+    each = [(row, text) for row in rows for text in row["responses"]]
+    names = list(dict.fromkeys(name for row in rows for name in row if name not in _NOT_PASSED))
+    given = {name: [row.get(name) for row, _ in each] for name in names if _takes(function, name)}
+    given["prompts"] = [row["prompt"] for row, _ in each]
+    given["completions"] = [[{"role": "assistant", "content": text}] for _, text in each]
+    return given
+
+
+def _take(returned: Any, count: int) -> list[Any]:
+    """The values of a list or an array; of a generator, which need not end, at most one more than `count`."""
+    if isinstance(returned, str | bytes | dict) or not hasattr(returned, "__iter__"):
+        raise UserError(f"returned {returned!r:.60} and no list of scores")
+    return list(returned if hasattr(returned, "__len__") else itertools.islice(returned, count + 1))
+
+
+def _failure(function: RewardFunction, name: str, rows: list[Row], locations: list[str], error: Exception) -> UserError:
+    """The error for a function that fails on these rows: on the first of them that it fails on alone, if one does."""
+    found = _span(locations)
+    for row, location in zip(rows, locations, strict=True):
+        given = _arguments(function, [row])
+        try:
+            _take(function(**given), len(given["completions"]))
+        except Exception as alone:
+            found, error = location, alone
+            break
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    reason = _in_words(error, getattr(code, "co_filename", None))
+    return UserError(f"{found}: {name} fails: {reason}; return None where it does not apply")
+
+
+def _in_words(error: BaseException, file: str | None) -> str:
+    """An error with its line: the last one in a file that its traceback passed, or in any."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if frame.filename == file]
+    place = error if isinstance(error, SyntaxError) else (own or frames)[-1]
+    return f"{type(error).__name__}: {error} ({Path(place.filename or '').name}, line {place.lineno})"
+
+
+def _span(locations: list[str]) -> str:
+    return f"{locations[0]} and {len(locations) - 1} rows more" if len(locations) > 1 else locations[0]
+
+
+def _takes(function: RewardFunction, name: str) -> bool:
+    """Whether a function takes an argument of this name, by itself or in its `**columns`."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # of a builtin
+        return True
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _check_call(function: RewardFunction, name: str, given: dict[str, Any], location: str) -> None:
+    try:
+        inspect.signature(function).bind(**given)
+    except ValueError:  # of a builtin
+        return
+    except TypeError as error:
+        raise UserError(f"{location}: {name} {error}; it is called with {', '.join(given)}, by name") from error
+
+
+def _number(value: Any, location: str) -> float | None:
+    if value is None:
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"{location} returned {value!r}; return a finite number, or None where it does not apply")
+    return number
