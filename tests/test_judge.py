@@ -25,9 +25,9 @@ from alignment.errors import UserError
 from alignment.evaluation import endpoint as module
 from alignment.evaluation.endpoint import EndpointConfig
 from alignment.evaluation.held_out import bootstrap_interval
-from alignment.evaluation.judge import open_judge
-from alignment.evaluation.judge_alpaca_eval import compare_alpaca_eval, is_flipped
-from alignment.evaluation.judge_mt_bench import grade_mt_bench
+from alignment.evaluation.judge import VerdictSettings, open_judge
+from alignment.evaluation.judge_alpaca_eval import compare_alpaca_eval, is_flipped, preference_of
+from alignment.evaluation.judge_mt_bench import grade_mt_bench, rating_of
 from alignment.resumable import content_hash
 from tests.conftest import ROOT, SHARED, needs_shared
 from tests.scripts import read, script, write
@@ -156,7 +156,7 @@ def files(tmp_path):
 def grade(files, tmp_path, server, *answers, threads=4, **config):
     return grade_mt_bench(
         files["questions"], list(answers) or [files["answers"]], files["judge_prompts"], files["references"],
-        str(tmp_path / "out"), EndpointConfig(server.url, "org/judge", threads=threads, **config), 64,
+        str(tmp_path / "out"), EndpointConfig(server.url, "org/judge", threads=threads, **config), VerdictSettings(64),
     )  # fmt: skip
 
 
@@ -384,7 +384,7 @@ def pairs(tmp_path):
 def compare(pairs, tmp_path, server, seed=0, **config):
     config = EndpointConfig(server.url, "org/judge", **config)
     files = (pairs["answers"], pairs["reference_outputs"], pairs["judge_prompts"])
-    return compare_alpaca_eval(*files, str(tmp_path / "out"), config, 1, seed)
+    return compare_alpaca_eval(*files, str(tmp_path / "out"), config, VerdictSettings(1), seed)
 
 
 def annotations(tmp_path):
@@ -602,6 +602,86 @@ def test_mistakes_are_one_line(flags, message, files, tmp_path, monkeypatch, cap
     assert message in printed
     assert len(printed.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "rating"),
+    [
+        ("<think>\nA first idea is [[3]].\n</think>\n\nRating: [[8]]", 8),
+        ("Perhaps [[3]]?\n</think>\nRating: [[8]]", 8),
+        ("<think>Is it [[3]]? Or", -1),
+        ("<thinking>[[1]]</thinking> <reasoning>[[2]]</reasoning> [[4]]", 4),
+        ("[THINK][[1]][/THINK][[9]]", 9),
+        ("From [[1]] to [[10]]: [[6]]", 6),
+        ("It cites [1] and [2]. Rating: 9", -1),
+        ("It cites [1].\nRating: [7]", 7),
+        ("My rating is **[7.5]**.", 7.5),
+        ("[[ 7 ]]", 7),
+        ("[[7/10]]", 7),
+        ("[[7,5]]", 7.5),
+        ("[[70/100]]", -1),
+        ("[[85]]", -1),
+        ("[[0]]", -1),
+        ("[[10]]", 10),
+        ("Rating: 8/10", -1),
+        ("", -1),
+    ],
+)
+def test_the_last_rating_after_the_thinking_counts(text, rating):
+    assert rating_of(text) == rating
+
+
+@pytest.mark.parametrize(
+    ("text", "top", "preference"),
+    [
+        ("M", {" M": math.log(0.5), "M": math.log(0.1), " m": math.log(0.2)}, 1.75),
+        ("m", {"\u0120m": 0.0, "\u2581M": -math.inf}, 1.0),
+        ("<think>m or M?</think>\nM", None, 2.0),
+        ("<think>M it is: M</think> **m**", None, 1.0),
+        ("<think>m or M", None, None),
+        ("Both are fine.", {"fine": 0.0}, None),
+    ],
+)
+def test_the_preference_is_read_after_the_thinking(text, top, preference):
+    assert preference_of({"text": text, "top_logprobs": top}, flipped=False) == preference
+
+
+@pytest.mark.parametrize(
+    ("choice", "text"),
+    [
+        ({"message": {"content": [{"type": "text", "text": "[[5"}, {"type": "text", "text": "]]"}]}}, "[[5]]"),
+        ({"message": {"content": None, "refusal": "I cannot."}}, ""),
+        ({"message": {"content": None, "reasoning_content": "Hm"}, "finish_reason": "length"}, ""),
+    ],
+)
+def test_replies_of_other_shapes_are_read(choice, text):
+    assert module.read_reply(json.dumps({"choices": [choice]}).encode())["text"] == text
+
+
+def test_what_newer_judges_refuse_need_not_be_sent(files, pairs, tmp_path, server, monkeypatch, capsys):
+    flags = ["--output_dir", tmp_path / "out", "--base_url", server.url, "--model=org/judge"]
+    of_mt_bench = ["--benchmark=mt_bench", *flags, *(f"--{name}={path}" for name, path in files.items())]
+    of_alpaca_eval = ["--benchmark=alpaca_eval", *flags, *(f"--{name}={path}" for name, path in pairs.items())]
+    newer = ["--max_completion_tokens=4096", "--judge_temperature=none"]
+    assert script(monkeypatch, "judge.py", *of_mt_bench, *newer) == 0
+    sent = [{key: body[key] for key in body if key not in ("messages", "model")} for body in server.calls]
+    assert sent == [{"max_completion_tokens": 4096}] * 12
+    assert script(monkeypatch, "judge.py", *of_mt_bench, *newer) == 0
+    assert len(server.calls) == 12
+    assert script(monkeypatch, "judge.py", *of_mt_bench, "--judge_temperature=0.5") == 0
+    assert len(server.calls) == 24, "verdicts at another temperature are others"
+    assert server.calls[-1]["temperature"] == 0.5
+    server.answer = lambda body: said("M")
+    assert script(monkeypatch, "judge.py", *of_alpaca_eval, "--no_logprobs", *newer) == 0
+    assert not {"logprobs", "top_logprobs", "temperature", "max_tokens"} & set(server.calls[-1])
+    for bad, message in (
+        (["--no_logprobs"], "--no_logprobs says nothing to mt_bench"),
+        (["--max_tokens=5", "--max_completion_tokens=5"], "two names of one thing"),
+        (["--max_completion_tokens=0"], "--max_completion_tokens: must be at least 1, got 0"),
+        (["--judge_temperature=-1"], "invalid temperature value: '-1'"),
+    ):
+        assert script(monkeypatch, "judge.py", *of_mt_bench, *bad) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_the_script(files, pairs, tmp_path, server, monkeypatch, capsys):

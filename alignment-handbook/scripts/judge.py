@@ -20,6 +20,7 @@ import argparse
 from alignment import errors
 from alignment.errors import UserError
 from alignment.evaluation.endpoint import EndpointConfig
+from alignment.evaluation.judge import VerdictSettings
 from alignment.evaluation.judge_alpaca_eval import compare_alpaca_eval
 from alignment.evaluation.judge_local import compare_models
 from alignment.evaluation.judge_mt_bench import grade_mt_bench
@@ -32,6 +33,8 @@ def main() -> None:
     scorers = [Scorer.parse(spec, is_model=False) for spec in args.reward_function]
     scorers += [Scorer.parse(spec, is_model=True) for spec in args.reward_model]
     _require(args, "questions", args.benchmark == "mt_bench")
+    if args.benchmark == "mt_bench":
+        _require(args, "no_logprobs", needed=False)
     if scorers:
         if args.base_url or args.model:
             raise UserError("command line: --base_url is one judge and --reward_function another; give one of them")
@@ -43,10 +46,10 @@ def main() -> None:
         args.base_url, args.model, args.api_key_env, args.max_calls, args.max_cost, args.threads, args.max_retries,
         args.timeout,
     )  # fmt: skip
+    settings = _verdict_settings(args)
     if args.benchmark == "mt_bench":
-        max_tokens = args.max_tokens or 2048
         files = (args.questions, args.answers, args.judge_prompts, args.references, args.output_dir)
-        print(grade_mt_bench(*files, config, max_tokens))
+        print(grade_mt_bench(*files, config, settings))
     else:
         _require(args, "reference_outputs")
         if len(args.answers) != 1:
@@ -54,7 +57,30 @@ def main() -> None:
                 "--answers: AlpacaEval compares one model's outputs with --reference_outputs; give one file"
             )
         files = (args.answers[0], args.reference_outputs, args.judge_prompts, args.output_dir)
-        print(compare_alpaca_eval(*files, config, args.max_tokens or 1, args.seed))
+        print(compare_alpaca_eval(*files, config, settings, args.seed))
+
+
+def _verdict_settings(args: argparse.Namespace) -> VerdictSettings:
+    if args.max_tokens is not None and args.max_completion_tokens is not None:
+        raise UserError("command line: --max_tokens and --max_completion_tokens are two names of one thing; give one")
+    default = 2048 if args.benchmark == "mt_bench" else 1
+    if args.max_completion_tokens is not None:
+        limit = (args.max_completion_tokens, "max_completion_tokens")
+    else:
+        limit = (default if args.max_tokens is None else args.max_tokens, "max_tokens")
+    if limit[0] < 1:
+        raise UserError(f"--{limit[1]}: must be at least 1, got {limit[0]}")
+    return VerdictSettings(*limit, args.judge_temperature, not args.no_logprobs)
+
+
+def temperature(text: str) -> float | None:
+    """Converts a flag, whose errors carry this function's name."""
+    if text == "none":
+        return None
+    value = float(text)
+    if not value >= 0:
+        raise ValueError
+    return int(value) if value.is_integer() else value  # 0 and 0.0 are one request
 
 
 def _require(args: argparse.Namespace, name: str, needed: bool = True) -> None:
@@ -85,6 +111,12 @@ def _parse() -> argparse.Namespace:
     endpoint.add_argument("--max_cost", type=int, help="tokens, of prompts and replies, after which none is sent")
     endpoint.add_argument("--max_tokens", type=int, help="longest verdict; by default 2048 for mt_bench, 1 for "
                           "alpaca_eval")  # fmt: skip
+    endpoint.add_argument("--max_completion_tokens", type=int, help="the same, by the name that newer endpoints want; "
+                          "a judge that thinks needs some thousands")  # fmt: skip
+    endpoint.add_argument("--judge_temperature", type=temperature, default=0, help="temperature of a verdict; none "
+                          "sends none, for judges that allow their own alone")  # fmt: skip
+    endpoint.add_argument("--no_logprobs", action="store_true", help="alpaca_eval only: ask for no probabilities, for "
+                          "judges that refuse; the letter in the reply decides")  # fmt: skip
     endpoint.add_argument("--threads", type=int, default=4, help="requests under way at a time")
     endpoint.add_argument("--max_retries", type=int, default=8, help="how often a failed request is sent again")
     endpoint.add_argument("--timeout", type=float, default=120.0, help="seconds to wait for a reply")

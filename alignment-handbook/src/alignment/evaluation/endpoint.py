@@ -252,7 +252,7 @@ def read_reply(raw: bytes) -> Entry:
         `text`; `top_logprobs` of its last token, by token, or None; `tokens` of prompt and reply, or None.
 
     Raises:
-        _Passing: It is none.
+        _Retryable: It is none.
 
     Example:
         >>> read_reply(b'{"choices": [{"message": {"content": "Rating: [[5]]"}}], "usage": {"total_tokens": 9}}')
@@ -261,7 +261,7 @@ def read_reply(raw: bytes) -> Entry:
     try:
         reply = json.loads(raw)
         choice = reply["choices"][0]
-        text = choice["message"]["content"]
+        text = _text_of(choice)
         tokens = (reply.get("usage") or {}).get("total_tokens")
         of_tokens = (choice.get("logprobs") or {}).get("content") or []
         top = {t["token"]: float(t["logprob"]) for t in of_tokens[-1]["top_logprobs"]} if of_tokens else None
@@ -270,6 +270,16 @@ def read_reply(raw: bytes) -> Entry:
     if not isinstance(text, str) or not isinstance(tokens, int | None):
         raise _Retryable("a chat completion without a text")
     return {"text": text, "top_logprobs": top, "tokens": tokens}
+
+
+def _text_of(choice: Entry) -> Any:
+    """The text of a reply; empty where it was refused, or where thinking took all the tokens there were."""
+    message = choice["message"]
+    content = message["content"]
+    if isinstance(content, list):
+        return "".join(part["text"] for part in content if part.get("type", "text") == "text")
+    is_empty = content is None and (message.get("refusal") or choice.get("finish_reason") == "length")
+    return "" if is_empty else content
 
 
 def _retry_after(headers: Message) -> float:

@@ -6,12 +6,33 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from alignment.errors import UserError
 from alignment.evaluation.endpoint import Endpoint, EndpointConfig
 from alignment.resumable import Entry, PartFile
 
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
+#: Tags around a model's thinking, in the families' spellings: the last that ends, and one that does not.
+_THOUGHT = r"(?:\w+:)?(?:think|thinking|thought|reasoning)"
+_THINKING_ENDS = re.compile(rf"(?s:.*)(?:</{_THOUGHT}>|\[/THINK\]|◁/think▷)", re.IGNORECASE)
+_THINKING_STARTS = re.compile(rf"(?s:<{_THOUGHT}>|\[THINK\]|◁think▷).*", re.IGNORECASE | re.DOTALL)
+
+
+class VerdictSettings(NamedTuple):
+    """What a request asks of the judge. They are part of the request, so that others never share a saved reply.
+
+    Attributes:
+        max_tokens: Longest verdict, with the thinking before it.
+        max_tokens_key: "max_tokens", or "max_completion_tokens", which newer endpoints want.
+        temperature: None sends none, for endpoints that refuse to be told.
+        logprobs: Whether to ask for the probabilities of the last token, where they are of use.
+    """
+
+    max_tokens: int
+    max_tokens_key: str = "max_tokens"
+    temperature: float | None = 0
+    logprobs: bool = True
 
 
 @contextlib.contextmanager
@@ -50,10 +71,23 @@ def fill(template: str, texts: dict[str, str], location: str | None = None) -> s
     return _PLACEHOLDER.sub(lambda m: texts.get(m[1], m[0]), template)
 
 
-def chat_request(turns: list[tuple[str, str]], max_tokens: int) -> Entry:
-    """Settings of a greedy chat completion of turns (role, text)."""
+def chat_request(turns: list[tuple[str, str]], settings: VerdictSettings) -> Entry:
+    """A chat completion of turns (role, text)."""
     messages = [{"role": role, "content": text} for role, text in turns]
-    return {"messages": messages, "temperature": 0, "max_tokens": max_tokens}
+    temperature = {} if settings.temperature is None else {"temperature": settings.temperature}
+    return {"messages": messages, **temperature, settings.max_tokens_key: settings.max_tokens}
+
+
+def after_thinking(text: str) -> str:
+    """What a reply says after its thinking; nothing, where it never stops to think.
+
+    Example:
+        >>> after_thinking("<think>Is it [[3]]?</think> [[8]]"), after_thinking("so [[3]]? </think>[[8]]")
+        (' [[8]]', '[[8]]')
+        >>> after_thinking("<think>Is it [[3]]? Or")
+        ''
+    """
+    return _THINKING_STARTS.sub("", _THINKING_ENDS.sub("", text, count=1))
 
 
 def outcome(judge: Endpoint, summary: str, num_judged: int, num_rows: int) -> str:

@@ -14,17 +14,34 @@ from alignment.data.row import Row
 from alignment.errors import UserError
 from alignment.evaluation.endpoint import EndpointConfig
 from alignment.evaluation.files import read_instructions
-from alignment.evaluation.judge import chat_request, file_name, fill, open_judge, outcome
+from alignment.evaluation.judge import (
+    VerdictSettings,
+    after_thinking,
+    chat_request,
+    file_name,
+    fill,
+    open_judge,
+    outcome,
+)
 from alignment.resumable import Entry, write_rows
 
 #: Instructions of the official set, whose places the length-controlled win rate knows.
 OFFICIAL_INSTRUCTIONS = 805
 
+#: Around a token's letters: white space, and the signs for it in vocabularies, which some servers send.
+_SPACES = " \n\t\u0120\u010a\u2581"
+
 _CHATML_TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", re.DOTALL)
 
 
 def compare_alpaca_eval(
-    outputs: str, reference: str, prompt: str, output_dir: str, config: EndpointConfig, max_tokens: int, seed: int = 0
+    outputs: str,
+    reference: str,
+    prompt: str,
+    output_dir: str,
+    config: EndpointConfig,
+    settings: VerdictSettings,
+    seed: int = 0,
 ) -> str:
     """Compares a model's outputs with a reference's, and writes `<model>/<judge>/annotations.json`.
 
@@ -33,7 +50,7 @@ def compare_alpaca_eval(
             order of the reference.
         prompt: A text with {instruction}, {output_1} and {output_2} that asks for "m" if output_1 is better, else for
             "M", as the last thing said; in turns where it has ChatML's `<|im_start|>`.
-        output_dir, config, max_tokens: See `judge_mt_bench.grade_mt_bench`.
+        output_dir, config, settings: See `judge_mt_bench.grade_mt_bench`.
         seed: Seeds the order in which outputs are shown.
 
     Returns:
@@ -50,8 +67,8 @@ def compare_alpaca_eval(
     for i in differ:
         one, two = ("output_2", "output_1") if flips[i] else ("output_1", "output_2")
         texts = {"instruction": rows[i]["instruction"], "output_1": rows[i][one], "output_2": rows[i][two]}
-        request = chat_request([(role, fill(text, texts)) for role, text in turns], max_tokens)
-        requests.append(request | {"logprobs": True, "top_logprobs": 5})
+        request = chat_request([(role, fill(text, texts)) for role, text in turns], settings)
+        requests.append(request | ({"logprobs": True, "top_logprobs": 5} if settings.logprobs else {}))
     model = rows[0]["generator_2"]
     output = Path(output_dir) / file_name(model) / file_name(config.model) / "annotations.json"
     preferences: list[float | None] = [1.5] * len(rows)  # equal outputs need no judge
@@ -71,7 +88,8 @@ def compare_alpaca_eval(
 def preference_of(reply: Entry, flipped: bool) -> float | None:
     """The preference in a reply, from 1 (the reference) to 2 (the model).
 
-    By the probabilities of "m" (the first shown) and "M" as its last token, where it has them; else by its last letter.
+    By the probabilities of "m" (the first shown) and "M" as its last token, also with a space before them, where it has
+    them; else by the last letter that it says after any thinking.
 
     Args:
         reply: `text`, and `top_logprobs` of its last token, or None.
@@ -83,12 +101,16 @@ def preference_of(reply: Entry, flipped: bool) -> float | None:
     Example:
         >>> preference_of({"text": "M", "top_logprobs": {"M": math.log(0.6), "m": math.log(0.2)}}, flipped=False)
         1.75
+        >>> preference_of({"text": " m", "top_logprobs": {" M": math.log(0.2), " m": math.log(0.6)}}, flipped=False)
+        1.25
         >>> preference_of({"text": "Both are good. The best is: m", "top_logprobs": None}, flipped=True)
         2.0
     """
-    first, second = (math.exp((reply["top_logprobs"] or {}).get(name, -math.inf)) for name in "mM")
+    top = (reply["top_logprobs"] or {}).items()
+    first, second = (sum(math.exp(value) for token, value in top if token.strip(_SPACES) == name) for name in "mM")
     if first + second == 0:
-        first, second = (float(re.search(rf"\b{name}\W*$", reply["text"]) is not None) for name in "mM")
+        said = after_thinking(reply["text"])
+        first, second = (float(re.search(rf"\b{name}\W*$", said) is not None) for name in "mM")
     if first + second == 0:
         return None
     of_second = second / (first + second)

@@ -10,13 +10,26 @@ from alignment.data.row import Row
 from alignment.errors import UserError
 from alignment.evaluation.endpoint import EndpointConfig
 from alignment.evaluation.files import read_answers, read_objects, read_questions
-from alignment.evaluation.judge import chat_request, file_name, fill, open_judge, outcome
+from alignment.evaluation.judge import (
+    VerdictSettings,
+    after_thinking,
+    chat_request,
+    file_name,
+    fill,
+    open_judge,
+    outcome,
+)
 from alignment.resumable import Entry, write_rows
 
 #: Categories whose judge is shown a reference answer, as FastChat has it.
 REFERENCE_CATEGORIES = ("math", "reasoning", "coding")
 
-_RATINGS = (re.compile(r"\[\[(\d+(?:\.\d*)?)\]\]"), re.compile(r"\[(\d+(?:\.\d*)?)\]"))
+_NUMBER = r"\s*(\d+(?:[.,]\d+)?)\s*(?:/\s*10\s*)?"
+#: FastChat's form, and the one it falls back to; which may be a citation too, unless it is all that a line says.
+_RATINGS = (
+    re.compile(rf"\[\[{_NUMBER}\]\]"),
+    re.compile(rf"(?:^\W*|\brating\b[^\[\]\d\n]*)\[{_NUMBER}\]\W*$", re.IGNORECASE | re.MULTILINE),
+)
 
 
 def grade_mt_bench(
@@ -26,7 +39,7 @@ def grade_mt_bench(
     references: str | None,
     output_dir: str,
     config: EndpointConfig,
-    max_tokens: int,
+    settings: VerdictSettings,
 ) -> str:
     """Grades both turns of each answer, and writes `model_judgment/<judge>_single.jsonl`.
 
@@ -37,7 +50,7 @@ def grade_mt_bench(
         references: File of `reference_answer`; may be None without questions of `REFERENCE_CATEGORIES`.
         output_dir: Folder to write in. Verdicts on other models and questions stay in the file.
         config: The judge.
-        max_tokens: Longest verdict.
+        settings: Length and temperature of a verdict.
 
     Returns:
         Means by turn and by category, and what is left to ask, for a person.
@@ -67,7 +80,7 @@ def grade_mt_bench(
             judge = [config.model, name]
             rows.append({"question_id": number, "model": model, "judge": judge, "user_prompt": text, "turn": turn})
             turns_of_judge = [("system", templates[name]["system_prompt"]), ("user", text)]
-            requests.append(chat_request(turns_of_judge, max_tokens))
+            requests.append(chat_request(turns_of_judge, settings))
     output = Path(output_dir) / "model_judgment" / f"{file_name(config.model)}_single.jsonl"
     with open_judge(output_dir, config) as judge:
         replies = judge.ask(requests, "Grading")
@@ -81,16 +94,20 @@ def grade_mt_bench(
 
 
 def rating_of(text: str) -> int | float:
-    """The rating in a judgment, -1 without one.
+    """The rating in a judgment: the last one after any thinking, from 1 to 10; -1 without one.
 
     Example:
         >>> rating_of("Good, but short. Rating: [[7]]"), rating_of("[8.5]"), rating_of("Ten out of ten.")
         (7, 8.5, -1)
+        >>> rating_of("<think>[[3]]?</think> From [[1]] to [[10]], I say [[6]]."), rating_of("[[85]]")
+        (6, -1)
     """
-    found = next(filter(None, (pattern.search(text) for pattern in _RATINGS)), None)
-    if found is None:
+    said = after_thinking(text)
+    found = next(filter(None, (pattern.findall(said) for pattern in _RATINGS)), ["0"])
+    number = float(found[-1].replace(",", "."))
+    if not 1 <= number <= 10:
         return -1
-    return int(found[1]) if found[1].isdigit() else float(found[1])
+    return int(number) if number.is_integer() else number
 
 
 def ratings_table(judged: list[Row], categories: dict[int, str]) -> str:
