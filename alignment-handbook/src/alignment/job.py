@@ -1,5 +1,6 @@
 """A run around its training: what is checked and read before the trainer is built, and what is written after it."""
 
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,17 +11,22 @@ from transformers import PreTrainedTokenizerBase
 from trl import DPOTrainer
 
 from alignment import output
+from alignment.checks.best_model import check_best_model
+from alignment.checks.limits import check_limits
+from alignment.checks.no_effect import keys_without_effect
 from alignment.configs import Configs
 from alignment.data.prepare import prepare_rows
 from alignment.evaluation.held_out import sample_and_score
 from alignment.files import read_json, write_json
 from alignment.launch import enable_cpu_sharding
-from alignment.models import load_tokenizer
+from alignment.models import load_config, load_tokenizer
 from alignment.plan.compatibility import check_layout
 from alignment.plan.steps import Plan, plan_run, set_global_batch
 from alignment.report.callback import write_report
 from alignment.report.tables import final_table
 from alignment.sampling.reward_function import RewardFunction, load_reward_function
+
+logger = logging.getLogger(__name__)
 
 
 class Job(NamedTuple):
@@ -69,6 +75,11 @@ def prepare_job(configs: Configs, pairs: bool) -> Job:
     tokenizer = load_tokenizer(policy, args.trust_remote_code)
     with PartialState().main_process_first():  # the others then find the rows in the cache
         raw, rows, report = prepare_rows(configs.data, args, tokenizer, pairs, keep_columns=reward_function is not None)
+    model_config, _ = load_config(policy, args.trust_remote_code)
+    check_limits(rows, model_config, tokenizer)
+    check_best_model(args, rows.get("eval"), model_config)
+    if without := keys_without_effect(configs, pairs, "eval" in rows):
+        logger.warning("Without effect in this run: %s", ", ".join(without))
     plan = plan_run(args, args.world_size, len(rows["train"]), sum(rows["train"]["length"][:]))
     return Job(configs, tokenizer, raw, rows, report, plan, checkpoint, reward_function)
 

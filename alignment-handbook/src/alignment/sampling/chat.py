@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from alignment.data.row import Messages
 from alignment.errors import UserError
-from alignment.models import adapter_base, load_trained_model, load_trained_tokenizer
+from alignment.models import adapter_base, check_input, input_limits, load_trained_model, load_trained_tokenizer
 from alignment.sampling.sample import SamplingConfig, encode_prompt, generation_settings
 
 HELP = "/both: base and aligned side by side, on and off; /new: a new conversation; /quit (or Ctrl-D): leave"
@@ -37,7 +37,10 @@ class Speaker:
     def answer(self, text: str, tokenizer: PreTrainedTokenizerBase, config: SamplingConfig) -> str:
         """Prints the answer to the user's turn while it is generated, and keeps both turns."""
         self.turns.append({"role": "user", "content": text})
-        ids = torch.tensor([encode_prompt(tokenizer, self.turns)], device=self.model.device)  # (1, L)
+        prompt_ids = encode_prompt(tokenizer, self.turns)
+        fix = "start another, or give less --max_new_tokens"
+        check_input(input_limits(self.model), prompt_ids, config.max_new_tokens, "the conversation", fix)
+        ids = torch.tensor([prompt_ids], device=self.model.device)  # (1, L)
         adapter = contextlib.nullcontext() if self.with_adapter else self.model.disable_adapter()
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         with adapter:

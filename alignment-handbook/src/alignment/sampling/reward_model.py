@@ -8,6 +8,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from alignment.data.row import Messages, Row
 from alignment.errors import UserError
+from alignment.models import check_input, input_limits
 
 
 class RewardModel:
@@ -46,6 +47,7 @@ class RewardModel:
         # The score is read at the last token that is no padding.
         self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         self.model.eval()
+        self.limits = input_limits(self.model)
 
     def __call__(self, rows: list[Row], locations: list[str]) -> list[list[float]]:
         """Scores of the rows' responses.
@@ -55,7 +57,7 @@ class RewardModel:
             places: Locations of the rows, for errors.
 
         Raises:
-            UserError: The chat template refuses a row, or a score is not finite.
+            UserError: The chat template refuses a row, a row is more than the model can read, or a score is not finite.
         """
         placed = list(zip(rows, locations, strict=True))
         ids = [self._encode(row["prompt"], text, location) for row, location in placed for text in row["responses"]]
@@ -71,9 +73,12 @@ class RewardModel:
     def _encode(self, prompt: Messages, response: str, location: str) -> list[int]:
         messages = [*prompt, {"role": "assistant", "content": response}]
         try:
-            return self.tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+            ids = self.tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
         except TemplateError as error:
             raise UserError(f"{location}: the chat template of {self.name} refuses the row: {error}") from error
+        fix = "leave the row out, or take a reward model that reads more"
+        check_input(self.limits, ids, 0, f"{location}, for {self.name}", fix)
+        return ids
 
     @torch.inference_mode()
     def _forward(self, ids: list[list[int]]) -> list[float]:
