@@ -214,6 +214,12 @@ def test_mistakes_are_named(tmp_path, recipe, overrides, message):
         ("report_to: []", "report_to", []),
         ("report_to: null", "report_to", []),
         ("report_to: none", "report_to", []),
+        ("report_to: no", "report_to", []),
+        ("scale_scores: no", "scale_scores", "none"),
+        ("save_total_limit: null", "save_total_limit", None),
+        ("lora_r: null", None, "recipe.yaml: lora_r: null is no number; leave the key out for 16"),
+        ("warmup_ratio: null\nwarmup_steps: 3", "warmup_steps", 3),
+        ("warmup_ratio: null", "warmup_steps", 0),
         ("report_to: [none]", "report_to", []),
         ("loss_type: [sigmoid]", "loss_type", "DPO"),
         ("learning_rate: 1e-5", "learning_rate", 1e-5),
@@ -230,6 +236,7 @@ def test_mistakes_are_named(tmp_path, recipe, overrides, message):
         ("warmup_ratio: 0.1\nwarmup_steps: 0", "warmup_steps", 0.1),
         ("warmup_ratio: 0.1\nwarmup_steps: 0.0", "warmup_steps", 0.1),
         ("warmup_ratio: 0.1\nwarmup_steps: 7", "warmup_steps", 7),
+        ("warmup_ratio: 0.1\nwarmup_steps: null", "warmup_steps", 0.1),
         ("warmup_ratio: 0.0\nwarmup_steps: 7", "warmup_steps", 7),
         ("warmup_ratio: 1.0", None, "warmup_ratio: a share of all steps, from 0 to below 1; got 1"),
         ("output_dir: $RUNS/a", "output_dir", "/scratch/runs/a"),
@@ -258,6 +265,8 @@ def test_spellings_on_the_command_line(tmp_path, monkeypatch):
     flags = ["--report_to", "none", "--output_dir=$RUNS/b", '--dataset_mixer={"$RUNS/c": 5e-1}', "--train_file="]
     data, _, _, args = parse(tmp_path, MINIMAL, *flags)
     assert (args.report_to, args.output_dir, data.dataset_mixer) == ([], "/scratch/runs/b", {"/scratch/runs/c": 0.5})
+    with pytest.raises(UserError, match="command line: beta: null is no number; leave the key out for 0.01"):
+        parse(tmp_path, MINIMAL | {"beta": 3}, "--beta=null")
     with pytest.raises(UserError, match="command line: train_file: .* NOWHERE is not set"):
         parse(tmp_path, MINIMAL, "--train_file=${NOWHERE}/rows.jsonl")
 

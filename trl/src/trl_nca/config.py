@@ -141,7 +141,7 @@ class NCAConfig(DPOConfig):
         for key, (neutral, reason) in UNSUPPORTED.items():
             if getattr(self, key) != neutral:
                 raise ValueError(f"{key}: {getattr(self, key)!r} is not supported: {reason}; remove the key")
-        if self.report_to is None:
+        if self.report_to in (None, "false"):  # null, and no as YAML 1.1 reads it
             self.report_to = "none"
         self.shared_prompt = str(self.shared_prompt).lower()
         counts_tokens = str(self.include_num_input_tokens_seen).lower() not in ("false", "no")

@@ -61,7 +61,7 @@ def translate(recipe: dict[str, Any], source: str) -> dict[str, Any]:
     """
     translated = {key: value for key, value in recipe.items() if key not in OLD_KEYS}
     for old, value in recipe.items():
-        if old not in OLD_KEYS:
+        if old not in OLD_KEYS or (old == "warmup_ratio" and value is None):  # as transformers 5 writes it
             continue
         new = OLD_KEYS[old]
         counts = _ratio_counts(recipe, source) if old == "warmup_ratio" else new not in translated
@@ -93,7 +93,7 @@ def _ratio_counts(recipe: dict[str, Any], source: str) -> bool:
     Raises:
         UserError: It is no share. (1 and more would be taken for a number of steps.)
     """
-    ratio, steps = _number(recipe["warmup_ratio"]), _number(recipe.get("warmup_steps", 0))
+    ratio, steps = _number(recipe["warmup_ratio"]), _number(recipe.get("warmup_steps") or 0)
     if ratio is not None and not 0 <= ratio < 1:
         raise UserError(f"{source}: warmup_ratio: a share of all steps, from 0 to below 1; got {ratio:g}")
     return steps == 0

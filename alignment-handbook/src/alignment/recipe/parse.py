@@ -51,7 +51,10 @@ def parse_recipe(argv: Sequence[str], config_types: Sequence[type]) -> tuple[Any
     for key in [key for key, flag in flags.items() if flag in ([f"--{key}="], [f"--{key}=null"])]:
         is_null = flags.pop(key) == [f"--{key}=null"]
         recipe_flags.pop(key, None)
-        parser.set_defaults(**{key: None if is_null else defaults.get(key)})
+        if is_null:
+            parser.set_null(key, "command line")
+        else:
+            parser.set_defaults(**{key: defaults.get(key)})
     try:
         configs = parser.parse_args_into_dataclasses(args=_flatten(recipe_flags | flags), look_for_args_file=False)
     except (ValueError, TypeError, ImportError) as error:
@@ -63,7 +66,7 @@ def parse_recipe(argv: Sequence[str], config_types: Sequence[type]) -> tuple[Any
 
 
 class StrictParser(TrlParser):
-    """Upstream's parser, without abbreviated flags, and with errors for the user.
+    """Upstream's parser, without abbreviated flags, with lists where a text or a list may stand, and errors for users.
 
     Attributes:
         source: Where the flags come from, for errors: a recipe's path, or "command line".
@@ -73,7 +76,8 @@ class StrictParser(TrlParser):
 
     def __init__(self, config_types: Sequence[type]):
         super().__init__(config_types, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        self._one_or_more = [name for config in config_types for name in _one_or_more(config)]
+        self._types = {key: hint for config in config_types for key, hint in typing.get_type_hints(config).items()}
+        self._one_or_more = [key for key, hint in self._types.items() if {str, list[str]} <= {*typing.get_args(hint)}]
         for action in self._actions:
             if action.dest in self._one_or_more:
                 action.nargs = "*"
@@ -87,6 +91,16 @@ class StrictParser(TrlParser):
         """What is known of a key: its choices, and how many values it takes."""
         return next(action for action in self._actions if action.dest == key)
 
+    def set_null(self, key: str, source: str) -> None:
+        """Makes None the default of a key, which null in a recipe means.
+
+        Raises:
+            UserError: The key is a number, which cannot be None.
+        """
+        if self._types.get(key) in (int, float):
+            raise UserError(f"{source}: {key}: null is no number; leave the key out for {self.get_default(key)}")
+        self.set_defaults(**{key: None})
+
     def parse_known_args(self, *args: Any, **kwargs: Any) -> tuple[argparse.Namespace, list[str]]:
         namespace, rest = super().parse_known_args(*args, **kwargs)
         for key in self._one_or_more:
@@ -99,13 +113,6 @@ class StrictParser(TrlParser):
         raise UserError(f"{self.source}: {message}")
 
 
-def _one_or_more(config_type: type) -> list[str]:
-    """Keys that take a text or a list of them, of which upstream's parser takes a text alone."""
-    hints = typing.get_type_hints(config_type)
-    either = {name: typing.get_args(hint) for name, hint in hints.items()}
-    return [name for name, types in either.items() if str in types and list[str] in types]
-
-
 def _flags_of_recipe(parser: StrictParser, path: str) -> dict[str, list[str]]:
     """A recipe's keys as flags, which are parsed once so that an error names the recipe. null sets a default."""
     recipe = translate(read_yaml(path, as_written=True), path)
@@ -115,7 +122,7 @@ def _flags_of_recipe(parser: StrictParser, path: str) -> dict[str, list[str]]:
     for key, value in recipe.items():
         action = parser.action(key)
         if value is None or (value == [] and action.nargs == "+"):
-            parser.set_defaults(**{key: None})
+            parser.set_null(key, path)
             continue
         if key in PATH_KEYS:
             value = expand_paths(value, f"{path}: {key}")
@@ -140,8 +147,8 @@ def _flags_of_command_line(parser: StrictParser, overrides: Sequence[str]) -> di
 
 def _no_for_false(value: Any, action: argparse.Action) -> Any:
     """YAML 1.1 reads `no` as false, also where it is the name of a choice."""
-    is_name = value is False and "no" in (action.choices or ()) and "false" not in (action.choices or ())
-    return "no" if is_name else value
+    choices = () if value is not False or "false" in (action.choices or ()) else action.choices or ()
+    return next((name for name in ("no", "none") if name in choices), value)
 
 
 def _check_known(key: str, known: Sequence[str], source: str) -> None:
