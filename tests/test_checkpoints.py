@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from trl import DPOTrainer
 
 from alignment.errors import UserError
-from alignment.output import resume_point
+from alignment.output import check_kind, resume_point
 from nca_trainer import NCATrainer
 from run_reward import align
 from tests.conftest import ROOT
@@ -111,6 +111,14 @@ def test_what_a_checkpoint_lacks(tmp_path, names, missing):
     for name in [*names, "model.safetensors"]:
         (tmp_path / name).mkdir()
     assert find_missing_state(tmp_path) == missing
+
+
+@pytest.mark.parametrize(("use_peft", "file"), [(True, "model.safetensors"), (False, "adapter_config.json")])
+def test_a_checkpoint_of_the_other_kind_is_not_resumed_from(tmp_path, use_peft, file):
+    (tmp_path / file).touch()
+    check_kind(str(tmp_path), not use_peft)
+    with pytest.raises(UserError, match=f"holds .*, and the recipe says use_peft: {str(use_peft).lower()}"):
+        check_kind(str(tmp_path), use_peft)
 
 
 def test_all_steps_done_inside_an_epoch_means_none_more(tmp_path):

@@ -21,7 +21,9 @@ from alignment.checks.limits import check_limits, extremes
 from alignment.checks.no_effect import keys_without_effect
 from alignment.configs import parse_configs
 from alignment.errors import UserError
+from alignment.evaluation.held_out import check_prompts
 from alignment.models import check_input, input_limits, position_table
+from alignment.recipe import RunConfig
 from alignment.sampling.chat import Speaker
 from alignment.sampling.reward_model import RewardModel
 from alignment.sampling.sample import SamplingConfig
@@ -111,6 +113,17 @@ def test_rows_beyond_what_a_model_was_made_for_are_warned_of(caplog, rope, warns
     with caplog.at_level(logging.WARNING):
         check_limits({"train": tokenized(([1] * 4, [[1], [1, 1]]))}, config, tiny_tokenizer())
     assert ("longest row has 6 tokens, and the model was made for 5 positions" in caplog.text) == warns
+
+
+def test_held_out_prompts_leave_room_for_their_samples():
+    tokenizer = tiny_tokenizer()
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=60, n_embd=8, n_layer=1, n_head=1))
+    texts = ["one", "one", "one two three " * 9]
+    prompts = [[{"role": "user", "content": text}] for text in texts]
+    rows = Dataset.from_dict({"prompt": prompts, "location": ["line 1", "line 2", "line 3"]})
+    check_prompts(model, tokenizer, rows, RunConfig(max_new_tokens=5, max_eval_prompts=2))
+    with pytest.raises(UserError, match=r"line 3: \d+ tokens and 5 to generate, .* 60 positions; give less"):
+        check_prompts(model, tokenizer, rows, RunConfig(max_new_tokens=5))
 
 
 def test_a_conversation_and_a_reward_models_row_are_checked_too(tmp_path):

@@ -16,7 +16,7 @@ from alignment.checks.limits import check_limits
 from alignment.checks.no_effect import keys_without_effect
 from alignment.configs import Configs
 from alignment.data.prepare import prepare_rows
-from alignment.evaluation.held_out import sample_and_score
+from alignment.evaluation.held_out import check_prompts, sample_and_score
 from alignment.files import read_json, write_json
 from alignment.launch import enable_cpu_sharding
 from alignment.models import load_config, load_tokenizer
@@ -71,6 +71,8 @@ def prepare_job(configs: Configs, pairs: bool) -> Job:
     if PartialState().is_main_process and not run.show_batch:
         checkpoint = output.resume_point(args.output_dir, args.resume_from_checkpoint, run.overwrite_output_dir)
     (checkpoint,) = broadcast_object_list([checkpoint])  # after an error the launcher ends those that wait here
+    if checkpoint is not None:
+        output.check_kind(checkpoint, policy.use_peft)
     reward_function = load_reward_function(run.reward_function) if run.reward_function else None
     tokenizer = load_tokenizer(policy, args.trust_remote_code)
     with PartialState().main_process_first():  # the others then find the rows in the cache
@@ -112,6 +114,7 @@ def sample_held_out(job: Job, trainer: DPOTrainer, when: str) -> list[dict[str, 
     if job.reward_function and "eval" in job.raw and trainer.is_world_process_zero() and not sharded:
         policy = trainer.accelerator.unwrap_model(trainer.model)
         run, seed = job.configs.run, job.configs.trainer.seed
+        check_prompts(policy, job.tokenizer, job.raw["eval"], run)
         scored = sample_and_score(policy, job.tokenizer, job.raw["eval"], job.reward_function, run, seed, when)
         write_json(file, scored)
     trainer.accelerator.wait_for_everyone()

@@ -82,6 +82,22 @@ def resume_point(output_dir: str, resume: str | None, overwrite: bool) -> str | 
     return None
 
 
+def check_kind(checkpoint: str, use_peft: bool) -> None:
+    """Ends a run that would resume an adapter's training from whole weights, or the other way round.
+
+    Raises:
+        UserError: The checkpoint is of the other kind.
+    """
+    whole = any(Path(checkpoint).glob("model*.safetensors"))
+    adapter = (Path(checkpoint) / "adapter_config.json").is_file()
+    if (use_peft and whole and not adapter) or (adapter and not use_peft):
+        kind = "an adapter" if adapter else "a whole model"
+        raise UserError(
+            f"resume_from_checkpoint: {checkpoint} holds {kind}, and the recipe says use_peft: {str(use_peft).lower()};"
+            " resume with the recipe that it was begun with"
+        )
+
+
 def has_started(output_dir: str) -> bool:
     """Whether a run has written its recipe there."""
     return (Path(output_dir) / STARTED).is_file()

@@ -7,9 +7,10 @@ import numpy as np
 from datasets import Dataset
 
 from alignment.errors import UserError
+from alignment.models import check_input, input_limits
 from alignment.recipe import RunConfig
 from alignment.sampling.reward_function import RewardFunction, call_reward_function
-from alignment.sampling.sample import sample_responses
+from alignment.sampling.sample import encode_prompt, sample_responses
 
 
 def sample_and_score(
@@ -63,6 +64,21 @@ def sample_and_score(
         {"prompt": prompt, "samples": texts, "scores": of_prompt}
         for prompt, texts, of_prompt in zip(prompts, samples, scores, strict=True)
     ]
+
+
+def check_prompts(model: Any, tokenizer: Any, rows: Dataset, config: RunConfig) -> None:
+    """Ends a run whose held-out prompts, with the samples after them, are more than the model can read.
+
+    Args:
+        model, tokenizer, rows, config: As for `sample_and_score`.
+
+    Raises:
+        UserError: Names the row.
+    """
+    limits = input_limits(model)
+    for row in rows.select(range(min(config.max_eval_prompts, len(rows)))):
+        ids = encode_prompt(tokenizer, row["prompt"])
+        check_input(limits, ids, config.max_new_tokens, row["location"], "give less --max_new_tokens")
 
 
 def mean_length(scored: list[dict[str, Any]]) -> float:
