@@ -74,6 +74,7 @@ def test_a_whole_run_and_what_it_leaves(recipe, data, capsys):
     out = recipe.parent / "out"
     reward(recipe, f"--reward_function={data}/score.py:words", "--max_new_tokens=5", "--num_eval_samples=2")
     printed = capsys.readouterr().out
+    assert printed.startswith("Loss: NCA, beta 0.1, alpha 0.2\n")
     assert "Global batch: 4 per device x 1 accumulation x 1 processes = 4 prompts a step" in printed
     assert "train: 24 of 24 rows kept" in printed
     for line in ("held-out score (95 %)", "difference (95 %)", "verdict", "mean length", "log p(best response)",
