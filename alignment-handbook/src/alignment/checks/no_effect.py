@@ -21,15 +21,27 @@ def keys_without_effect(configs: Configs, pairs: bool, has_held_out: bool) -> li
     """
     values = {key: getattr(config, key) for config in configs for key in config.__dataclass_fields__}
     found: dict[str, str] = {}
-    for reason, keys in (*_of_model(configs), *_of_trainer(configs, pairs), *_of_evaluation(configs, has_held_out)):
+    of_all = (
+        *_of_data(configs), *_of_model(configs), *_of_trainer(configs, pairs), *_of_evaluation(configs, has_held_out)
+    )  # fmt: skip
+    for reason, keys in of_all:
         for key in keys.split():
             if key in configs.run.given and values[key] not in (None, False, 0, "no", "none", [], {}):
                 found.setdefault(key, reason)
     return [f"{key} ({reason})" for key, reason in found.items()]
 
 
-def _of_model(configs: Configs) -> Iterator[tuple[str, str]]:
+def _of_data(configs: Configs) -> Iterator[tuple[str, str]]:
     """A reason, and the keys without effect for it."""
+    data = configs.data
+    if data.num_responses is None:
+        yield "num_responses is not set", "choose_responses"
+    draws_responses = data.num_responses is not None and data.choose_responses == "random"
+    if not draws_responses and data.make_pairs != "best_random":
+        yield "nothing is drawn", "draw_seed"
+
+
+def _of_model(configs: Configs) -> Iterator[tuple[str, str]]:
     policy, args = configs.policy, configs.trainer
     if not policy.use_peft:
         lora = " ".join(key for key in policy.__dataclass_fields__ if key.startswith("lora_"))
@@ -47,7 +59,7 @@ def _of_model(configs: Configs) -> Iterator[tuple[str, str]]:
 def _of_trainer(configs: Configs, pairs: bool) -> Iterator[tuple[str, str]]:
     args = configs.trainer
     if pairs:
-        yield "the target of a pair is its chosen response", "alpha tie_break"
+        yield "the target of a pair is its chosen response", "alpha tie_break scale_scores"
     if args.max_steps > 0:
         yield "max_steps is set", "num_train_epochs"
     if args.lr_scheduler_type == "constant":
