@@ -282,7 +282,14 @@ def test_a_file_is_a_module_like_any_other(tmp_path, monkeypatch):
     function = load(tmp_path, ANNOTATED, file="json.py")
     assert sys.modules["json"] is json, "a file's name hides no module"
     rows = [{"prompt": [{"role": "user", "content": "a"}], "responses": ["x y", "z"]}]
+    scorer = Scorer.parse(f"{tmp_path}/mine.py:reward", is_model=False)
+    before = scorer.fingerprint()
     assert call_reward_function(function, "mine", rows, ["line 1"]) == [[4.0, 2.0]]
+    (tmp_path / "unrelated.py").touch()
+    assert scorer.fingerprint() != before, "another file is imported"
+    before = scorer.fingerprint()
+    (tmp_path / "later.py").write_text("")
+    assert scorer.fingerprint() != before, "one of them has changed"
     assert sys.path == [*path, str(tmp_path)], "its folder comes last when it is loaded"
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from alignment.data.row import Row
 from alignment.errors import UserError
-from alignment.resumable import content_hash
+from alignment.resumable import content_hash, fingerprint
 
 RewardFunction = Callable[..., list[float | None]]
 #: Scores of one row's responses. None: the scorer does not apply.
@@ -50,6 +50,17 @@ def load_reward_function(spec: str) -> RewardFunction:
     if not callable(getattr(module, name, None)):
         raise UserError(f"reward_function: {file} has no function {name!r}")
     return getattr(module, name)
+
+
+def code_fingerprint(spec: str) -> str:
+    """A hash that changes when the file of a loaded function does, or one beside it that it has imported."""
+    file = Path(spec.rpartition(":")[0]).resolve()
+    loaded = {
+        Path(module.__file__).resolve() for module in [*sys.modules.values()] if getattr(module, "__file__", None)
+    }
+    beside = sorted(path for path in loaded if path.parent == file.parent and path != file)
+    hashes = [fingerprint(str(path)) for path in (file, *beside)]
+    return content_hash(hashes) if beside else hashes[0]
 
 
 @contextlib.contextmanager

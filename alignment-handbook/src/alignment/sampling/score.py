@@ -15,7 +15,7 @@ from alignment.data.row import Row
 from alignment.errors import UserError
 from alignment.resumable import Entry, PartFile, content_hash, fingerprint
 from alignment.sampling.prompts import read_prompts
-from alignment.sampling.reward_function import Scores, call_reward_function, load_reward_function
+from alignment.sampling.reward_function import Scores, call_reward_function, code_fingerprint, load_reward_function
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Scorer:
 
     def fingerprint(self) -> str:
         """A hash that changes when its code or weights do."""
-        return fingerprint(self.name if self.is_model else self.name.rpartition(":")[0])
+        return fingerprint(self.name) if self.is_model else code_fingerprint(self.name)
 
 
 def score_file(
