@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -230,17 +229,19 @@ def load_trained_model(name: str, dtype: str = "auto") -> PreTrainedModel:
         raise _cannot_be_loaded(name, base, error) from error
 
 
-def position_table(model: nn.Module) -> int | None:
+def position_table(model: PreTrainedModel) -> int | None:
     """The most tokens that a model has positions for; None where it computes them, and can go on (rotary positions).
 
     Learned positions (GPT-2, OPT, BERT) and tables of rotations (GPT-J) end in an index out of range.
     """
+    if getattr(model.config.get_text_config(), "rope_parameters", None):  # a table may be that of its images
+        return None
     tables = [(name, t) for name, t in [*model.named_parameters(), *model.named_buffers()] if _POSITIONS.search(name)]
     sizes = [len(table) - _rows_before(model, name) for name, table in tables if table.ndim == 2]
     return min(sizes, default=None)
 
 
-def _rows_before(model: nn.Module, name: str) -> int:
+def _rows_before(model: PreTrainedModel, name: str) -> int:
     """Rows of a table of positions before that of the first token: OPT's offset, RoBERTa's padding."""
     module = model.get_submodule(name.rpartition(".")[0])
     padding = getattr(module, "padding_idx", None)

@@ -8,6 +8,7 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from alignment.data.reading import column
 from alignment.errors import UserError
@@ -100,8 +101,9 @@ def _largest(ids: Any, rows: np.ndarray) -> tuple[int, int]:
 
 
 def _position_table(config: PretrainedConfig) -> int | None:
-    """See `models.position_table`; of a model that is built without memory, unless its config says it needs none."""
-    if getattr(config.get_text_config(), "rope_parameters", None) or hasattr(config, "auto_map"):
+    """See `models.position_table`; of a model that is built without memory, where that can be done."""
+    has_none = getattr(config.get_text_config(), "rope_parameters", None)
+    if has_none or hasattr(config, "auto_map") or is_deepspeed_zero3_enabled():  # which would partition it
         return None
     try:
         with torch.device("meta"):
