@@ -1,6 +1,7 @@
 """Verdicts from a judge that fails, is killed and costs money; the evaluators' files; judges without an endpoint."""
 
 import hashlib
+import io
 import json
 import math
 import multiprocessing
@@ -15,6 +16,7 @@ import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import ModuleType, SimpleNamespace
+from urllib.error import HTTPError
 
 import numpy as np
 import pytest
@@ -334,6 +336,21 @@ def test_a_refused_request_costs_only_itself(files, tmp_path, server, capsys):
     server.fail = lambda number, body: None
     grade(files, tmp_path, server)
     assert len(server.calls) == 15
+
+
+@pytest.mark.parametrize(
+    ("text", "flag"),
+    [
+        ("Unsupported parameter: 'max_tokens'", "; try --max_completion_tokens"),
+        ("'temperature' does not support 0", "; try --judge_temperature none"),
+        ("'logprobs' is not supported", "; try --no_logprobs"),
+        ("no", "HTTP 400: no"),
+    ],
+)
+def test_a_refused_setting_is_answered_by_its_flag(text, flag):
+    endpoint = module.Endpoint(EndpointConfig("http://host/v1", "judge"), SimpleNamespace(entries=[]))
+    error = HTTPError("http://host/v1", 400, "", {}, io.BytesIO(text.encode()))
+    assert str(endpoint._status_error(error)).endswith(flag)
 
 
 def test_an_endpoint_that_stays_away_is_given_up(files, tmp_path, server):

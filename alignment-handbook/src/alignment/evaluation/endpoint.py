@@ -29,6 +29,12 @@ FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0
 _MAX_FAILURES = 3
 #: Statuses after which a request is sent again, besides 500 and above; and those after which none is sent any more.
 _RETRYABLE, _FATAL = (408, 409, 425, 429), (401, 403, 404, 405)
+#: Settings of a request that some endpoints refuse, and the flag that leaves them out.
+_REFUSED = {
+    "max_tokens": "--max_completion_tokens",
+    "temperature": "--judge_temperature none",
+    "logprobs": "--no_logprobs",
+}
 
 
 @dataclass(frozen=True)
@@ -242,7 +248,8 @@ class Endpoint:
             return UserError(f"--base_url: {self.config.base_url} says {message}; check URL, model and key ({key})")
         if error.code in _RETRYABLE or error.code >= 500:
             return _Retryable(message, _retry_after(error.headers))
-        return _Rejected(message)
+        flags = [flag for setting, flag in _REFUSED.items() if setting in text]
+        return _Rejected(f"{message}; try {flags[0]}" if flags else message)
 
 
 def read_reply(raw: bytes) -> Entry:
