@@ -293,6 +293,19 @@ def test_a_file_is_a_module_like_any_other(tmp_path, monkeypatch):
     assert sys.path == [*path, str(tmp_path)], "its folder comes last when it is loaded"
 
 
+def test_each_file_imports_its_own_neighbours(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    rows = [{"prompt": [{"role": "user", "content": "a"}], "responses": ["x"]}]
+    scores = []
+    for value in (1, 2, 1):
+        folder = tmp_path / str(value)
+        folder.mkdir(exist_ok=True)
+        (folder / "namesake.py").write_text(f"VALUE = {value}\n")
+        text = "from namesake import VALUE\ndef reward(prompts, completions): return [VALUE]\n"
+        scores += call_reward_function(load(folder, text), "mine", rows, ["line 1"])
+    assert scores == [[1.0], [2.0], [1.0]]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -19,6 +19,9 @@ RewardFunction = Callable[..., list[float | None]]
 #: Scores of one row's responses. None: the scorer does not apply.
 Scores = list[float | None]
 
+#: Of the names under which the files are modules.
+_PREFIX = "reward_function_"
+
 #: Columns that a reward function is not given by name.
 _NOT_PASSED = ("prompt", "responses", "scores", "score_parts")
 
@@ -36,7 +39,7 @@ def load_reward_function(spec: str) -> RewardFunction:
     if not Path(file).is_file():
         raise UserError(f"reward_function: {spec!r} names no file; write FILE.py:NAME")
     path = Path(file).resolve()
-    module_name = f"reward_function_{content_hash(str(path))}"  # which hides no other module of the file's name
+    module_name = f"{_PREFIX}{content_hash(str(path))}"  # which hides no other module of the file's name
     module_spec = importlib.util.spec_from_file_location(module_name, path)
     if module_spec is None:
         raise UserError(f"reward_function: {file} is no Python file; write FILE.py:NAME")
@@ -44,6 +47,7 @@ def load_reward_function(spec: str) -> RewardFunction:
     sys.modules[module_name] = module
     try:
         with _first_in_path(str(path.parent)):
+            _forget_namesakes(path.parent)
             module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         raise UserError(f"reward_function: {file} cannot be loaded: {_in_words(error, str(path))}") from error
@@ -73,6 +77,15 @@ def _first_in_path(folder: str) -> Iterator[None]:
         sys.path.remove(folder)
         if folder not in sys.path:
             sys.path.append(folder)
+
+
+def _forget_namesakes(folder: Path) -> None:
+    """Has a `utils.py` beside this file imported, where another reward function has brought one of its own."""
+    others = {Path(m.__file__).parent for name, m in sys.modules.items() if name.startswith(_PREFIX)} - {folder}
+    for file in folder.glob("*.py"):
+        namesake = getattr(sys.modules.get(file.stem), "__file__", None)
+        if namesake is not None and Path(namesake).resolve().parent in others:
+            del sys.modules[file.stem]
 
 
 def call_reward_function(function: RewardFunction, name: str, rows: list[Row], locations: list[str]) -> list[Scores]:
