@@ -147,7 +147,9 @@ def _flags_of_command_line(parser: StrictParser, overrides: Sequence[str]) -> di
 
 def _no_for_false(value: Any, action: argparse.Action) -> Any:
     """YAML 1.1 reads `no` as false, also where it is the name of a choice."""
-    choices = () if value is not False or "false" in (action.choices or ()) else action.choices or ()
+    choices = action.choices or ()
+    if value is not False or "false" in choices:
+        return value
     return next((name for name in ("no", "none") if name in choices), value)
 
 
