@@ -90,7 +90,7 @@ def _of_evaluation(configs: Configs, has_held_out: bool) -> Iterator[tuple[str, 
         yield (
             _HELD_OUT,
             "load_best_model_at_end metric_for_best_model greater_is_better eval_strategy eval_steps eval_delay "
-            "eval_on_start per_device_eval_batch_size reward_function",
+            "eval_on_start per_device_eval_batch_size do_eval reward_function",
         )
     if args.eval_strategy != "steps":
         yield f"eval_strategy is {args.eval_strategy.value}", "eval_steps"

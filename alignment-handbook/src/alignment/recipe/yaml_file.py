@@ -8,7 +8,9 @@ import yaml
 
 from alignment.errors import UserError
 
-_NUMBER_TAGS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+_NUMBER_TAGS = tuple(f"tag:yaml.org,2002:{name}" for name in ("int", "float", "timestamp"))
+#: Numbers that YAML alone reads.
+_YAML_ONLY = re.compile(r"[-+]?(0[xb]|\.inf|\.nan)", re.IGNORECASE)
 
 
 class _Loader(yaml.SafeLoader):
@@ -26,7 +28,8 @@ def read_yaml(path: str, as_written: bool = False) -> dict[str, Any]:
     Args:
         path: The file.
         as_written: Keep the mapping's own numbers as the texts that they are in the file, for who converts them by the
-            type of their key: `model_revision: 0012e4` is no number. At any depth below, numbers are numbers.
+            type of their key: `model_revision: 0012e4` is no number, and `run_name: 12:30` is not 750. At any depth
+            below, numbers are numbers.
 
     Raises:
         UserError: No such file, not YAML, a key that stands twice (with the line), or not a mapping.
@@ -73,14 +76,5 @@ def _check_unique_keys(node: yaml.Node | None, path: str) -> None:
 
 def _keep_numbers_as_written(root: yaml.MappingNode) -> None:
     for _, value in root.value:
-        if value.tag in _NUMBER_TAGS and _is_number(value.value):
+        if value.tag in _NUMBER_TAGS and not _YAML_ONLY.match(value.value):
             value.tag = "tag:yaml.org,2002:str"
-
-
-def _is_number(text: str) -> bool:
-    """Whether Python reads it: `.inf` and `1:30` are YAML's alone."""
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
