@@ -252,17 +252,21 @@ class InputLimits(NamedTuple):
     """What a model can read.
 
     Attributes:
-        tokens: Ids below this have an embedding.
+        tokens: Ids below this have an embedding; None where that is not known.
         positions: See `position_table`.
     """
 
-    tokens: int
+    tokens: int | None
     positions: int | None
 
 
 def input_limits(model: PreTrainedModel) -> InputLimits:
     """What a model can read; beyond it there is an index out of range, which on a GPU ends the process unexplained."""
-    return InputLimits(len(model.get_input_embeddings().weight), position_table(model))
+    try:
+        weight = getattr(model.get_input_embeddings(), "weight", None)
+    except NotImplementedError:
+        weight = None
+    return InputLimits(None if weight is None else len(weight), position_table(model))
 
 
 def check_input(limits: InputLimits, ids: Sequence[int], num_new: int, what: str, fix: str) -> None:
@@ -278,7 +282,7 @@ def check_input(limits: InputLimits, ids: Sequence[int], num_new: int, what: str
     Raises:
         UserError: A token has no embedding, or there are more than the model has positions for.
     """
-    if max(ids, default=0) >= limits.tokens:
+    if limits.tokens is not None and max(ids, default=0) >= limits.tokens:
         raise UserError(
             f"{what}: token {max(ids)} has no embedding: the model has {limits.tokens}; take its own tokenizer and "
             "chat template"
