@@ -81,7 +81,7 @@ def prepare_job(configs: Configs, pairs: bool) -> Job:
     check_limits(rows, model_config, tokenizer)
     check_best_model(args, rows.get("eval"), model_config)
     if without := keys_without_effect(configs, pairs, "eval" in rows):
-        logger.warning("Without effect in this run: %s", ", ".join(without))
+        logger.warning("Without effect in this run: %s", "; ".join(without))
     plan = plan_run(args, args.world_size, len(rows["train"]), sum(rows["train"]["length"][:]))
     return Job(configs, tokenizer, raw, rows, report, plan, checkpoint, reward_function)
 

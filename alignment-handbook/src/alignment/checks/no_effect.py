@@ -9,7 +9,7 @@ _HELD_OUT = "there are no held-out rows"
 
 
 def keys_without_effect(configs: Configs, pairs: bool, has_held_out: bool) -> list[str]:
-    """The keys of the recipe and the command line that do nothing, each with the reason.
+    """The keys of the recipe and the command line that do nothing, by reason.
 
     Args:
         configs: The settings of the run.
@@ -17,18 +17,21 @@ def keys_without_effect(configs: Configs, pairs: bool, has_held_out: bool) -> li
         has_held_out: Whether there are held-out rows.
 
     Returns:
-        Such as "eval_steps (eval_strategy is no)". A key that is switched off (false, 0, no, null) is none of them.
+        Such as "lora_r, lora_alpha (use_peft is false)". A key that is off (false, 0, no, null) is none of them.
     """
     values = {key: getattr(config, key) for config in configs for key in config.__dataclass_fields__}
-    found: dict[str, str] = {}
     of_all = (
         *_of_data(configs), *_of_model(configs), *_of_trainer(configs, pairs), *_of_evaluation(configs, has_held_out)
     )  # fmt: skip
+    reasons: dict[str, str] = {}  # by key, the first
     for reason, keys in of_all:
         for key in keys.split():
             if key in configs.run.given and values[key] not in (None, False, 0, "no", "none", [], {}):
-                found.setdefault(key, reason)
-    return [f"{key} ({reason})" for key, reason in found.items()]
+                reasons.setdefault(key, reason)
+    keys_by_reason: dict[str, list[str]] = {}
+    for key, reason in reasons.items():
+        keys_by_reason.setdefault(reason, []).append(key)
+    return [f"{', '.join(keys)} ({reason})" for reason, keys in keys_by_reason.items()]
 
 
 def _of_data(configs: Configs) -> Iterator[tuple[str, str]]:
