@@ -36,7 +36,8 @@ class NCAConfig(DPOConfig):
     loss_type: str = field(
         default="NCA",
         metadata={
-            "help": "Loss, in any case: NCA or InfoNCA for any K; DPO (InfoNCA of a pair) or biasedNCA for pairs."
+            "help": "Loss, in any case: NCA or InfoNCA for any K; DPO (InfoNCA of a pair) or biasedNCA for pairs. "
+            "run_preference.py has no default, because TRL's is another."
         },
     )
     beta: float = field(
