@@ -145,6 +145,9 @@ def test_rows_that_cannot_fit_are_dropped_by_reason():
         "rows_fixed": 0,
         "rows_dropped": 1,
         "dropped_by_reason": {"prompt_too_long": 1},
+        "examples": {"prompt_too_long": [": 611 tokens, and max_length is 80"]},
+        "rows_merged": 0,
+        "kept_by_reason": {},
         "responses": 5,
         "responses_cut": 0,
         "prompts_trimmed": 0,
@@ -182,7 +185,7 @@ def test_over_long_rows_are_cut_or_dropped_and_counted_as_fixed():
     )
     kept, report = tokenize_dataset(rows, tiny_tokenizer(), max_length=80)
     assert (report["rows_kept"], report["rows_fixed"], report["responses_cut"]) == (3, 2, 1)
-    kept, report = tokenize_dataset(rows, tiny_tokenizer(), max_length=80, cut_over_long=False)
+    kept, report = tokenize_dataset(rows, tiny_tokenizer(), max_length=80, actions={"over_long": "drop"})
     assert (report["rows_kept"], report["rows_fixed"], report["responses_cut"]) == (2, 1, 0)
     assert report["dropped_by_reason"] == {"over_long": 1}
 
@@ -231,7 +234,7 @@ def test_the_cache_key_is_of_contents_and_not_of_objects(tmp_path):
     others = [
         ResponseTokenizer(loaded, 81, 40).key("rows"),
         ResponseTokenizer(loaded, 80, 41).key("rows"),
-        ResponseTokenizer(loaded, 80, 40, cut_over_long=False).key("rows"),
+        ResponseTokenizer(loaded, 80, 40, actions={"over_long": "drop"}).key("rows"),
         ResponseTokenizer(loaded, 80, 40).key("other rows"),
         ResponseTokenizer(other_template, 80, 40).key("rows"),
         ResponseTokenizer(other_vocabulary, 80, 40).key("rows"),

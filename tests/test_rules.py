@@ -75,8 +75,9 @@ BAD = {
     "too_few_responses": (row(responses=["Rome"], scores=[1]), {}),
     "identical_scores": (row(scores=[0.5, 0.5, 0.5]), {}),
 }
-#: Rules that are met when the row is tokenized; tests/test_responses.py and tests/test_scripts.py have them.
+#: Rules that are met when the row is tokenized; test_responses.py, test_rendering.py and test_scripts.py have them.
 OF_TOKENS = {"template_refused", "prompt_too_long", "empty_prompt", "over_long"}
+OF_TOKENS |= {"system_not_rendered", "prompt_not_rendered", "response_not_rendered", "prompt_not_as_sampled"}
 #: What is left of the row above when it is fixed: responses and scores.
 FIXED = {
     "no_overall_score": (["a", "b"], [2.0, 5.0]),

@@ -71,11 +71,31 @@ def load_tokenizer(config: PolicyConfig, trust_remote_code: bool = False) -> Pre
     except (OSError, ValueError) as error:
         raise no_such_model(config.model_name_or_path, error) from error
     if config.chat_template is not None:
-        file = Path(config.chat_template)
-        if config.chat_template.endswith(".jinja") and not file.is_file():
-            raise UserError(f"chat_template: no such file {config.chat_template}")
-        tokenizer.chat_template = file.read_text() if config.chat_template.endswith(".jinja") else config.chat_template
+        tokenizer.chat_template = _read_template(config.chat_template)
     return tokenizer
+
+
+def _read_template(given: str) -> str:
+    """A chat template, from the key `chat_template`: a file's name, or the template itself.
+
+    Raises:
+        UserError: It is neither, or the file cannot be read as one.
+    """
+    if re.search("{[{%]", given):
+        return given
+    file = Path(given)
+    try:
+        template = file.read_text(encoding="utf-8") if file.is_file() else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"chat_template: {given} cannot be read as text: {error}") from error
+    if template is None:
+        raise UserError(
+            f"chat_template: {given!r} is neither a file that is there nor a Jinja template, which has {{{{ }}}} or "
+            "{% %} in it; give one of these, or leave the key out for the tokenizer's own"
+        )
+    if not re.search("{[{%]", template):
+        raise UserError(f"chat_template: {given} holds no Jinja template: no {{{{ }}}} or {{% %}} is in it")
+    return template
 
 
 def load_config(config: PolicyConfig, trust_remote_code: bool = False) -> tuple[PretrainedConfig, str | None]:

@@ -18,7 +18,8 @@ from alignment.data.report import Columns, describe
 from alignment.errors import UserError
 from alignment.files import atomic_path
 from alignment.models import load_trained_tokenizer
-from trl_nca.responses import control_tokens, tokenize_dataset
+from trl_nca.rendering import control_tokens
+from trl_nca.responses import tokenize_dataset
 
 _ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")
 

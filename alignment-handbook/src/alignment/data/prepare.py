@@ -9,7 +9,13 @@ from alignment.data.load import DataConfig, check_rows, load_groups
 from alignment.data.report import data_report
 from alignment.data.rules import actions
 from trl_nca.config import NCAConfig
-from trl_nca.responses import control_tokens, tokenize_dataset
+from trl_nca.fitting import DEFAULT_ACTIONS
+from trl_nca.rendering import control_tokens
+from trl_nca.responses import tokenize_dataset
+from trl_nca.stops import stop_tokens
+
+#: Rows that are searched for the end of a response.
+_SEARCHED_ROWS = 1000
 
 
 def prepare_rows(
@@ -33,6 +39,7 @@ def prepare_rows(
     """
     raw, counts = load_groups(config, pairs, control_tokens(tokenizer), args.dataset_num_proc, keep_columns)
     check_rows(raw["train"], only_pairs=args.loss_type in ("DPO", "biasedNCA"), template=tokenizer.chat_template)
+    chosen = actions(config.row_rules)
     rows, reports = {}, {}
     for name, dataset in raw.items():
         rows[name], tokenized = tokenize_dataset(
@@ -40,12 +47,33 @@ def prepare_rows(
             tokenizer,
             max_length=args.max_length,
             max_prompt_length=args.max_prompt_length,
-            cut_over_long=actions(config.row_rules)["over_long"] == "fix",
+            actions={reason: chosen[reason] for reason in DEFAULT_ACTIONS},
+            min_responses=2 if pairs else config.min_responses,
             num_proc=args.dataset_num_proc,
             desc=f"Tokenizing {name}",
         )
         reports[name] = data_report(name, config, counts[name], tokenized, rows[name], None if pairs else args.alpha)
+    reports["train"]["warnings"] += warn_of_ends(rows["train"], tokenizer)
     return raw, rows, reports["train"] | {"eval": reports.get("eval")}
+
+
+def warn_of_ends(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """A warning where no response has a token that sampling stops at: a model would not learn to end its answers."""
+    stops = stop_tokens(tokenizer)
+    first = rows.select(range(min(len(rows), _SEARCHED_ROWS)))
+    if any(
+        not set(stops).isdisjoint(ids) for row in first.select_columns(["response_ids"]) for ids in row["response_ids"]
+    ):
+        return []
+    if not stops:
+        return [
+            "no response has an end: the tokenizer has no EOS, and the chat template writes no special token behind an "
+            "answer, so that sampling only stops at its limit; give the tokenizer an eos_token, or set chat_template"
+        ]
+    names = ", ".join(tokenizer.convert_ids_to_tokens(stops))
+    return [
+        f"no response ends with a token that sampling stops at ({names}): the model does not learn to end its answers"
+    ]
 
 
 def describe_group(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -55,10 +83,12 @@ def describe_group(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> s
         row: A tokenized row: `prompt_ids`, `response_ids`, `scores`.
         tokenizer: The policy's tokenizer.
     """
-    prompt = tokenizer.decode(row["prompt_ids"])
+    prompt, stops = tokenizer.decode(row["prompt_ids"]), stop_tokens(tokenizer)
     lines = [f"prompt ({len(row['prompt_ids'])} tokens, mask 0):", repr(prompt), ""]
     for k, (ids, score) in enumerate(zip(row["response_ids"], row["scores"], strict=True)):
-        ends = "ends with EOS" if tokenizer.eos_token_id in ids[-2:] else "has no EOS at its end"
+        last = next((i for i in reversed(ids[-3:]) if i in stops), None)
+        token = "EOS" if last == tokenizer.eos_token_id else f"{tokenizer.decode([last])}, where sampling stops"
+        ends = f"ends with {token}" if last is not None else "has no token at its end at which sampling stops"
         lines += [
             f"response {k + 1}, score {score:g} ({len(ids)} tokens, mask 1, {ends}):",
             repr(tokenizer.decode(ids)),

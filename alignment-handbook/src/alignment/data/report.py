@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 
 from alignment.data.load import DataConfig, check_dropped
-from alignment.data.rules import actions
+from alignment.data.rules import RULES, actions
 from alignment.errors import UserError
 from trl_nca.losses import reward_targets
 
@@ -199,15 +199,14 @@ def data_report(
         name: Name of the data set.
         config: Which rows end the run.
         read: Counts from `alignment.data.load.load_groups`.
-        tokenized: Counts from tokenizing the rows that it kept: `rows_kept`, `rows_fixed`, `dropped_by_reason`,
-            `responses`, `responses_cut`, `prompts_trimmed`.
+        tokenized: Counts from tokenizing the rows that it kept, by `trl_nca.responses.tokenize_dataset`.
         rows: The token ids that are left.
         alpha: See `describe`.
 
     Raises:
         UserError: More rows were dropped than the config allows, or one of a kind that ends the run.
     """
-    dropped = dict(Counter(read["dropped_by_reason"]) + Counter(tokenized["dropped_by_reason"]))
+    dropped = _sum(read["dropped_by_reason"], tokenized["dropped_by_reason"])
     counts = {
         "lines_in": read["lines_in"],
         "rows_in": read["rows_in"],
@@ -215,19 +214,33 @@ def data_report(
         "rows_fixed": tokenized["rows_fixed"],
         "rows_dropped": sum(dropped.values()),
         "dropped_by_reason": dropped,
-        "fixed_by_reason": read["fixed_by_reason"],
-        "examples": read["examples"],
+        "fixed_by_reason": _sum(read["fixed_by_reason"], {"duplicate_response": tokenized["rows_merged"]}),
+        "examples": {
+            reason: [*read["examples"].get(reason, []), *tokenized["examples"].get(reason, [])] for reason in dropped
+        },
         **{key: read[key] for key in ("repeated_prompts", "prompts_shared_with_eval") if key in read},
         "responses": tokenized["responses"],
     }
     for reason, num in tokenized["dropped_by_reason"].items():
         if actions(config.row_rules)[reason] == "fail":
-            raise UserError(f"{name}: {reason} in {num} rows: fix them, or set row_rules: {reason}: drop")
+            raise UserError(
+                f"{name}: {reason} in {num} rows: {tokenized['examples'][reason][0]}; fix them, or set row_rules: "
+                f"{reason}: drop"
+            )
     check_dropped(name, counts, config.max_dropped_fraction)
     report = counts | describe(Columns.of_tokens(rows), alpha)
     cut = {key: tokenized[key] for key in ("responses_cut", "prompts_trimmed")}
+    report["warnings"] += [
+        f"{num} rows are kept though they break the rule {reason}: {RULES[reason].meaning}"
+        for reason, num in tokenized["kept_by_reason"].items()
+    ]
     report["lengths"] |= cut | {"share_truncated": cut["responses_cut"] / max(tokenized["responses"], 1)}
     return report
+
+
+def _sum(counts: dict[str, int], more: dict[str, int]) -> dict[str, int]:
+    """Counts by reason, without those of nothing."""
+    return dict(Counter(counts) + Counter(more))
 
 
 def summary(name: str, report: dict[str, Any]) -> str:

@@ -29,6 +29,7 @@ class Rule:
 
 
 _DROP = ("drop", "fail")
+_KEPT = ("drop", "keep", "fail")
 _FIX = ("fix", "drop", "fail")
 _ANY = ("fix", "keep", "drop", "fail")
 #: By reason, in the order in which a row meets them.
@@ -61,10 +62,22 @@ RULES: dict[str, Rule] = {
     "unreadable_score": Rule('a score that is no number ("N/A", true)', "the response is left out", _FIX),
     "non_finite_score": Rule("a score that is NaN, or too large for float32", "the response is left out", _FIX),
     "score_out_of_range": Rule("a score outside `score_range`, such as -1 for none", "the response is left out", _ANY),
-    "duplicate_response": Rule("a response that occurs twice", "the first stays, with the mean of their scores", _ANY),
+    "duplicate_response": Rule(
+        "a response that occurs twice, as text or as tokens", "the first stays, with the mean of their scores", _ANY
+    ),
     "too_few_responses": Rule("fewer than `min_responses` responses (2) are left", "", _DROP),
-    "identical_scores": Rule("no two scores differ by more than `tie_margin` (0)", "", ("drop", "keep", "fail")),
+    "identical_scores": Rule("no two scores differ by more than `tie_margin` (0)", "", _KEPT),
     "template_refused": Rule("the tokenizer's chat template refuses the turns", "", _DROP),
+    "system_not_rendered": Rule(
+        "the chat template leaves out the system's turn, in training as in sampling", "", ("keep", "drop", "fail"),
+    ),
+    "prompt_not_rendered": Rule("the chat template leaves out the text of another turn of the prompt", "", _KEPT),
+    "response_not_rendered": Rule(
+        "the chat template leaves out the text of a response, or a part of it, such as its thinking", "", _DROP
+    ),
+    "prompt_not_as_sampled": Rule(
+        "sampling starts from another prompt, such as one that opens `<think>` where the response has none", "", _KEPT
+    ),
     "prompt_too_long": Rule("the prompt leaves no room for a response in `max_length`", "", _DROP),
     "empty_prompt": Rule("a prompt without a token", "", _DROP),
     "over_long": Rule("prompt and response together are longer than `max_length`", "the end is cut", _FIX),

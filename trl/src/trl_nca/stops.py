@@ -1,0 +1,50 @@
+"""The tokens at which sampling stops: the EOS, and the first token that the chat template writes behind an answer.
+
+Base models with a chat template need both: their configuration names the end of a document, and knows no turns.
+"""
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from trl_nca.rendering import RefusedRow, Renderer
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The first special token that the chat template writes behind an answer; None where there is no such token.
+
+    (A token that was added to the vocabulary counts too, as some models have the end of a turn as a plain one.)
+    """
+    if tokenizer.chat_template is None:
+        return None
+    renderer = Renderer(tokenizer)
+    mark = renderer.stand_ins().mark
+    try:
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
+        _, has_answer, behind = renderer.render(turns).rpartition(mark)
+    except RefusedRow:
+        return None
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
+    ids = tokenizer(behind, add_special_tokens=False)["input_ids"] if has_answer else []
+    return next((i for i in ids if i in added or i in tokenizer.all_special_ids), None)
+
+
+def stop_tokens(tokenizer: PreTrainedTokenizerBase, generation_config: Any = None) -> list[int]:
+    """Ids of the tokens at which sampling stops, sorted; there may be none.
+
+    Args:
+        tokenizer: Its EOS, and the end of a turn in its chat template.
+        generation_config: Of the model, which may name others.
+    """
+    eos = getattr(generation_config, "eos_token_id", None)
+    others = eos if isinstance(eos, list | tuple) else [eos]
+    return sorted({*others, tokenizer.eos_token_id, end_of_turn(tokenizer)} - {None})
+
+
+def set_stops(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Writes them into the model's generation config, which is saved with it, and a padding token if it has none."""
+    generation = model.generation_config
+    stops = stop_tokens(tokenizer, generation)
+    generation.eos_token_id = stops[0] if len(stops) == 1 else stops or None
+    if generation.pad_token_id is None:
+        generation.pad_token_id = tokenizer.pad_token_id
