@@ -105,9 +105,15 @@ def test_weights_can_be_kept_in_fewer_bits(tiny_model, tmp_path):
 def test_the_merged_model_stops_where_the_template_does(tmp_path):
     base = save_tiny_model(tmp_path / "base")
     GenerationConfig(eos_token_id=7).save_pretrained(base)
-    merge_adapter(save_adapter(base, tmp_path / "adapter", target_modules=["q_proj"]), str(tmp_path / "merged"))
+    adapter = save_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = "<|endoftext|>"  # as base models have it, with a template that ends turns otherwise
+    tokenizer.save_pretrained(adapter)
+    merge_adapter(adapter, str(tmp_path / "merged"))
     generation = GenerationConfig.from_pretrained(tmp_path / "merged")
-    assert generation.eos_token_id == [2, 7]
+    assert generation.eos_token_id == [0, 2, 7]
+    read_by_others = json.loads((tmp_path / "merged" / "tokenizer_config.json").read_text())
+    assert read_by_others["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert generation.pad_token_id == 0
 
 

@@ -205,6 +205,11 @@ def test_shared_formats_train(recipe, tmp_path, name, start):
         (["--lora_target_modules=nope"], "cannot be trained as the recipe says: .*nope"),
         (["--reward_function=nowhere.py:f"], "names no file"),
         (["--chat_template=nowhere.jinja"], "no such file"),
+        (
+            ["--chat_template=chatml"],
+            "chat_template: no such file chatml, and a Jinja template has {{ }} or {% %} in it",
+        ),
+        (["--chat_template=README.md"], "chat_template: README.md holds no Jinja template"),
         (["--resume_from_checkpoint=/nowhere"], "holds no checkpoint"),
     ],
 )

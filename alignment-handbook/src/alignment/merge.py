@@ -22,6 +22,8 @@ from alignment.files import atomic_path
 from alignment.models import adapter_base, load_trained_model, load_trained_tokenizer
 from alignment.report.card import write_card
 from trl_nca.layers import keep_4bit_weights
+from trl_nca.portable import make_portable
+from trl_nca.stops import set_stops
 
 #: Largest difference of a logit, in parts of the largest logit, that rounding may make: of float32 arithmetic, and of
 #: weights that are kept in fewer bits.
@@ -151,14 +153,10 @@ def _dtype(name: str, base: str) -> torch.dtype:
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Weights, tokenizer with its chat template, and a generation config that stops where the template does."""
-    generation = model.generation_config
-    stops = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
-    stops = sorted({*stops, tokenizer.eos_token_id} - {None})
-    generation.eos_token_id = stops[0] if len(stops) == 1 else stops
-    if generation.pad_token_id is None:
-        generation.pad_token_id = tokenizer.pad_token_id
+    set_stops(model, tokenizer)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    make_portable(folder)
 
 
 @torch.inference_mode()

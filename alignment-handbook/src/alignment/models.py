@@ -90,8 +90,8 @@ def _read_template(given: str) -> str:
         raise UserError(f"chat_template: {given} cannot be read as text: {error}") from error
     if template is None:
         raise UserError(
-            f"chat_template: {given!r} is neither a file that is there nor a Jinja template, which has {{{{ }}}} or "
-            "{% %} in it; give one of these, or leave the key out for the tokenizer's own"
+            f"chat_template: no such file {given}, and a Jinja template has {{{{ }}}} or {{% %}} in it; "
+            "give one of these, or leave the key out for the tokenizer's own template"
         )
     if not re.search("{[{%]", template):
         raise UserError(f"chat_template: {given} holds no Jinja template: no {{{{ }}}} or {{% %}} is in it")

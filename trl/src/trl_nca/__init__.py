@@ -10,5 +10,5 @@ model.
 
 Around the step: `config` has the settings, `step_metrics` gathers metrics, `checkpoints` writes checkpoints whole,
 `preemption` stops on SIGTERM, `nonfinite` skips steps that are not finite, `distributed`, `code_hash` and `paper` are
-small helpers, and `stops` knows the tokens at which sampling stops.
+small helpers, `stops` knows the tokens at which sampling stops, and `portable` makes saved folders readable elsewhere.
 """

@@ -19,6 +19,9 @@ from accelerate import PartialState
 from safetensors import SafetensorError
 from torch import nn
 
+from trl_nca.portable import make_portable
+from trl_nca.stops import set_stops
+
 logger = logging.getLogger(__name__)
 
 #: In a checkpoint, written last: `{"files": {path: hash}}`.
@@ -204,6 +207,12 @@ class AtomicCheckpoints:
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging or super()._get_output_dir(trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Writes weights and tokenizer, as upstream does for checkpoints and the run's output, for others to read."""
+        set_stops(self.accelerator.unwrap_model(self.model), self.processing_class)
+        super()._save(output_dir, state_dict)
+        make_portable(output_dir or self.args.output_dir)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         output_dir, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"

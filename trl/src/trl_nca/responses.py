@@ -24,6 +24,7 @@ from trl_nca.rendering import (
     Renderer,
     StandIns,
     common_tail,
+    lost_roles,
     split_rendering,
     text_of,
 )
@@ -153,12 +154,15 @@ class ResponseTokenizer:
         Text that spells a special token stays text, as in training. Without a chat template, the ids of the one turn.
 
         Raises:
-            RefusedRow: The template refuses the messages, or there is none and they are several.
+            RefusedRow: The template refuses the messages, or does not write the last one.
         """
         stand_ins = self._renderer.stand_ins(messages)
         if self.tokenizer.chat_template is None and len(messages) == 1:
             return self._encode_text(stand_ins.protect(messages[0]["content"]), stand_ins)
-        rendering = self._renderer.render(_protected(messages, stand_ins), add_generation_prompt=True)
+        turns = _protected(messages, stand_ins)
+        rendering = self._renderer.render(turns, add_generation_prompt=True)
+        if lost_roles(rendering, turns[-1:]):
+            raise RefusedRow("prompt_not_rendered", "it leaves out the text of the last turn")
         return self._renderer.encode(rendering, stand_ins)
 
     def _encode_row(self, prompt: str | Messages, responses: Sequence[str | Messages]) -> Encoded:

@@ -59,21 +59,17 @@ def prepare_rows(
 
 def warn_of_ends(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """A warning where no response has a token that sampling stops at: a model would not learn to end its answers."""
-    stops = stop_tokens(tokenizer)
-    first = rows.select(range(min(len(rows), _SEARCHED_ROWS)))
-    if any(
-        not set(stops).isdisjoint(ids) for row in first.select_columns(["response_ids"]) for ids in row["response_ids"]
-    ):
+    stops = set(stop_tokens(tokenizer))
+    first = rows.select_columns(["response_ids"]).select(range(min(len(rows), _SEARCHED_ROWS)))
+    if any(not stops.isdisjoint(ids) for row in first for ids in row["response_ids"]):
         return []
     if not stops:
         return [
             "no response has an end: the tokenizer has no EOS, and the chat template writes no special token behind an "
             "answer, so that sampling only stops at its limit; give the tokenizer an eos_token, or set chat_template"
         ]
-    names = ", ".join(tokenizer.convert_ids_to_tokens(stops))
-    return [
-        f"no response ends with a token that sampling stops at ({names}): the model does not learn to end its answers"
-    ]
+    names = ", ".join(tokenizer.convert_ids_to_tokens(sorted(stops)))
+    return [f"no response ends where sampling stops (at {names}): the model does not learn to end its answers"]
 
 
 def describe_group(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -83,15 +79,23 @@ def describe_group(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> s
         row: A tokenized row: `prompt_ids`, `response_ids`, `scores`.
         tokenizer: The policy's tokenizer.
     """
-    prompt, stops = tokenizer.decode(row["prompt_ids"]), stop_tokens(tokenizer)
+    prompt = tokenizer.decode(row["prompt_ids"])
     lines = [f"prompt ({len(row['prompt_ids'])} tokens, mask 0):", repr(prompt), ""]
     for k, (ids, score) in enumerate(zip(row["response_ids"], row["scores"], strict=True)):
-        last = next((i for i in reversed(ids[-3:]) if i in stops), None)
-        token = "EOS" if last == tokenizer.eos_token_id else f"{tokenizer.decode([last])}, where sampling stops"
-        ends = f"ends with {token}" if last is not None else "has no token at its end at which sampling stops"
         lines += [
-            f"response {k + 1}, score {score:g} ({len(ids)} tokens, mask 1, {ends}):",
+            f"response {k + 1}, score {score:g} ({len(ids)} tokens, mask 1, {_end(ids, tokenizer)}):",
             repr(tokenizer.decode(ids)),
         ]
         lines += [" ".join(f"{token!r}:1" for token in tokenizer.convert_ids_to_tokens(ids)), ""]
     return "\n".join(lines)
+
+
+def _end(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """How a response ends, in words. (Some templates write a line's end behind the end of a turn.)"""
+    stops = stop_tokens(tokenizer)
+    last = [token for token in ids[-3:] if token in stops]
+    if not last:
+        return "has no token at its end at which sampling stops"
+    if last[-1] == tokenizer.eos_token_id:
+        return "ends with EOS"
+    return f"ends with {tokenizer.decode(last[-1:])}, where sampling stops"

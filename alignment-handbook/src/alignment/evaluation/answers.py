@@ -136,7 +136,7 @@ def _answer(part: PartFile, tasks: list[Task], name: str, config: SamplingConfig
     with tqdm(total=num_turns, initial=num_done, desc=f"Answers of {name}", unit="turn") as progress:
         for turn in range(max(len(task.turns) for task in tasks)):
             ids = {
-                i: encode_row(tokenizer, conversation(task.turns, answers[i]), name, task.location)
+                i: encode_row(tokenizer, conversation(task.turns, answers[i]), task.location)
                 for i, task in enumerate(tasks)
                 if turn < len(task.turns)
             }
@@ -170,7 +170,7 @@ def _check_room(tasks: list[Task], tokenizer, max_positions: int | None, name: s
     """
     for task in tasks:
         turns = len(task.turns)
-        length = len(encode_row(tokenizer, conversation(task.turns, [""] * (turns - 1)), name, task.location))
+        length = len(encode_row(tokenizer, conversation(task.turns, [""] * (turns - 1)), task.location))
         if max_positions is not None and length + turns * max_new_tokens > max_positions:
             fits = (max_positions - length) // turns
             fix = f"--max_new_tokens {fits} fits" if fits > 0 else "remove the row"

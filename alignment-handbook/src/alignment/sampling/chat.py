@@ -12,9 +12,22 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 from alignment.data.row import Messages
 from alignment.errors import UserError
 from alignment.models import adapter_base, check_input, input_limits, load_trained_model, load_trained_tokenizer
-from alignment.sampling.sample import SamplingConfig, encode_prompt, generation_settings
+from alignment.sampling.sample import SamplingConfig, encode_prompt, generation_settings, read_sample
 
 HELP = "/both: base and aligned side by side, on and off; /new: a new conversation; /quit (or Ctrl-D): leave"
+
+
+class _UntilStop(TextStreamer):
+    """Prints an answer without the token that ends it, which some tokenizers do not know as a special one."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: list[int] | None):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.stops = stops or []
+
+    def put(self, value: torch.Tensor) -> None:
+        """Prints tokens; first it is given the prompt, which it leaves out."""
+        if self.next_tokens_are_prompt or value.tolist()[-1] not in self.stops:
+            super().put(value)
 
 
 @dataclass
@@ -42,15 +55,16 @@ class Speaker:
         check_input(input_limits(self.model), prompt_ids, config.max_new_tokens, "the conversation", fix)
         ids = torch.tensor([prompt_ids], device=self.model.device)  # (1, L)
         adapter = contextlib.nullcontext() if self.with_adapter else self.model.disable_adapter()
-        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        settings = generation_settings(self.model, tokenizer, config)
+        streamer = _UntilStop(tokenizer, settings["eos_token_id"])
         with adapter:
             tokens = self.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 streamer=streamer,
-                **generation_settings(self.model, tokenizer, config),
+                **settings,
             )
-        reply = tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True).strip()
+        reply = read_sample(tokens[0, ids.shape[1] :].tolist(), tokenizer, settings["eos_token_id"]).text.strip()
         self.turns.append({"role": "assistant", "content": reply})
         return reply
 

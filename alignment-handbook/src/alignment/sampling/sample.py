@@ -12,7 +12,9 @@ from tqdm.auto import tqdm
 
 from alignment.data.row import Messages
 from alignment.errors import UserError
+from trl_nca.rendering import RefusedRow
 from trl_nca.responses import ResponseTokenizer
+from trl_nca.stops import stop_tokens
 
 
 class Sample(NamedTuple):
@@ -114,16 +116,32 @@ def sample_batch(
             tokens = _generate(model, prompt_ids, config.num_samples, settings)
     finally:
         model.train(was_training)
-    stops = torch.tensor(settings["eos_token_id"], device=tokens.device)
-    finished = torch.isin(tokens, stops).any(dim=1).tolist()  # (B * S,)
-    texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    samples = [Sample(*sample) for sample in zip(texts, finished, strict=True)]
+    samples = [read_sample(ids, tokenizer, settings["eos_token_id"]) for ids in tokens.tolist()]
     return [samples[start : start + config.num_samples] for start in range(0, len(samples), config.num_samples)]
 
 
+def read_sample(ids: list[int], tokenizer, stops: list[int] | None) -> Sample:
+    """A response from its token ids: without the token that ended it, and the padding behind."""
+    end = next((i for i, token in enumerate(ids) if token in (stops or ())), None)
+    return Sample(tokenizer.decode(ids[:end], skip_special_tokens=True), end is not None)
+
+
 def encode_prompt(tokenizer, messages: Messages) -> list[int]:
-    """Token ids that sampling starts from; see `trl_nca.responses.ResponseTokenizer.encode_prompt`."""
-    return ResponseTokenizer(tokenizer).encode_prompt(messages)
+    """Token ids that sampling starts from; see `trl_nca.responses.ResponseTokenizer.encode_prompt`.
+
+    Raises:
+        UserError: The tokenizer has no chat template for several messages, or its template refuses them.
+    """
+    if tokenizer.chat_template is None and len(messages) > 1:
+        raise UserError(
+            f"chat_template: the tokenizer of {tokenizer.name_or_path} has none, so that it can be given one message "
+            f"and not {len(messages)}; put a chat_template.jinja into its folder"
+        )
+    try:
+        return ResponseTokenizer(tokenizer).encode_prompt(messages)
+    except RefusedRow as refused:
+        name = tokenizer.name_or_path
+        raise UserError(f"the chat template of {name} refuses the prompt: {refused.detail}") from refused
 
 
 def _generate(model, prompt_ids: list[list[int]], num_samples: int, settings: dict[str, Any]) -> torch.Tensor:
@@ -156,14 +174,11 @@ def _generate(model, prompt_ids: list[list[int]], num_samples: int, settings: di
 
 def generation_settings(model, tokenizer, config: SamplingConfig) -> dict[str, Any]:
     """Arguments of `generate`, without the model's defaults that would change the distribution."""
-    stops = model.generation_config.eos_token_id
-    # A base model with a chat template stops at the template's token, which its own configuration need not know.
-    stops = {*(stops if isinstance(stops, list) else [stops]), tokenizer.eos_token_id} - {None}
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    padding = [tokenizer.pad_token_id, tokenizer.eos_token_id, 0]  # any will do: padding is masked, and cut off
     settings = {
         "max_new_tokens": config.max_new_tokens,
-        "eos_token_id": sorted(stops),
-        "pad_token_id": pad,
+        "eos_token_id": stop_tokens(tokenizer, model.generation_config) or None,
+        "pad_token_id": next(token for token in padding if token is not None),
         "use_cache": True,
         "do_sample": config.temperature > 0,
     }

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 
-from jinja2 import TemplateError
 from tqdm.auto import tqdm
 
 from alignment.data.row import Messages
@@ -16,6 +15,7 @@ from alignment.models import adapter_base, load_trained_model, load_trained_toke
 from alignment.resumable import Entry, PartFile, content_hash, fingerprint
 from alignment.sampling.prompts import Row, read_prompts
 from alignment.sampling.sample import Sample, SamplingConfig, encode_prompt, sample_batch
+from trl_nca.stops import stop_tokens
 
 #: Columns of a row that belong to its old responses.
 _OF_RESPONSES = ("responses", "sources", "scores", "score_parts")
@@ -99,6 +99,7 @@ def vllm_sampler(name: str, tokenizer, config: SamplingConfig, dtype: str) -> Sa
     if base is not None:
         adapter, lora = LoRARequest("adapter", 1, name), {"enable_lora": True, "max_lora_rank": _max_lora_rank(name)}
     llm = LLM(model=base or name, tokenizer=tokenizer.name_or_path, dtype=dtype, **lora)
+    stops = stop_tokens(tokenizer)
     is_greedy = config.temperature == 0  # for which vLLM allows one sample only
 
     def sample(prompt_ids: list[list[int]], index: int) -> list[list[Sample]]:
@@ -109,7 +110,7 @@ def vllm_sampler(name: str, tokenizer, config: SamplingConfig, dtype: str) -> Sa
                 temperature=config.temperature,
                 top_p=config.top_p,
                 max_tokens=config.max_new_tokens,
-                stop_token_ids=[tokenizer.eos_token_id],  # which a base model's configuration need not know
+                stop_token_ids=stops,  # which a base model's configuration, read by vLLM, need not know
                 seed=rng.getrandbits(31),
             )
             for _ in prompt_ids
@@ -130,23 +131,19 @@ def _max_lora_rank(name: str) -> int:
     return next(size for size in (16, 32, 64, 128, 256, 320, 512) if size >= rank)
 
 
-def encode_row(tokenizer, prompt: Messages, name: str, location: str) -> list[int]:
-    """As `encode_prompt`.
-
-    Raises:
-        UserError: The chat template of the model `name` refuses the prompt, which stands at `where`.
-    """
+def encode_row(tokenizer, prompt: Messages, location: str) -> list[int]:
+    """As `encode_prompt`; its errors name the prompt's location."""
     try:
         return encode_prompt(tokenizer, prompt)
-    except (TemplateError, ValueError) as error:  # ValueError: there is no template
-        raise UserError(f"{location}: the chat template of {name} refuses the prompt: {error}") from error
+    except UserError as error:
+        raise UserError(f"{location}: {error}") from error
 
 
 def _encode_prompts(name: str, rows: list[Row], locations: list[str], max_new_tokens: int) -> list[list[int]]:
     tokenizer, max_positions = load_trained_tokenizer(name)
     encoded = []
     for row, location in zip(rows, locations, strict=True):
-        encoded.append(encode_row(tokenizer, row["prompt"], name, location))
+        encoded.append(encode_row(tokenizer, row["prompt"], location))
         if max_positions is not None and len(encoded[-1]) + max_new_tokens > max_positions:
             raise UserError(
                 f"{location}: the prompt has {len(encoded[-1])} tokens, and with --max_new_tokens {max_new_tokens} "
