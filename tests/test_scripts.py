@@ -209,7 +209,7 @@ def test_shared_formats_train(recipe, tmp_path, name, start):
             ["--chat_template=chatml"],
             "chat_template: no such file chatml, and a Jinja template has {{ }} or {% %} in it",
         ),
-        (["--chat_template=README.md"], "chat_template: README.md holds no Jinja template"),
+        (["--chat_template=LICENSE"], "chat_template: LICENSE holds no Jinja template"),
         (["--resume_from_checkpoint=/nowhere"], "holds no checkpoint"),
     ],
 )
