@@ -14,6 +14,7 @@ from alignment.errors import UserError
 from tests.conftest import SHARED, needs_shared
 from tests.rows import LONG, PAIR, ROW, ULTRAFEEDBACK, USER, numbered, said, write_jsonl
 from tests.scripts import script
+from tests.tiny import CHATML, save_tiny_model
 
 
 def run(tmp_path, rows, to="list", name="out.jsonl", **settings):
@@ -151,6 +152,17 @@ def test_report_in_lines(tmp_path):
         assert part in text
     many = report | {"k_histogram": {str(k): 1 for k in range(2, 40)}}
     assert "K: 2 to 39;" in summary("rows", many)
+
+
+def test_rows_that_a_template_would_lose_are_said_and_not_measured(tmp_path):
+    template = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")
+    save_tiny_model(tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    thinking = numbered(1, responses=["<think>Hm</think>a", "b", "c"])
+    for rows, unit, num_lost in ([thinking, ROW], "tokens", 1), ([thinking], "characters", 1), ([ROW], "tokens", 0):
+        report, output = run(tmp_path, rows, tokenizer=str(tmp_path / "model"))
+        assert (report["lengths"]["unit"], report["rows_kept"]) == (unit, len(lines(output))) == (unit, len(rows))
+        assert len([line for line in report["warnings"] if "what stands before </think>" in line]) == num_lost
 
 
 #: What becomes of the awkward rows with the default rules, by their number in the file: a reason, or what was fixed.

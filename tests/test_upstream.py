@@ -34,6 +34,7 @@ PASSED_ON = {
     "_get_output_dir": ["trial"],
     "_save_checkpoint": ["model", "trial"],
     "_push_from_checkpoint": ["checkpoint_folder"],
+    "_save": ["output_dir", "state_dict"],
 }  # fmt: skip
 
 

@@ -43,12 +43,13 @@ class StandIns:
 
     Args:
         special_text: Finds the text of a special token.
-        texts: All texts of the row, and the template: characters that one of them holds stand for nothing.
+        texts: All texts of the row.
+        template: The chat template. Characters that it or one of the texts holds stand for nothing.
     """
 
-    def __init__(self, special_text: re.Pattern[str], texts: Iterable[str]):
+    def __init__(self, special_text: re.Pattern[str], texts: Iterable[str], template: str):
         whole = "\n".join(texts)
-        taken = set(re.findall(f"[{chr(_PRIVATE_USE[0])}-{chr(_PRIVATE_USE[-1])}]", whole))
+        taken = set(re.findall(f"[{chr(_PRIVATE_USE[0])}-{chr(_PRIVATE_USE[-1])}]", template + whole))
         free = (chr(i) for i in _PRIVATE_USE if chr(i) not in taken)
         #: Stands for a whole response.
         self.mark = next(free)
@@ -85,11 +86,8 @@ class Renderer:
 
     def stand_ins(self, *texts: str | Messages) -> StandIns:
         """Stand-ins for a row with these texts and messages."""
-        template = self.tokenizer.chat_template
-        row = [template if isinstance(template, str) else ""]
-        for text in texts:
-            row += [text] if isinstance(text, str) else [text_of(message) for message in text]
-        return StandIns(self.special_text, row)
+        row = [part for text in texts for part in ([text] if isinstance(text, str) else map(text_of, text))]
+        return StandIns(self.special_text, row, str(self.tokenizer.chat_template))
 
     def render(self, messages: Messages, add_generation_prompt: bool = False) -> str:
         """What the template makes of messages.
@@ -182,12 +180,13 @@ def split_rendering(
 
     texts = [render([*prompt, *turn]) for turn in turns]
     marked = render([*prompt, {"role": "assistant", "content": mark}])
-    alone, sampled_from = render(prompt), render(prompt, add_generation_prompt=True)
+    sampled_from = render(prompt, add_generation_prompt=True)
     for role in lost_roles(sampled_from, prompt):
         reason = "system_not_rendered" if role == "system" else "prompt_not_rendered"
         break_rule(reason, f"the chat template leaves out the text of the {role}'s turn")
     for k, (turn, text) in enumerate(zip(turns, texts, strict=True)):
-        check_response(k + 1, turn, text, marked, mark, alone)
+        if [marked.replace(mark, text_of(message)) for message in turn] != [text] or mark not in marked:
+            check_response(k + 1, turn, text, marked, mark, render(prompt))
     # Up to here the rendering does not depend on the response. What sampling is given may end earlier: some templates
     # write an empty thinking block into a finished answer, others a space before its first word.
     before = os.path.commonprefix([marked, *texts])
@@ -232,12 +231,9 @@ def check_response(number: int, response: Messages, rendering: str, marked: str,
         RefusedRow: Text is missing.
     """
     texts = [text_of(message) for message in response]
-    if any(rendering == marked.replace(mark, text) for text in (texts[0], texts[0].strip()) if len(texts) == 1):
-        is_written = mark in marked or not texts[0].strip()
-    else:
-        after = marked.rpartition(mark)[2] if mark in marked else ""
-        written = _squeezed(rendering[len(os.path.commonprefix([prompt, rendering])) :].removesuffix(after))
-        is_written = mark in marked and all(_squeezed(text) in written for text in texts)
+    after = marked.rpartition(mark)[2] if mark in marked else ""
+    written = _squeezed(rendering[len(os.path.commonprefix([prompt, rendering])) :].removesuffix(after))
+    is_written = all(_squeezed(text) in written if mark in marked else not text.strip() for text in texts)
     if not is_written:
         lost = "what stands before </think> in" if "</think>" in "".join(texts) and mark in marked else "the text of"
         detail = f"the chat template leaves out {lost} response {number}; set chat_template to one that writes it"

@@ -142,11 +142,7 @@ class ResponseTokenizer:
             done |= {"dropped": refused.reason, "detail": refused.detail}
         done["merged"] &= "duplicate_response" not in (row.get("fixed") or ())  # else it is counted there
         is_fixed = done["prompt_trimmed"] or done["responses_cut"] or done["merged"] or row.get("fixed")
-        return done | {
-            "length": group_length(done),
-            "location": row.get("location", ""),
-            "fixed": bool(is_fixed),
-        }
+        return done | {"length": group_length(done), "location": row.get("location", ""), "fixed": bool(is_fixed)}
 
     def encode_prompt(self, messages: Messages) -> list[int]:
         """Token ids that sampling starts from: the prompt up to where the assistant begins.

@@ -90,10 +90,19 @@ def convert(inputs: Sequence[str], config: ConvertConfig) -> dict[str, Any]:
     counts = count_outcomes(rows)
     check_dropped("input", counts, config.max_dropped_fraction)
     kept = kept_rows(rows)
-    columns = Columns.of_tokens(tokenize_dataset(kept, tokenizer)[0]) if tokenizer else Columns.of_texts(kept)
+    columns, tokenized = Columns.of_texts(kept), {"rows_dropped": 0}
     fixed = int((pc.list_value_length(column(kept, "fixed")).to_numpy() > 0).sum())
     counts |= {"rows_kept": len(kept), "rows_fixed": fixed, "responses": len(columns.scores)}
+    if tokenizer:
+        measured, tokenized = tokenize_dataset(kept, tokenizer)
+        columns = Columns.of_tokens(measured) if len(measured) else columns
     report = counts | describe(columns, config.alpha)
+    if tokenized["rows_dropped"]:
+        first = next(iter(tokenized["examples"].values()))[0]
+        report["warnings"].append(
+            f"{tokenized['rows_dropped']} of these rows would be dropped in training with {config.tokenizer}, and are "
+            f"not measured: {first}"
+        )
     output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(output) as partial:
         _write(kept, config.to, partial, str(output))
