@@ -40,6 +40,7 @@ def test_a_tokenizer_is_read_as_before_and_by_transformers_4(name, tmp_path):
         assert after.chat_template == CHATML
         assert after.all_special_tokens == before.all_special_tokens
         assert "<|im_start|>" in config["additional_special_tokens"]
+        assert not config.get("add_bos_token", False), "transformers 4 adds one by default"
         after.save_pretrained(folder)
 
 

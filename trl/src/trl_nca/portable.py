@@ -17,12 +17,12 @@ _FAST_CLASS = "PreTrainedTokenizerFast"
 def make_portable(folder: str | Path) -> None:
     """Rewrites `tokenizer_config.json` and `config.json` of a folder, where they are."""
     folder = Path(folder)
-    template = folder / "chat_template.jinja"
+    tokenizer, template = folder / "tokenizer.json", folder / "chat_template.jinja"
     _rewrite(
         folder / "tokenizer_config.json",
         lambda config: _tokenizer_config(
             config,
-            has_fast=(folder / "tokenizer.json").is_file(),
+            tokenizer=json.loads(tokenizer.read_text(encoding="utf-8")) if tokenizer.is_file() else None,
             chat_template=template.read_text(encoding="utf-8") if template.is_file() else None,
         ),
     )
@@ -35,25 +35,43 @@ def _rewrite(file: Path, change: Any) -> None:
         file.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _tokenizer_config(config: dict[str, Any], has_fast: bool, chat_template: str | None) -> dict[str, Any]:
-    """A tokenizer's config as transformers 4 takes it.
+def _tokenizer_config(
+    config: dict[str, Any], tokenizer: dict[str, Any] | None, chat_template: str | None
+) -> dict[str, Any]:
+    """A tokenizer's config as transformers 4 takes it; `tokenizer` is what tokenizer.json holds.
 
     Example:
         >>> new = {"tokenizer_class": "TokenizersBackend", "is_local": True, "extra_special_tokens": ["<a>"]}
-        >>> sorted(_tokenizer_config(new, has_fast=True, chat_template=None).items())[:2]
+        >>> sorted(_tokenizer_config(new, tokenizer={}, chat_template=None).items())[:2]
         [('additional_special_tokens', ['<a>']), ('clean_up_tokenization_spaces', False)]
     """
     config = {key: value for key, value in config.items() if key not in ("is_local", "local_files_only")}
-    if config.get("tokenizer_class") in _NEW_CLASSES and has_fast:
+    if tokenizer is not None and config.get("tokenizer_class") in _NEW_CLASSES:
         config["tokenizer_class"] = _FAST_CLASS
         # In transformers 4 this class by itself gives `token_type_ids` too, which no decoder takes.
         config.setdefault("model_input_names", ["input_ids", "attention_mask"])
         config.setdefault("clean_up_tokenization_spaces", False)
+    elif tokenizer is not None and config.get("tokenizer_class") != _FAST_CLASS:
+        # There some classes decide by these keys, and not by the file, what is added to a text.
+        added = _added_around(tokenizer.get("post_processor"))
+        config |= dict(zip(("add_bos_token", "add_eos_token"), added, strict=True))
     if isinstance(config.get("extra_special_tokens"), list):  # there it is a mapping, and this its name
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
     if chat_template is not None:  # a file of its own is unknown to the oldest of them
-        config.setdefault("chat_template", chat_template)
+        config["chat_template"] = chat_template
     return config
+
+
+def _added_around(post_processor: dict[str, Any] | None) -> tuple[bool, bool]:
+    """Whether a post-processor of tokenizer.json puts a token before a text, and behind it.
+
+    Example:
+        >>> _added_around({"single": [{"SpecialToken": {"id": "<s>"}}, {"Sequence": {"id": "A"}}]})
+        (True, False)
+    """
+    steps = (post_processor or {}).get("processors", [post_processor or {}])
+    parts = [list(part) for step in steps for part in step.get("single", ())]
+    return parts[:1] == [["SpecialToken"]], parts[-1:] == [["SpecialToken"]]
 
 
 def _model_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from trl_nca.rendering import RefusedRow, Renderer
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The first special token that the chat template writes behind an answer; None where there is no such token.
 
-    (A token that was added to the vocabulary counts too, as some models have the end of a turn as a plain one.)
+    (Some models have the end of a turn as a plain token that was added to the vocabulary: without a special one, it.)
     """
     if tokenizer.chat_template is None:
         return None
@@ -24,9 +24,11 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
         _, has_answer, behind = renderer.render(turns).rpartition(mark)
     except RefusedRow:
         return None
-    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
     ids = tokenizer(behind, add_special_tokens=False)["input_ids"] if has_answer else []
-    return next((i for i in ids if i in added or i in tokenizer.all_special_ids), None)
+    added = tokenizer.added_tokens_decoder
+    special = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+    plain = {i for i, token in added.items() if token.content.strip(" ▁\n\t")}
+    return next((i for kind in (special, plain) for i in ids if i in kind), None)
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, generation_config: Any = None) -> list[int]:
