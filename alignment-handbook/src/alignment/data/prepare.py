@@ -7,11 +7,12 @@ from transformers import PreTrainedTokenizerBase
 
 from alignment.data.load import DataConfig, check_rows, load_groups
 from alignment.data.report import data_report
+from alignment.data.row import Messages
 from alignment.data.rules import actions
 from trl_nca.config import NCAConfig
 from trl_nca.fitting import DEFAULT_ACTIONS
-from trl_nca.rendering import control_tokens
-from trl_nca.responses import tokenize_dataset
+from trl_nca.rendering import RefusedRow, control_tokens
+from trl_nca.responses import ResponseTokenizer, tokenize_dataset
 from trl_nca.stops import stop_tokens
 
 #: Rows that are searched for the end of a response.
@@ -53,8 +54,23 @@ def prepare_rows(
             desc=f"Tokenizing {name}",
         )
         reports[name] = data_report(name, config, counts[name], tokenized, rows[name], None if pairs else args.alpha)
+    if keep_columns and reports.get("eval", {}).get("rows_dropped"):  # samples are drawn to these prompts
+        raw["eval"] = _renderable(raw["eval"], tokenizer)
     reports["train"]["warnings"] += warn_of_ends(rows["train"], tokenizer)
     return raw, rows, reports["train"] | {"eval": reports.get("eval")}
+
+
+def _renderable(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """The rows whose prompt the chat template takes: the others were dropped by name, and cannot be sampled to."""
+    tokenize = ResponseTokenizer(tokenizer)
+
+    def is_taken(prompt: Messages) -> bool:
+        try:
+            return bool(tokenize.encode_prompt(prompt))
+        except RefusedRow:
+            return False
+
+    return rows.select([i for i, prompt in enumerate(rows["prompt"]) if is_taken(prompt)])
 
 
 def warn_of_ends(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -1,0 +1,74 @@
+"""A run's rows on their way to token ids: what the report says of those that meet a rule there."""
+
+import json
+
+import pytest
+
+from alignment.data.load import DataConfig
+from alignment.data.prepare import prepare_rows
+from alignment.data.report import summary
+from alignment.errors import UserError
+from nca_trainer import NCAConfig
+from tests.rows import write_jsonl
+from tests.tiny import CHATML, tiny_tokenizer
+
+TRIMS = CHATML.replace("m['content']", "m['content'] | trim")
+REFUSES_SYSTEM = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('No system role') }}{% endif %}" + CHATML
+)  # fmt: skip
+NO_SYSTEM = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
+SYSTEM = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Rome?"}]
+
+
+def plain(i, responses=("a", "b")):
+    return {"prompt": f"Question {i}?", "responses": responses, "scores": [float(k) for k in range(len(responses))]}
+
+
+def prepare(folder, template, train, held_out=None, keep_columns=False, **settings):
+    files = {"train_file": write_jsonl(folder / "train.jsonl", train)}
+    if held_out:
+        files["eval_file"] = write_jsonl(folder / "eval.jsonl", held_out)
+    args = NCAConfig(output_dir=str(folder), bf16=False, use_cpu=True)
+    config = DataConfig(**files, **{"max_dropped_fraction": 0.5} | settings)
+    return prepare_rows(config, args, tiny_tokenizer(template), pairs=False, keep_columns=keep_columns)
+
+
+def test_responses_that_the_template_makes_equal_are_fixed_and_counted(tmp_path):
+    rows = [plain(1, ["a", "b", "c", " a"]), plain(2, ["a", "a", "b", "b "]), plain(3), plain(4, ["a", " a"])]
+    _, tokens, report = prepare(tmp_path, TRIMS, rows)
+    assert tokens["train"]["scores"][:] == [[1.5, 1.0, 2.0], [0.5, 2.5], [0.0, 1.0]]
+    assert report["fixed_by_reason"] == {"duplicate_response": 2}, "the second is fixed twice, and counts once"
+    assert report["dropped_by_reason"] == {"too_few_responses": 1}
+    assert (report["rows_in"], report["rows_kept"], report["rows_fixed"]) == (4, 3, 2)
+    _, tokens, report = prepare(tmp_path, TRIMS, rows, row_rules={"duplicate_response": "keep"})
+    assert [len(scores) for scores in tokens["train"]["scores"]] == [4, 4, 2, 2]
+
+
+def test_a_refused_row_shows_the_templates_words_and_its_place(tmp_path):
+    rows = [plain(1), plain(2) | {"prompt": SYSTEM}, plain(3)]
+    raw, tokens, report = prepare(tmp_path, REFUSES_SYSTEM, [plain(9)], rows, keep_columns=True)
+    place = f"{tmp_path}/eval.jsonl, line 2: the chat template says: No system role"
+    assert report["eval"]["examples"] == {"template_refused": [place]}
+    assert place in summary("train", report)
+    assert len(raw["eval"]) == len(tokens["eval"]) == 2, "nothing is sampled to what the template refuses"
+    with pytest.raises(UserError, match="template_refused 2.* line 1: the chat template says: No system role"):
+        prepare(tmp_path, REFUSES_SYSTEM, [plain(i) | {"prompt": SYSTEM} for i in (1, 2)])
+    with pytest.raises(UserError, match="template_refused in 1 rows: .*eval.jsonl, line 2: .*No system role; fix them"):
+        prepare(tmp_path, REFUSES_SYSTEM, [plain(9)], rows, row_rules={"template_refused": "fail"})
+
+
+def test_a_systems_turn_that_the_template_leaves_out_is_a_warning_or_a_rule(tmp_path):
+    rows = [plain(1), plain(2) | {"prompt": SYSTEM}]
+    _, tokens, report = prepare(tmp_path, NO_SYSTEM, rows)
+    assert len(tokens["train"]) == 2
+    assert [
+        line for line in report["warnings"] if line.startswith("1 rows are kept though they break the rule system_")
+    ]
+    _, _, report = prepare(tmp_path, NO_SYSTEM, rows, row_rules={"system_not_rendered": "drop"})
+    assert report["dropped_by_reason"] == {"system_not_rendered": 1}
+    assert json.dumps(report), "it is written to data_report.json"
+
+
+def test_a_run_without_ends_is_warned_of(tmp_path):
+    _, _, report = prepare(tmp_path, CHATML.replace("<|im_end|>", "#"), [plain(1)])
+    assert "WARNING: no response ends where sampling stops (at <|im_end|>)" in summary("train", report)
