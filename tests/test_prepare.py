@@ -69,6 +69,10 @@ def test_a_systems_turn_that_the_template_leaves_out_is_a_warning_or_a_rule(tmp_
     assert json.dumps(report), "it is written to data_report.json"
 
 
-def test_a_run_without_ends_is_warned_of(tmp_path):
+def test_a_run_without_a_template_or_ends_is_warned_of(tmp_path):
+    _, _, report = prepare(tmp_path, None, [plain(1)])
+    assert "WARNING: the tokenizer has no chat template: responses follow" in summary("train", report)
+    with pytest.raises(UserError, match="template_refused 1.* no chat template for several turns; set chat_template"):
+        prepare(tmp_path, None, [plain(1)], [plain(2) | {"prompt": SYSTEM}])
     _, _, report = prepare(tmp_path, CHATML.replace("<|im_end|>", "#"), [plain(1)])
     assert "WARNING: no response ends where sampling stops (at <|im_end|>)" in summary("train", report)

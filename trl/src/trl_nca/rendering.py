@@ -93,8 +93,12 @@ class Renderer:
         """What the template makes of messages.
 
         Raises:
-            RefusedRow: It refuses them; says in which words.
+            RefusedRow: It refuses them; says in which words. Or there is none.
         """
+        if self.tokenizer.chat_template is None:
+            raise RefusedRow(
+                "template_refused", "the tokenizer has no chat template for several turns; set chat_template"
+            )
         try:
             return self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=add_generation_prompt

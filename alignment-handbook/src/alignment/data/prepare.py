@@ -56,7 +56,7 @@ def prepare_rows(
         reports[name] = data_report(name, config, counts[name], tokenized, rows[name], None if pairs else args.alpha)
     if keep_columns and reports.get("eval", {}).get("rows_dropped"):  # samples are drawn to these prompts
         raw["eval"] = _renderable(raw["eval"], tokenizer)
-    reports["train"]["warnings"] += warn_of_ends(rows["train"], tokenizer)
+    reports["train"]["warnings"] += warn_of_template(tokenizer) + warn_of_ends(rows["train"], tokenizer)
     return raw, rows, reports["train"] | {"eval": reports.get("eval")}
 
 
@@ -71,6 +71,16 @@ def _renderable(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
             return False
 
     return rows.select([i for i, prompt in enumerate(rows["prompt"]) if is_taken(prompt)])
+
+
+def warn_of_template(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """A warning where there is no chat template."""
+    if tokenizer.chat_template is not None:
+        return []
+    return [
+        "the tokenizer has no chat template: responses follow their prompts as plain text, with no turns; set "
+        "chat_template to a template if the model is to be chatted with"
+    ]
 
 
 def warn_of_ends(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[str]:
