@@ -75,4 +75,4 @@ def test_a_run_without_a_template_or_ends_is_warned_of(tmp_path):
     with pytest.raises(UserError, match="template_refused 1.* no chat template for several turns; set chat_template"):
         prepare(tmp_path, None, [plain(1)], [plain(2) | {"prompt": SYSTEM}])
     _, _, report = prepare(tmp_path, CHATML.replace("<|im_end|>", "#"), [plain(1)])
-    assert "WARNING: no response ends where sampling stops (at <|im_end|>)" in summary("train", report)
+    assert "WARNING: no response ends where sampling stops (at <|im_start|>, <|im_end|>)" in summary("train", report)

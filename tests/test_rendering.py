@@ -1,8 +1,10 @@
 """What a chat template makes of a row: text that it loses, where it starts sampling, tokens over the cut."""
 
 import json
+from pathlib import Path
 
 import pytest
+import trl
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -45,6 +47,8 @@ SYSTEM_IN_LAST_TURN = (
 )
 #: Knows no system's turn, and says nothing of it.
 NO_SYSTEM = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
+#: Writes a block of thinking of its own into every answer.
+WRITES_THINKING = CHATML.replace("m['content'] +", "('<think></think>' if m.role == 'assistant' else '') + m.content +")
 OPENS_THINKING = CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}")
 
 
@@ -63,6 +67,7 @@ def tokenize(template, prompt, responses, tokenizer=None, **settings):
         (READS_PARTS, USER, ["Paris", "Rome"], "prompt_not_rendered", "the user's turn"),
         (READS_PARTS, [{"role": "user", "content": "s"}], ["a", "t"], "response_not_rendered", "response 1"),
         (PARSES_THINKING, USER, ["Sure. " + THOUGHT[0], "Rome"], "response_not_rendered", "response 1"),
+        (WRITES_THINKING, USER, ["Paris", THOUGHT[0]], "response_not_rendered", "other thinking before that"),
         (CHATML.replace("m['content']", "m['content'][:9]"), USER, ["Paris", "Rome"], "prompt_not_rendered", "user's"),
         (CHATML.replace("m['content']", "m['content'][:40]"), USER, ["Paris", "Rome " * 9], "response_not_rendered",
          "the text of response 2"),
@@ -84,6 +89,9 @@ def test_a_template_that_does_not_write_the_row_drops_it_by_name(template, promp
         (PARSES_THINKING, USER, ["<think>\n\nOdd</think>Paris", "Rome"]),
         (PARSES_THINKING, EARLIER, ["Paris", "Rome"]),
         (OPENS_THINKING, USER, THOUGHT),
+        (OPENS_THINKING, USER, ["The city.\n</think>\n\nParis", THOUGHT[1]]),
+        (OPENS_THINKING.replace("<think>", "[THINK]"), USER, ["The city.[/THINK]Paris", "A guess[/THINK]Rome"]),
+        (WRITES_THINKING, USER, ["Paris", "Rome"]),
         (CHATML.replace("m['content']", "m['content'] | trim"), USER, [" Paris\n", "\nRome"]),
         (SYSTEM_IN_LAST_TURN, SYSTEM, ["Paris", " Rome"]),
         (SYSTEM_IN_LAST_TURN, USER, ["Paris", " Rome"]),
@@ -103,6 +111,8 @@ def test_prompts_end_as_sampling_starts_and_responses_keep_their_text(template, 
 def test_what_the_prompt_opened_is_not_opened_twice():
     tokenizer, row = tokenize(OPENS_THINKING, USER, ["<think>The city.</think>Paris", THOUGHT[1]])
     first, second = (tokenizer.decode(row["prompt_ids"] + ids) for ids in row["response_ids"])
+    _, sampled = tokenize(OPENS_THINKING, USER, ["The city.</think>Paris", "\nA guess.\n</think>\n\nRome"])
+    assert row["response_ids"][0] == sampled["response_ids"][0], "what was sampled from it does not open it"
     assert first.endswith("assistant\n<think>\nThe city.</think>Paris<|im_end|>\n")
     assert second.endswith("assistant\n<think>\nA guess.\n</think>\n\nRome<|im_end|>\n")
 
@@ -215,3 +225,32 @@ def test_no_space_between_plain_prompt_and_response(kind, prompt):
     done = ResponseTokenizer(tokenizer)({"prompt": prompt, "responses": ["Paris", "is."], "scores": [1.0, 0.0]})
     for text, ids in zip(["Paris", "is."], done["response_ids"], strict=True):
         assert tokenizer.decode(done["prompt_ids"] + ids) == f"{prompt}{text}</s>"
+
+
+#: The families whose templates cannot write a row of texts, and under which rules it is dropped.
+UNWRITTEN = {
+    "deepseek_r1_distill": {"response_not_rendered", "prompt_not_as_sampled"},
+    "deepseekv3": {"response_not_rendered", "prompt_not_as_sampled"},
+    "idefics3": {"prompt_not_rendered"},
+    "smolvlm": {"prompt_not_rendered"},
+    "llava_next": {"template_refused"},
+    "qwen3_5_nothink": {"prompt_not_as_sampled"},
+    "qwen3_8": {"response_not_rendered"},
+}
+
+
+@pytest.mark.parametrize("file", sorted(Path(trl.__file__).parent.glob("chat_templates/*.jinja")), ids=lambda f: f.stem)
+def test_the_templates_of_well_known_families(file):
+    tokenizer, dropped = tiny_tokenizer(file.read_text()), set()
+    for responses in (["Paris.", " Rome\n"], THOUGHT, ["The city.\n</think>\n\nParis", "A guess.</think>Rome"]):
+        _, row = tokenize(None, USER, responses, tokenizer)
+        dropped.add(row["dropped"])
+        if row["dropped"]:
+            continue
+        sampled_from = tokenizer.apply_chat_template(USER, tokenize=False, add_generation_prompt=True)
+        assert tokenizer.decode(row["prompt_ids"]) == sampled_from
+        for text, ids in zip(responses, row["response_ids"], strict=True):
+            assert "".join(text.split()) in "".join((sampled_from[-9:] + tokenizer.decode(ids)).split())
+    known = UNWRITTEN.get(file.stem.removesuffix("_training"), set())
+    assert dropped - {""} <= known
+    assert bool(dropped - {""}) == bool(known)

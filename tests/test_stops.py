@@ -37,6 +37,8 @@ def without_end(template=None):
         (CHATML, "<|im_end|>"),
         ("{% for m in messages %}{{ bos_token + m.content | trim + ' \n' + eos_token }}{% endfor %}", "<|endoftext|>"),
         (NO_END, None),
+        ("{% for m in messages %}{{ '<|im_start|>' + m.role + m.content }}{% endfor %}", "<|im_start|>"),
+        (CHATML.replace("+ '<|im_end|>' +", "+ ('' if loop.last else '<|im_end|>') +"), "<|im_end|>"),
         (None, None),
         ("{{ raise_exception('a system turn first') }}", None),
         ("{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}<|im_end|>{% endfor %}", None),

@@ -24,10 +24,9 @@ from trl_nca.rendering import (
     Renderer,
     StandIns,
     common_tail,
-    lost_roles,
-    split_rendering,
     text_of,
 )
+from trl_nca.splitting import lost_roles, split_rendering
 
 #: Rows that are tokenized, and cached, at a time.
 _PIECE_ROWS = 50_000

@@ -13,22 +13,32 @@ from trl_nca.rendering import RefusedRow, Renderer
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The first special token that the chat template writes behind an answer; None where there is no such token.
 
-    (Some models have the end of a turn as a plain token that was added to the vocabulary: without a special one, it.)
+    Templates that write nothing behind the last answer end a turn by the beginning of the next one (GLM). And some
+    models have the end of a turn as a plain token that was added to the vocabulary: without a special one, it.
     """
     if tokenizer.chat_template is None:
         return None
-    renderer = Renderer(tokenizer)
-    mark = renderer.stand_ins().mark
-    try:
-        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
-        _, has_answer, behind = renderer.render(turns).rpartition(mark)
-    except RefusedRow:
-        return None
-    ids = tokenizer(behind, add_special_tokens=False)["input_ids"] if has_answer else []
     added = tokenizer.added_tokens_decoder
     special = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
     plain = {i for i, token in added.items() if token.content.strip(" ▁\n\t")}
-    return next((i for kind in (special, plain) for i in ids if i in kind), None)
+    behind = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in _behind_an_answer(tokenizer)]
+    return next((i for ids in behind for kind in (special, plain) for i in ids if i in kind), None)
+
+
+def _behind_an_answer(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What the template writes behind an answer at the end, and between an answer and the next turn's text."""
+    renderer = Renderer(tokenizer)
+    mark = renderer.stand_ins().mark
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
+    found = []
+    for following in ([], [{"role": "user", "content": mark}]):
+        try:
+            _, has_answer, behind = renderer.render([*turns, *following]).partition(mark)
+        except RefusedRow:
+            continue
+        if has_answer and (not following or mark in behind):
+            found.append(behind.partition(mark)[0])
+    return found
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, generation_config: Any = None) -> list[int]:

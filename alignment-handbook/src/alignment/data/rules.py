@@ -73,7 +73,8 @@ RULES: dict[str, Rule] = {
     ),
     "prompt_not_rendered": Rule("the chat template leaves out the text of another turn of the prompt", "", _KEPT),
     "response_not_rendered": Rule(
-        "the chat template leaves out the text of a response, or a part of it, such as its thinking", "", _DROP
+        "the chat template leaves out text of a response, such as its thinking, or writes other thinking before it",
+        "", _DROP,
     ),
     "prompt_not_as_sampled": Rule(
         "sampling starts from another prompt, such as one that opens `<think>` where the response has none", "", _KEPT
