@@ -16,7 +16,7 @@ from alignment.resumable import PartFile
 from alignment.sampling import sample_file as module
 from alignment.sampling.prompts import read_prompts
 from alignment.sampling.sample import SamplingConfig, encode_prompt, sample_batch, sample_responses
-from alignment.sampling.sample_file import choose_engine, sample_file
+from alignment.sampling.sample_file import choose_engine, sample_file, vllm_sampler
 from tests.conftest import ROOT
 from tests.forked import run_as_main, start
 from tests.scripts import Killed, read, save_stopping_model, script, write
@@ -363,3 +363,10 @@ def test_vllm_with_an_adapter_and_without_chance(vllm, prompts, model, adapter, 
     assert {lora for _, _, lora in vllm.requests} == {("adapter", 1, adapter)}
     rows = read(tmp_path / "out.jsonl")
     assert all(len(row["responses"]) == 3 and len(set(row["responses"])) == 1 for row in rows)
+
+
+def test_vllm_stops_where_the_template_does(vllm, model):
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.eos_token = "<|endoftext|>"  # as base models have it, beside a template that ends turns otherwise
+    vllm_sampler(model, tokenizer, CONFIG, "auto")([[5, 6]], 0)
+    assert [params.rest[3] for _, params, _ in vllm.requests] == [[0, 2]]
