@@ -204,7 +204,14 @@ def test_a_killed_worker_ends_all_processes_and_the_run_goes_on(saving_recipe, t
 
 def test_a_checkpoint_is_uploaded_from_where_it_stays(tmp_path, monkeypatch):
     uploaded = []
-    monkeypatch.setattr(DPOTrainer, "_push_from_checkpoint", lambda self, folder: uploaded.append(Path(folder)))
+
+    def upload(self, folder):
+        assert self.processing_class is None, "upstream would write it again"
+        saved = json.loads((tmp_path / "tokenizer_config.json").read_text())
+        assert saved["tokenizer_class"] == "PreTrainedTokenizerFast"
+        uploaded.append(Path(folder))
+
+    monkeypatch.setattr(DPOTrainer, "_push_from_checkpoint", upload)
     trainer = make_trainer(tmp_path, reward_rows(12), max_steps=2, save_strategy="steps", save_steps=1)
     trainer.args.push_to_hub = True
     trainer.train()

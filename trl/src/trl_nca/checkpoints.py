@@ -235,5 +235,14 @@ class AtomicCheckpoints:
             rotate(str(output_dir), self.args.save_total_limit, kept)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._staging is None:  # else it is about to move, and an upload takes a while
+        if self._staging is not None:  # it is about to move, and an upload takes a while
+            return
+        tokenizer = self.processing_class
+        if self.is_world_process_zero():
+            tokenizer.save_pretrained(self.args.output_dir)
+            make_portable(self.args.output_dir)
+        self.processing_class = None  # else upstream would write the tokenizer again, as it is
+        try:
             super()._push_from_checkpoint(checkpoint_folder)
+        finally:
+            self.processing_class = tokenizer
