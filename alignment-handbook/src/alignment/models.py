@@ -25,6 +25,8 @@ from alignment.errors import UserError
 
 #: Configs of well-known models, without their weights.
 SHIPPED_CONFIGS = Path(__file__).resolve().parents[2] / "recipes" / "model_configs"
+#: What a Jinja template has in it.
+_JINJA = re.compile("{[{%]")
 
 #: Files with a whole model's weights, or their index.
 _WEIGHTS = ("model.safetensors*", "pytorch_model.bin*")
@@ -81,19 +83,17 @@ def _read_template(given: str) -> str:
     Raises:
         UserError: It is neither, or the file cannot be read as one.
     """
-    if re.search("{[{%]", given):
+    if _JINJA.search(given):
         return given
-    file = Path(given)
     try:
-        template = file.read_text(encoding="utf-8") if file.is_file() else None
+        template = Path(given).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"chat_template: {given} cannot be read as text: {error}") from error
-    if template is None:
+        reason = f"no such file {given}" if isinstance(error, FileNotFoundError) else f"{given} is no file of text"
+        fix = "give one of these, or leave the key out for the tokenizer's own template"
         raise UserError(
-            f"chat_template: no such file {given}, and a Jinja template has {{{{ }}}} or {{% %}} in it; "
-            "give one of these, or leave the key out for the tokenizer's own template"
-        )
-    if not re.search("{[{%]", template):
+            f"chat_template: {reason}, and a Jinja template has {{{{ }}}} or {{% %}} in it; {fix}"
+        ) from error
+    if not _JINJA.search(template):
         raise UserError(f"chat_template: {given} holds no Jinja template: no {{{{ }}}} or {{% %}} is in it")
     return template
 
