@@ -22,7 +22,7 @@ from alignment.checks.no_effect import keys_without_effect
 from alignment.configs import parse_configs
 from alignment.errors import UserError
 from alignment.evaluation.held_out import check_prompts
-from alignment.models import check_input, input_limits, position_table
+from alignment.input_limits import check_input, input_limits, position_table
 from alignment.recipe import RunConfig
 from alignment.sampling.chat import Speaker
 from alignment.sampling.reward_model import RewardModel

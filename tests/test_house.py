@@ -11,7 +11,8 @@ from tests.conftest import ROOT
 PACKAGES = {"alignment": ROOT / "alignment-handbook/src", "trl_nca": ROOT / "trl/src"}
 #: Modules and folders of `alignment`: each imports those before it only.
 ORDER = (
-    "errors files recipe models launch output resumable data configs plan sampling evaluation report checks job merge"
+    "errors files recipe models input_limits launch output resumable data configs plan sampling evaluation report "
+    "checks job merge"
 ).split()
 
 

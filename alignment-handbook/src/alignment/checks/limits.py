@@ -12,7 +12,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from alignment.data.reading import column
 from alignment.errors import UserError
-from alignment.models import position_table
+from alignment.input_limits import position_table
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ def _largest(ids: Any, rows: np.ndarray) -> tuple[int, int]:
 
 
 def _position_table(config: PretrainedConfig) -> int | None:
-    """See `models.position_table`; of a model that is built without memory, where that can be done."""
+    """See `input_limits.position_table`; of a model that is built without memory, where that can be done."""
     has_none = getattr(config.get_text_config(), "rope_parameters", None)
     if has_none or hasattr(config, "auto_map") or is_deepspeed_zero3_enabled():  # which would partition it
         return None

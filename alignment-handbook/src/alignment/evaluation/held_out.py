@@ -7,7 +7,7 @@ import numpy as np
 from datasets import Dataset
 
 from alignment.errors import UserError
-from alignment.models import check_input, input_limits
+from alignment.input_limits import check_input, input_limits
 from alignment.recipe import RunConfig
 from alignment.sampling.reward_function import RewardFunction, call_reward_function
 from alignment.sampling.sample import encode_prompt, sample_responses

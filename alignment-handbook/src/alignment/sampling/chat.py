@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from alignment.data.row import Messages
 from alignment.errors import UserError
-from alignment.models import adapter_base, check_input, input_limits, load_trained_model, load_trained_tokenizer
+from alignment.input_limits import check_input, input_limits
+from alignment.models import adapter_base, load_trained_model, load_trained_tokenizer
 from alignment.sampling.sample import SamplingConfig, encode_prompt, generation_settings, read_sample
 
 HELP = "/both: base and aligned side by side, on and off; /new: a new conversation; /quit (or Ctrl-D): leave"

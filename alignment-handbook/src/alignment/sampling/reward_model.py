@@ -8,7 +8,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from alignment.data.row import Messages, Row
 from alignment.errors import UserError
-from alignment.models import check_input, input_limits
+from alignment.input_limits import check_input, input_limits
 
 
 class RewardModel:
