@@ -44,7 +44,7 @@ def read(row, pairs=False, **settings):
         ({"responses": [USER + said(c) for c in ("Rome", "Paris", "Oslo")], "scores": [0.1, 0.9, 0.2]}, GROUP),
         (
             {"A0": USER + said("Rome"), "score_A0": 0.1, "A1": USER + said("Paris"), "score_A1": 0.9,
-             "A2": USER + said("Oslo"), "score_A2": 0.2, "A3": None, "score_A3": None, "prompt": "ignored, A0 has it"},
+             "A2": USER + said("Oslo"), "score_A2": 0.2, "A3": None, "score_A3": None, "prompt": "Capital of France? "},
             GROUP,
         ),
         ({"prompt": "Capital of France?", "A0": "Rome", "score_A0": 0.1, "A1": "Paris", "score_A1": 0.9,
@@ -338,7 +338,10 @@ def test_prompts_on_both_sides_end_the_run(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "p", "answers": ["a"]}, r"unknown_format 1.*line 2: its columns are prompt, answers"),
+        (
+            {"prompt": "p", "answers": ["a"]},
+            r"line 2: its columns are prompt, answers; say which .* columns: {prompt: prompt, responses: answers,",
+        ),
         (ROW | {"responses": ["a"], "scores": [1]}, "line 2: 1 usable response"),
         (ROW | {"scores": [1, 2]}, "line 2: responses and scores are not lists of the same length"),
         (ROW | {"prompt": None}, "line 2: no prompt"),

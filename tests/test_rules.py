@@ -33,6 +33,22 @@ BAD = {
     "dropped_source": (row(source="truthful_qa"), {"drop_sources": ["truthful_qa"]}),
     "lengths_differ": (row(scores=[0.1, 0.9]), {}),
     "bad_messages": (row(responses=["a", 7, "b"]), {}),
+    "tool_calls": (row(tools=[{"type": "function", "function": {"name": "f"}}]), {}),
+    "reasoning_content": (
+        row(prompt=[*USER, {"role": "assistant", "content": "Paris", "reasoning_content": "Easy."}, *USER]),
+        {},
+    ),
+    "template_kwargs": (row(chat_template_kwargs={"enable_thinking": False}), {}),
+    "multi_turn_response": (
+        {
+            "prompt": USER,
+            "responses": [
+                [{"role": "assistant", "content": c}, *USER, {"role": "assistant", "content": c}] for c in "ab"
+            ],
+            "scores": [1, 0],
+        },
+        {},
+    ),
     "prompts_differ": (
         {
             "chosen": [*USER, {"role": "assistant", "content": "Paris"}],

@@ -12,7 +12,8 @@ from datasets import Dataset, concatenate_datasets
 from tqdm.auto import tqdm
 
 from alignment.data.groups import RowConfig
-from alignment.data.load import check_dropped, count_outcomes, kept_rows
+from alignment.data.notes import describe_notes
+from alignment.data.outcomes import check_columns, check_dropped, count_outcomes, kept_rows
 from alignment.data.reading import column, load_source
 from alignment.data.report import Columns, describe
 from alignment.errors import UserError
@@ -86,6 +87,7 @@ def convert(inputs: Sequence[str], config: ConvertConfig) -> dict[str, Any]:
     parts = [
         load_source(path, config.split, config=config, unscored_pairs=True, control_tokens=forbidden) for path in inputs
     ]
+    check_columns(parts, config)
     rows = concatenate_datasets(parts)
     counts = count_outcomes(rows)
     check_dropped("input", counts, config.max_dropped_fraction)
@@ -96,7 +98,9 @@ def convert(inputs: Sequence[str], config: ConvertConfig) -> dict[str, Any]:
     if tokenizer:
         measured, tokenized = tokenize_dataset(kept, tokenizer)
         columns = Columns.of_tokens(measured) if len(measured) else columns
-    report = counts | describe(columns, config.alpha)
+    notes = describe_notes(counts.pop("noted"), len(kept))
+    report = counts | notes | describe(columns, config.alpha)
+    report["warnings"] += notes["warnings"]
     if tokenized["rows_dropped"]:
         first = next(iter(tokenized["examples"].values()))[0]
         report["warnings"].append(

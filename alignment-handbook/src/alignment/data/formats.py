@@ -1,23 +1,31 @@
 """Recognises the form of a row of reward data by its columns, and reads it without checking its values.
 
-- list form: `prompt` (text or messages), `responses` (texts or message lists), `scores` (or `rewards`);
-- the 2024 form: `A0`, `A1`, ... (texts or message lists) and `score_A0`, `score_A1`, ...;
-- pairs: `chosen`, `rejected` (texts or message lists), with `prompt` or with it inside them, and for reward data
-  `score_chosen`, `score_rejected`; UltraInteract's have `trajectory`, the turns before, in place of `prompt`;
-- UltraFeedback as it was released: `instruction`, `completions` (see `alignment.data.ultrafeedback`);
-- long form, a row a response: `prompt` or `prompt_id`, `response`, `score` (or `reward`);
-- unpaired, TRL's KTO form: `prompt`, `completion`, `label`: scores 1 and 0.
-
-The last two are records of one response: `data.reading` gathers those of one prompt before they come here as a list.
+docs/data.md has the table of the forms. Those of K responses and their scores are in `data.forms`; `as_record` reads
+those of one response a row, which `data.reading` gathers by their prompt before they come here as a list.
 """
 
-import re
 from typing import Any
 
-from alignment.data import ultrafeedback
+from alignment.data import conversations, ultrafeedback
+from alignment.data.forms import Fields, find_responses
+from alignment.data.messages import messages_of, refuse
 from alignment.data.row import BadRow, Group, Messages, Row
 
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+#: Columns that a prompt may be in; the first that has a value is taken.
+PROMPTS = ("prompt", "trajectory", "question", "instruction", "query", "context", "history", "input")
+#: Columns of the turns before the answer.
+_CONVERSATIONS = ("conversations", "conversation", "messages")
+_SYSTEMS = ("system", "system_prompt", "system_message")
+#: Columns that change what is trained on, and are not read yet.
+_UNREAD_COLUMNS = {
+    **dict.fromkeys(("tools", "functions", "tool_calls", "function_call"), "tool_calls"),
+    **dict.fromkeys(("images", "image", "videos", "video", "audios", "audio"), "bad_messages"),
+    "chat_template_kwargs": "template_kwargs",
+}
+_LABELS = {
+    **dict.fromkeys(("true", "yes", "desirable", "good", "positive", "chosen", "accepted", "thumbs_up"), 1.0),
+    **dict.fromkeys(("false", "no", "undesirable", "bad", "negative", "rejected", "thumbs_down"), 0.0),
+}
 
 
 def unwrap(row: Any) -> Any:
@@ -25,100 +33,128 @@ def unwrap(row: Any) -> Any:
     return row["row"] if isinstance(row, dict) and isinstance(row.get("row"), dict) else row
 
 
-def as_record(row: Row) -> Row | None:
-    """Reads a row of one response as `id`, `prompt`, `response`, `score`; None for a row of another form."""
-    if not ("prompt" in row or "prompt_id" in row):
+def as_record(row: Row, score: str = "overall") -> Row | None:
+    """Reads a row of one response as `id`, `prompt`, `system`, `response`, `score`, `noted`; None for another form.
+
+    Args:
+        row: The row as it was read.
+        score: Which aspects of HelpSteer's are the score, see `ultrafeedback.parse_score`.
+
+    Raises:
+        BadRow: It is of this form, and has what cannot be read.
+    """
+    fields = Fields(row)
+    if not any(name in row for name in ("prompt_id", *PROMPTS, *_CONVERSATIONS)):
         return None
-    prompt_id = row.get("prompt_id")
-    if "response" in row and ("score" in row or "reward" in row):
-        response, score = row["response"], row.get("score", row.get("reward"))
+    response = next((name for name in ("response", "completion") if name in row), None)
+    rated = next((name for name in ("score", "reward", "rating") if name in row), None)
+    if response and rated:
+        value = fields.take(rated)
+    elif response and ultrafeedback.has_aspects(row):
+        value = ultrafeedback.score_of_aspects({name: fields.take(name) for name in ultrafeedback.HELPSTEER}, score)
     elif "completion" in row and "label" in row:
-        label = row["label"]
-        response, score = row["completion"], float(label) if isinstance(label, bool) else label
+        response, value = "completion", _label(fields.take("label"))
     else:
         return None
-    return {"id": prompt_id, "prompt": row.get("prompt"), "response": response, "score": score}
+    refuse(row, _UNREAD_COLUMNS, "it has the column")
+    record = {
+        "id": fields.take("prompt_id"),
+        "prompt": _prompt(fields, (*PROMPTS, *_CONVERSATIONS)),
+        "system": _system(fields),
+        "response": fields.take(response),
+        "score": value,
+    }
+    return record | {"noted": fields.unread()}
 
 
-def to_group(row: Row, pairs: bool = False, score: str = "overall") -> Group:
-    """Reads a row of any form, except the two forms with one response a row.
+def to_group(
+    row: Row, pairs: bool = False, unscored_pairs: bool = False, make_pairs: bool = False, score: str = "overall"
+) -> Group:
+    """Reads a row of any form, except those with one response a row.
 
     Args:
         row: The row as it was read.
         pairs: Whether `chosen` and `rejected` are taken as 1 and 0, whatever their scores.
-        score: Which of UltraFeedback's scores, see `alignment.data.ultrafeedback.scores_of`.
+        unscored_pairs: Whether they are taken so where they have no scores.
+        make_pairs: Whether pairs are made of rows with more responses.
+        score: Which of UltraFeedback's scores, see `ultrafeedback.parse_score`.
 
     Raises:
-        BadRow: It is of no known form, or its parts do not belong together.
+        BadRow: It is of no known form, its parts do not belong together, or it has what cannot be read.
     """
-    fixed: list[str] = []
-    ranked = False
-    prompt = row.get("prompt") or row.get("trajectory")
-    if "responses" in row and ("scores" in row or "rewards" in row):
-        responses, scores = row["responses"], row.get("scores", row.get("rewards"))
-    elif "A0" in row and "score_A0" in row:
-        names = sorted((k for k in row if re.fullmatch(r"A\d+", k)), key=lambda k: int(k[1:]))
-        # Tables fill ragged rows up with nulls.
-        names = [k for k in names if row[k] is not None or row.get(f"score_{k}") is not None]
-        responses, scores = [row[k] for k in names], [row.get(f"score_{k}") for k in names]
-    elif "chosen" in row and "rejected" in row and (pairs or "score_chosen" in row):
-        responses = [row["chosen"], row["rejected"]]
-        scores = [1.0, 0.0] if pairs else [row["score_chosen"], row.get("score_rejected")]
-        ranked = pairs
-    elif "instruction" in row and isinstance(row.get("completions"), list):
-        prompt = row["instruction"]
-        responses, scores, fixed = ultrafeedback.scores_of(row["completions"], score)
-    else:
-        raise BadRow("unknown_format", f"its columns are {', '.join(map(str, row)) or 'none'}")
+    fields = Fields(row)
+    found = find_responses(fields, pairs, unscored_pairs, make_pairs, score)
+    responses, scores = found.responses, found.scores
     if not isinstance(responses, list) or not isinstance(scores, list) or len(responses) != len(scores):
         raise BadRow("lengths_differ", "responses and scores are not lists of the same length")
-    return Group(*_split_prompt(prompt, responses), scores, fixed, ranked)
+    refuse(row, _UNREAD_COLUMNS, "it has the column")
+    keys: set[str] = set()
+    has_prompt = fields.first(*PROMPTS, *_CONVERSATIONS) is not None
+    turns = [
+        conversations.read_response(response, f"response {k + 1}", has_prompt, keys)
+        for k, response in enumerate(responses)
+    ]
+    shared, texts = conversations.split(turns, row.get("prompt"))
+    shared = shared or _conversation(fields, keys)
+    value = _prompt(fields, ("prompt",) if shared else PROMPTS)  # beside turns, other columns may be about anything
+    prompt = None if value is None else messages_of(value, "the prompt", keys)
+    prompt = conversations.join(prompt, _system(fields), shared)
+    noted = [*fields.unread(), *(f"message key {key}" for key in sorted(keys))]
+    return Group(prompt, texts, scores, found.fixed, found.ranked, noted)
 
 
-def _split_prompt(prompt: Any, responses: list[Any]) -> tuple[Messages, list[Any]]:
-    """Prompt messages and response texts, whether the prompt is in its column or inside the conversations."""
-    if prompt is not None:
-        prompt = messages_of(prompt, "the prompt")
-    texts: list[Any] = []
-    shared = None  # the turns before the answers, where responses are whole conversations
-    for k, response in enumerate(responses):
-        if response is None or isinstance(response, str):
-            texts.append(response)
-            continue
-        turns = messages_of(response, f"response {k + 1}")
-        if not turns or turns[-1]["role"] != "assistant":
-            raise BadRow("bad_messages", f"response {k + 1} does not end with an assistant message")
-        *before, answer = turns
-        texts.append(answer["content"])
-        if before:
-            if shared is not None and shared != before:
-                raise BadRow("prompts_differ", "the responses' earlier turns differ")
-            shared = before
-    prompt = shared if shared is not None else prompt
-    if not prompt or not prompt[-1]["content"].strip():
-        raise BadRow("no_prompt", "no prompt column, and none inside the responses")
-    return prompt, texts
-
-
-def messages_of(value: Any, what: str) -> Messages:
-    """Reads a value as messages; a text is one user turn. Turns may have ShareGPT's keys `from` and `value`.
+def read_prompt(row: Row) -> Messages:
+    """The prompt of a row without responses: its column `prompt`, and a system turn of a column of its own.
 
     Raises:
-        BadRow: It is neither; names it by `what`.
+        BadRow: It is neither text nor messages, or has what cannot be read.
     """
-    if isinstance(value, str):
-        return [{"role": "user", "content": value}]
-    turns = [_turn(m) for m in value] if isinstance(value, list) else [None]
-    if None in turns:
-        raise BadRow("bad_messages", f"{what} is neither text nor messages with 'role' and 'content'")
+    refuse(row, _UNREAD_COLUMNS, "it has the column")
+    return conversations.with_system(messages_of(row["prompt"], "the prompt"), _system(Fields(row)))
+
+
+def _system(fields: Fields) -> Any:
+    name = fields.first(*_SYSTEMS)
+    return fields.take(name) if name else None
+
+
+def _prompt(fields: Fields, names: tuple[str, ...]) -> Any:
+    """The prompt as its column has it; None where there is none."""
+    name = fields.first(*names)
+    if name is None:
+        return None
+    value = fields.take(name)
+    if name != "instruction" or not isinstance(value, str):
+        return value
+    # As LLaMA-Factory reads Alpaca's columns.
+    given = fields.take("input") if isinstance(fields.row.get("input"), str) else None
+    asked = f"{value}\n{given}" if given and given.strip() else value
+    earlier = fields.row.get("history")
+    if not isinstance(earlier, list) or not all(isinstance(turns, list) and len(turns) == 2 for turns in earlier):
+        return asked
+    turns = [turn for said, answer in fields.take("history") for turn in (("user", said), ("assistant", answer))]
+    return [{"role": role, "content": text} for role, text in [*turns, ("user", asked)]]
+
+
+def _conversation(fields: Fields, unread: set[str]) -> Messages | None:
+    """The turns of a column of their own, where they do not end with an answer."""
+    name = fields.first(*_CONVERSATIONS)
+    if name is None:
+        return None
+    try:
+        turns = messages_of(fields.row[name], f"the column {name}", unread)
+    except BadRow:
+        if fields.first(*PROMPTS):
+            return None
+        raise
+    if not turns or turns[-1]["role"] == "assistant":
+        return None
+    fields.take(name)
     return turns
 
 
-def _turn(message: Any) -> dict[str, str] | None:
-    """A message with its role and content; None for anything else."""
-    if not isinstance(message, dict):
-        return None
-    role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
-    if not isinstance(role, str) or not isinstance(content, str):
-        return None
-    return {"role": _SHAREGPT_ROLES.get(role, role), "content": content}
+def _label(label: Any) -> Any:
+    """The score of a label: 1 or 0 of a truth value or its name; anything else as it is."""
+    if isinstance(label, bool):
+        return float(label)
+    return _LABELS.get(label.strip().lower(), label) if isinstance(label, str) else label

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from alignment.data import rules, ultrafeedback
+from alignment.data import columns, rules, ultrafeedback
 from alignment.data.formats import to_group
 from alignment.data.row import BadRow, Group, Messages, Row
 from alignment.data.rules import RowCleaner
@@ -44,8 +44,15 @@ class RowConfig:
     score: str = field(
         default="overall",
         metadata={
-            "help": "Which score of raw UltraFeedback: overall, fine-grained, or a weighted mean of aspects, such as "
-            "helpfulness=2,honesty=1."
+            "help": "Which score of raw UltraFeedback or HelpSteer: overall, fine-grained, or a weighted mean of "
+            "aspects, such as helpfulness=2,honesty=1."
+        },
+    )
+    columns: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Which columns are the prompt, the responses and so on, for data of no known form: {prompt: "
+            "question, responses: answers.text, scores: answers.rating}."
         },
     )
     scale_scores: str = field(
@@ -82,6 +89,13 @@ class RowConfig:
         if self.row_rules is not None and not isinstance(self.row_rules, dict):
             raise ValueError(f"row_rules: not a mapping of reason to action: {self.row_rules!r}")
         rules.actions(self.row_rules)
+        if isinstance(self.columns, str):
+            try:
+                self.columns = json.loads(self.columns)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"columns: not a mapping: {self.columns!r}") from error
+        if self.columns is not None:
+            columns.check(self.columns)
         if self.score_range is not None and (len(self.score_range) != 2 or self.score_range[0] >= self.score_range[1]):
             raise ValueError(f"score_range: needs a smallest and a largest score, got {self.score_range}")
         for key, least in (("min_responses", 2), ("num_responses", 2), ("tie_margin", 0)):
@@ -131,8 +145,8 @@ class GroupReader:
                 raise BadRow("not_json", f"expected an object with named columns, got {type(row).__name__}")
             if row.get("source") in (self.config.drop_sources or []):
                 raise BadRow("dropped_source", str(row["source"]))
-            ranked = self.pairs or (self.unscored_pairs and "score_chosen" not in row)
-            group = to_group(row, ranked, self.config.score)
+            make_pairs = self.config.make_pairs is not None
+            group = to_group(row, self.pairs, self.unscored_pairs, make_pairs, self.config.score)
         except BadRow as bad:
             raise self.cleaner.error(bad.reason, bad.detail) from None
         margin = 0.0 if group.ranked else self.config.tie_margin
@@ -162,6 +176,7 @@ class GroupReader:
                 [group.responses[a], group.responses[b]],
                 [1.0, 0.0] if self.pairs else [group.scores[a], group.scores[b]],
                 group.fixed,
+                noted=group.noted,
             )
             for a, b in found
         ]
@@ -174,10 +189,12 @@ def gather(records: list[Row]) -> Row:
         BadRow: Their prompts differ.
     """
     prompts = [record["prompt"] for record in records if record["prompt"] is not None]
-    if any(prompt != prompts[0] for prompt in prompts):
+    systems = [record["system"] for record in records if record["system"] is not None]
+    if any(prompt != prompts[0] for prompt in prompts) or any(system != systems[0] for system in systems):
         raise BadRow("prompts_differ", "one prompt_id has two prompts")
     return {
         "prompt": prompts[0] if prompts else None,
+        "system": systems[0] if systems else None,
         "responses": [record["response"] for record in records],
         "scores": [record["score"] for record in records],
     }
@@ -236,8 +253,9 @@ def prompt_hash(prompt: Messages) -> int:
 
 
 def record_key(record: Row) -> int:
-    """A hash of what records are joined by, 63 bits: the `prompt_id`, else the prompt."""
+    """A hash of what records are joined by, 63 bits: the `prompt_id`, else the prompt and the system turn."""
     key = record["prompt"] if record["id"] is None else ["id", record["id"]]
+    key = key if record["id"] is not None or record["system"] is None else ["system", record["system"], key]
     return int.from_bytes(hashlib.sha256(json.dumps(key).encode()).digest()[:8], "big") >> 1
 
 

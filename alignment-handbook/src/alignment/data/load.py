@@ -15,11 +15,9 @@ import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets
 
 from alignment.data.groups import RowConfig
+from alignment.data.outcomes import check_columns, check_dropped, count_outcomes, kept_rows
 from alignment.data.reading import column, load_source
 from alignment.errors import UserError
-
-#: Rows that the report names for a reason.
-_EXAMPLES = 3
 
 
 @dataclass
@@ -150,6 +148,7 @@ def load_groups(
         rows = _load_mixture(config.dataset_mixture, load)
     else:
         rows = _load_mixer(config, load)
+    check_columns(list(rows.values()), config)
     if config.eval_fraction is not None:
         hashes = column(rows["train"], "prompt_hash").to_numpy()
         rows = _split(rows["train"], (hashes >= 0) & (hashes < config.eval_fraction * 2**63), "eval_fraction")
@@ -168,62 +167,6 @@ def load_groups(
                 "out, split by eval_fraction, or set allow_shared_prompts: true"
             )
     return kept, counts
-
-
-def count_outcomes(rows: Dataset) -> dict[str, Any]:
-    """Counts what happened to the rows of `load_source`.
-
-    Returns:
-        `lines_in` (of the source), `rows_in` (groups or pairs made of them, and what was dropped), `rows_dropped`,
-        `dropped_by_reason`, `fixed_by_reason` (a kept row may count under several), `examples` (where the first rows
-        of each reason stand), `repeated_prompts` (kept rows whose prompt an earlier one has).
-    """
-    dropped = column(rows, "dropped")
-    reasons = {v["values"]: v["counts"] for v in pc.value_counts(dropped).to_pylist() if v["values"]}
-    examples = {}
-    for reason in reasons:
-        at = np.flatnonzero(pc.equal(dropped, reason).to_numpy(zero_copy_only=False))[:_EXAMPLES]
-        examples[reason] = [f"{row['location']}: {row['detail']}" for row in rows.select(at)]
-    fixed = pc.value_counts(pc.list_flatten(column(rows, "fixed"))).to_pylist()
-    hashes = column(kept_rows(rows), "prompt_hash").to_numpy()
-    return {
-        "lines_in": pc.sum(column(rows, "lines")).as_py() or 0,
-        "rows_in": len(rows),
-        "rows_dropped": sum(reasons.values()),
-        "dropped_by_reason": reasons,
-        "fixed_by_reason": {v["values"]: v["counts"] for v in fixed},
-        "repeated_prompts": len(hashes) - len(np.unique(hashes)),
-        "examples": examples,
-    }
-
-
-def check_dropped(name: str, counts: dict[str, Any], max_fraction: float) -> None:
-    """Ends the run when too many rows were dropped.
-
-    Args:
-        name: Name of the data set.
-        counts: `rows_in`, `rows_dropped`, `dropped_by_reason` and, where known, `examples`.
-        most: Largest share of the rows that may be dropped.
-
-    Raises:
-        UserError: More were, or none is left.
-    """
-    num_in, num_dropped = counts["rows_in"], counts["rows_dropped"]
-    if num_dropped < num_in and num_dropped <= max_fraction * num_in:
-        return
-    reasons = ", ".join(f"{reason} {n}" for reason, n in counts["dropped_by_reason"].items())
-    examples = [example for found in counts.get("examples", {}).values() for example in found[:1]]
-    limit = f", more than max_dropped_fraction {max_fraction:g} allows" if num_dropped < num_in else ""
-    raise UserError(
-        f"{name}: {num_dropped} of {num_in} rows had to be dropped ({reasons}){limit}{': ' if examples else ''}"
-        f"{'; '.join(examples)}. Fix the rows, or change row_rules or the limit"
-    )
-
-
-def kept_rows(rows: Dataset) -> Dataset:
-    """The rows of `load_source` that were not dropped."""
-    is_kept = pc.equal(column(rows, "dropped"), "").to_numpy(zero_copy_only=False)
-    return rows if is_kept.all() else rows.select(np.flatnonzero(is_kept))
 
 
 def check_rows(rows: Dataset, only_pairs: bool, template: str | None) -> None:

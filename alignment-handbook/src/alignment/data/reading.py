@@ -21,6 +21,7 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from tqdm.auto import tqdm
 
+from alignment.data.columns import rename
 from alignment.data.formats import as_record, unwrap
 from alignment.data.groups import GroupReader, RowConfig, gather, prompt_hash, record_key
 from alignment.data.row import BadRow, FailedRow
@@ -41,11 +42,18 @@ GROUP_FEATURES = Features(
         "location": Value("string"),
         "lines": Value("int32"),  # lines of the source; 0 for all pairs of a row but the first
         "columns": Value("string"),  # the row's other columns, as a JSON object, where they are kept
+        "noted": List(Value("string")),  # what the report says of the row, see `Group`; none for pairs but the first
     }
 )
 #: A record of one response, before those of one prompt are joined.
 RECORD_FEATURES = Features(
-    {"key": Value("int64"), "record": Value("string"), "dropped": Value("string"), "location": Value("string")}
+    {
+        "key": Value("int64"),
+        "record": Value("string"),
+        "dropped": Value("string"),
+        "location": Value("string"),
+        "noted": List(Value("string")),
+    }
 )
 #: Columns that the group is made of, which are not handed to a reward function.
 _OF_GROUP = re.compile(r"prompts?|responses|scores|rewards|score_parts|completions|chosen|rejected|(score_)?A\d+")
@@ -87,9 +95,10 @@ def load_source(
         "code": code_hash([__name__]),
     }
     pieces = open_source(path, split, name)
+    how = {name: settings["config"][name] for name in ("columns", "score")}
     in_parallel = partial(_in_parallel, desc=f"Reading {path}", num_proc=num_proc)
-    if _has_records(pieces):
-        settings_of_records = {"code": settings["code"]}
+    if _has_records(pieces, how):
+        settings_of_records = {"code": settings["code"]} | how
         records = in_parallel([partial(_build_records, piece, settings_of_records) for piece in pieces])
         builds = [
             partial(_build_gathered, records, *part, settings)
@@ -103,12 +112,15 @@ def load_source(
     return rows
 
 
-def _has_records(pieces: list[Piece]) -> bool:
+def _has_records(pieces: list[Piece], how: dict[str, Any]) -> bool:
     """Whether a source has a row a response: its first readable row says so."""
     for piece in pieces[:1]:
         for _, row in read_piece(piece):
             if isinstance(row, dict):
-                return as_record(unwrap(row)) is not None
+                try:
+                    return as_record(rename(unwrap(row), how["columns"])[0], how["score"]) is not None
+                except BadRow:
+                    return True
     return False
 
 
@@ -120,28 +132,33 @@ def _groups_of(piece: Piece, settings: dict[str, Any]) -> Iterator[dict[str, Any
     read = _reader(settings)
     for location, row in read_piece(piece):
         row = unwrap(row)
-        yield from _outcome(read, row, location, 1, _other_columns(row) if settings["keep_columns"] else "")
+        renamed, found = rename(row, settings["config"]["columns"]) if isinstance(row, dict) else (row, [])
+        others = _other_columns(row) if settings["keep_columns"] else ""
+        yield from _outcome(read, renamed, location, 1, _named(found), others)
 
 
 def _build_records(piece: Piece, settings: dict[str, Any]) -> Dataset:
-    return _build(partial(_records_of, piece), RECORD_FEATURES, ["records", piece.path, piece.key, settings])
+    return _build(partial(_records_of, piece, settings), RECORD_FEATURES, ["records", piece.path, piece.key, settings])
 
 
-def _records_of(piece: Piece) -> Iterator[dict[str, Any]]:
+def _records_of(piece: Piece, how: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for location, row in read_piece(piece):
-        bad = row if isinstance(row, BadRow) else None
-        record = as_record(unwrap(row)) if isinstance(row, dict) else None
-        if record is None:
-            bad = bad or BadRow("unknown_format", "the rows before it have a response each, and this one has none")
+        found: list[str] = []
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            renamed, found = rename(unwrap(row), how["columns"]) if isinstance(row, dict) else ({}, [])
+            record = as_record(renamed, how["score"])
+            if record is None:
+                raise BadRow("unknown_format", "the rows before it have a response each, and this one has none")
+            noted = record.pop("noted")
+            outcome = {"key": record_key(record), "record": json.dumps(record), "dropped": "", "noted": noted}
+        except (BadRow, RecursionError) as error:
+            bad = error if isinstance(error, BadRow) else BadRow("not_json", "nested too deep")
             # A key of its own: it belongs to no other line.
-            yield {
-                "key": -1 - prompt_hash([{"location": location}]),
-                "record": bad.detail,
-                "dropped": bad.reason,
-                "location": location,
-            }
-        else:
-            yield {"key": record_key(record), "record": json.dumps(record), "dropped": "", "location": location}
+            key = -1 - prompt_hash([{"location": location}])
+            outcome = {"key": key, "record": bad.detail, "dropped": bad.reason, "noted": []}
+        yield outcome | {"location": location, "noted": [*outcome["noted"], *_named(found)]}
 
 
 def _cut_groups(keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -178,7 +195,8 @@ def _gathered_of(
                 row = gather([json.loads(record) for record in found["record"]])
             except BadRow as bad:
                 row = bad
-        yield from _outcome(read, row, found["location"][0], len(group))
+        noted = list(dict.fromkeys(note for notes in found["noted"] for note in notes))
+        yield from _outcome(read, row, found["location"][0], len(group), noted)
 
 
 def _reader(settings: dict[str, Any]) -> GroupReader:
@@ -186,13 +204,23 @@ def _reader(settings: dict[str, Any]) -> GroupReader:
     return GroupReader(RowConfig(**config), *rest)
 
 
+def _named(columns: list[str]) -> list[str]:
+    """Notes that a row has these columns, which the key `columns` names."""
+    return [f"named {column}" for column in columns]
+
+
 def _other_columns(row: Any) -> str:
     """The columns of a raw row that a reward function is given by name, as a JSON object; "" for none."""
     names = [name for name in row if not _OF_GROUP.fullmatch(str(name))] if isinstance(row, dict) else []
-    return json.dumps({name: row[name] for name in names}, default=str) if names else ""
+    try:
+        return json.dumps({name: row[name] for name in names}, default=str) if names else ""
+    except RecursionError:
+        return ""
 
 
-def _outcome(read: GroupReader, row: Any, location: str, lines: int, columns: str = "") -> Iterator[dict[str, Any]]:
+def _outcome(
+    read: GroupReader, row: Any, location: str, lines: int, noted: list[str], columns: str = ""
+) -> Iterator[dict[str, Any]]:
     """The rows of `GROUP_FEATURES` that a raw row becomes: one, or one a pair, or a dropped one."""
     outcome = {
         "prompt": [],
@@ -203,7 +231,7 @@ def _outcome(read: GroupReader, row: Any, location: str, lines: int, columns: st
         "dropped": "",
         "detail": "",
     }
-    outcome |= {"location": location, "lines": lines, "columns": columns}
+    outcome |= {"location": location, "lines": lines, "columns": columns, "noted": noted}
     try:
         groups = read(row)
     except FailedRow as bad:
@@ -221,6 +249,7 @@ def _outcome(read: GroupReader, row: Any, location: str, lines: int, columns: st
             "fixed": group.fixed,
             "prompt_hash": prompt_hash(group.prompt),
             "lines": lines if i == 0 else 0,
+            "noted": [*noted, *group.noted] if i == 0 else [],
         }
 
 

@@ -12,7 +12,9 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 
-from alignment.data.load import DataConfig, check_dropped
+from alignment.data.load import DataConfig
+from alignment.data.notes import describe_notes, not_read_line
+from alignment.data.outcomes import check_dropped
 from alignment.data.rules import RULES, actions
 from alignment.errors import UserError
 from trl_nca.losses import reward_targets
@@ -228,7 +230,9 @@ def data_report(
                 f"{reason}: drop"
             )
     check_dropped(name, counts, config.max_dropped_fraction)
-    report = counts | describe(Columns.of_tokens(rows), alpha)
+    notes = describe_notes(read["noted"], read["rows_in"] - read["rows_dropped"])
+    report = counts | notes | describe(Columns.of_tokens(rows), alpha)
+    report["warnings"] += notes["warnings"]
     cut = {key: tokenized[key] for key in ("responses_cut", "prompts_trimmed")}
     report["warnings"] += [
         f"{num} rows are kept though they break the rule {reason}: {RULES[reason].meaning}"
@@ -272,6 +276,7 @@ def summary(name: str, report: dict[str, Any]) -> str:
         ) + (f"; cut at max_length {lengths['responses_cut']}, prompts trimmed {lengths['prompts_trimmed']}"
              if "responses_cut" in lengths else ""),
     ]  # fmt: skip
+    lines += [f"  {line}" for line in [not_read_line(report.get("not_read", {}))] if line]
     lines += [f"  {reason}: {found[0]}" for reason, found in report.get("examples", {}).items()]
     lines += [f"  WARNING: {warning}" for warning in report["warnings"]]
     return "\n".join(lines + ([summary("eval", report["eval"])] if report.get("eval") else []))

@@ -17,6 +17,8 @@ class Group:
         scores: K values.
         fixed: Names of the rules by which something was fixed.
         ranked: Whether the scores are 1 and 0 for better and worse, and not in the data's unit.
+        noted: What the report says of the row: `column X` or `message key X` that was not read, `control_tokens`,
+            `rendered`.
     """
 
     prompt: Messages
@@ -24,6 +26,7 @@ class Group:
     scores: list[Any]
     fixed: list[str] = field(default_factory=list)
     ranked: bool = False
+    noted: list[str] = field(default_factory=list)
 
 
 class BadRow(Exception):

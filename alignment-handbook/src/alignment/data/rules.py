@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from alignment.data.messages import looks_rendered
 from alignment.data.row import BadRow, FailedRow, Group
 
 
@@ -39,9 +40,13 @@ RULES: dict[str, Rule] = {
     "dropped_source": Rule("its `source` is one of `drop_sources`", "", _DROP),
     "lengths_differ": Rule("more responses than scores, or fewer; or one of them is no list", "", _DROP),
     "bad_messages": Rule("prompt or response is neither text nor messages that end with an answer", "", _DROP),
-    "prompts_differ": Rule("the responses do not answer the same turns", "", _DROP),
+    "tool_calls": Rule("calls of tools, or a column `tools`: they are not read yet", "", _DROP),
+    "reasoning_content": Rule("reasoning beside the text of a message: it is not read yet", "", _DROP),
+    "template_kwargs": Rule("`chat_template_kwargs`, arguments for the chat template: not read yet", "", _DROP),
+    "multi_turn_response": Rule("responses that part at an earlier turn than their last", "", _DROP),
+    "prompts_differ": Rule("the responses do not answer the same turns, or the prompt says another", "", _DROP),
     "no_prompt": Rule("no prompt, or an empty one", "", _DROP),
-    "broken_text": Rule("half of a surrogate pair, which is no character", "", _DROP),
+    "broken_text": Rule("bytes that are not UTF-8, or half of a surrogate pair", "", _DROP),
     "no_overall_score": Rule("UltraFeedback's first release, without overall scores", "mean of the ratings", _FIX),
     "ten_for_one": Rule(
         "an overall score of 10 in UltraFeedback where 1 was meant",
@@ -156,8 +161,11 @@ class RowCleaner:
         texts = [m["content"] for m in group.prompt] + [r for r in group.responses if r is not None]
         try:
             "".join(texts).encode()
-        except UnicodeEncodeError:
-            raise self.error("broken_text", "half of a surrogate pair") from None
+        except UnicodeEncodeError as error:
+            # Bytes that are not UTF-8 were read as these.
+            is_bytes = all("\udc80" <= half <= "\udcff" for half in error.object[error.start : error.end])
+            named = "bytes that are not UTF-8 (Latin-1 perhaps; `iconv -f latin1 -t utf8` makes it UTF-8)"
+            raise self.error("broken_text", named if is_bytes else "half of a surrogate pair") from None
 
     def _check_roles(self, group: Group) -> None:
         roles = [m["role"] for m in group.prompt] + ["assistant"]
@@ -176,7 +184,11 @@ class RowCleaner:
 
     def _check_control_tokens(self, group: Group) -> None:
         texts = [m["content"] for m in group.prompt] + [r for r in group.responses if r is not None]
+        if any(looks_rendered(text) for text in texts):
+            group.noted.append("rendered")
         tokens = [token for token in self.control_tokens if any(token in text for text in texts)]
+        if tokens:
+            group.noted.append("control_tokens")
         if not tokens or not self.apply(group, "control_tokens", f"spells {tokens[0]}"):
             return
 

@@ -1,4 +1,4 @@
-"""Reads the scores of UltraFeedback's completions as they were released, and fixes the known errors in them."""
+"""Reads scores of aspects: UltraFeedback's as they were released, with the known errors fixed, and HelpSteer's."""
 
 import math
 from typing import Any
@@ -7,6 +7,8 @@ from alignment.errors import UserError
 
 #: Aspects that were rated from 1 to 5.
 ASPECTS = ("instruction_following", "honesty", "truthfulness", "helpfulness")
+#: Columns of HelpSteer 1 and 2, rated from 0 to 4; helpfulness is of the response as a whole.
+HELPSTEER = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 
 
 def parse_score(score: str) -> dict[str, float] | None:
@@ -29,12 +31,32 @@ def parse_score(score: str) -> dict[str, float] | None:
             weights[aspect] = float(weight) if equals else 1.0
         except ValueError:
             weights[aspect] = math.nan
-        if aspect not in ASPECTS or not 0 < weights[aspect] < math.inf:
+        if aspect not in (*ASPECTS, *HELPSTEER) or not 0 < weights[aspect] < math.inf:
             raise UserError(
                 f"score: {score!r}; choose overall, fine-grained, or aspects with weights above 0, such as "
-                f"helpfulness=2,honesty=1 (aspects: {', '.join(ASPECTS)})"
+                f"helpfulness=2,honesty=1 (aspects: {', '.join(dict.fromkeys((*ASPECTS, *HELPSTEER)))})"
             )
     return weights
+
+
+def has_aspects(row: dict[str, Any]) -> bool:
+    """Whether a row is one of HelpSteer's: a response with a column for each aspect."""
+    return "helpfulness" in row and "correctness" in row
+
+
+def score_of_aspects(row: dict[str, Any], score: str) -> float | None:
+    """Score of a row of HelpSteer's: the weighted mean of its aspects' ratings; None without any.
+
+    Args:
+        row: Ratings by aspect.
+        score: See `parse_score`; `overall` is helpfulness, `fine-grained` the mean of all five.
+    """
+    weights = {"overall": {"helpfulness": 1.0}, "fine-grained": dict.fromkeys(HELPSTEER, 1.0)}.get(score)
+    weights = parse_score(score) if weights is None else weights
+    ratings = {aspect: _number(row.get(aspect)) for aspect in weights}
+    known = {aspect: rating for aspect, rating in ratings.items() if rating is not None}
+    total = sum(weights[aspect] for aspect in known)
+    return sum(weights[aspect] * rating for aspect, rating in known.items()) / total if total else None
 
 
 def scores_of(completions: list[Any], score: str) -> tuple[list[Any], list[Any], list[str]]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from alignment.data.formats import messages_of
+from alignment.data.formats import read_prompt
 from alignment.data.row import BadRow, Messages, Row
 from alignment.data.sources import open_source, read_piece
 from alignment.errors import UserError
@@ -56,7 +56,7 @@ def _read_rows(path: str) -> Iterator[tuple[str, Row]]:
 
 def _messages(row: Row, location: str) -> Messages:
     try:
-        messages = messages_of(row["prompt"], "the prompt")
+        messages = read_prompt(row)
     except BadRow as bad:
         raise UserError(f"{location}: {bad.detail}") from bad
     if not messages or not messages[-1]["content"].strip() or messages[-1]["role"] == "assistant":
