@@ -257,14 +257,14 @@ def test_a_killed_read_goes_on_with_the_pieces_that_are_missing(tmp_path, monkey
     assert len(pieces) > 3
     read, seen = reading.read_piece, []
 
-    def killed(piece):
+    def killed(piece, text_columns):
         if piece.start >= pieces[2].start:
             raise KeyboardInterrupt
-        return read(piece)
+        return read(piece, text_columns)
 
-    def noted(piece):
+    def noted(piece, text_columns):
         seen.append(piece.start)
-        return read(piece)
+        return read(piece, text_columns)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(reading, "read_piece", killed)

@@ -36,6 +36,12 @@ def paths_of(columns: dict[str, Any] | None) -> list[str]:
     return [path for paths in (columns or {}).values() for path in (paths if isinstance(paths, list) else [paths])]
 
 
+def text_columns(columns: dict[str, Any] | None) -> list[str]:
+    """The columns that the key says are texts, whatever they look like."""
+    of_text = {target: path for target, path in (columns or {}).items() if "score" not in target and target != "label"}
+    return paths_of(of_text)
+
+
 def rename(row: Row, columns: dict[str, Any] | None) -> tuple[Row, list[str]]:
     """A row with its columns under the names that the key gives them.
 

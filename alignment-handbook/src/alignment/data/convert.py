@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from alignment.data.groups import RowConfig
 from alignment.data.notes import describe_notes
@@ -82,7 +83,7 @@ def convert(inputs: Sequence[str], config: ConvertConfig) -> dict[str, Any]:
     output = Path(config.output)
     if output.exists() and not config.overwrite:
         raise UserError(f"output: {output} is there already; give another name, or --overwrite=true")
-    tokenizer = load_trained_tokenizer(config.tokenizer)[0] if config.tokenizer else None
+    tokenizer = _load_tokenizer(config.tokenizer) if config.tokenizer else None
     forbidden = control_tokens(tokenizer) if tokenizer else None
     parts = [
         load_source(path, config.split, config=config, unscored_pairs=True, control_tokens=forbidden) for path in inputs
@@ -111,6 +112,13 @@ def convert(inputs: Sequence[str], config: ConvertConfig) -> dict[str, Any]:
     with atomic_path(output) as partial:
         _write(kept, config.to, partial, str(output))
     return report
+
+
+def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    try:
+        return load_trained_tokenizer(name)[0]
+    except UserError as error:
+        raise UserError(f"tokenizer: {str(error).removeprefix('model_name_or_path: ')}") from error
 
 
 def _write(rows: Dataset, to: str, file: Path, name: str) -> None:

@@ -23,8 +23,8 @@ _UNREAD_COLUMNS = {
     "chat_template_kwargs": "template_kwargs",
 }
 _LABELS = {
-    **dict.fromkeys(("true", "yes", "desirable", "good", "positive", "chosen", "accepted", "thumbs_up"), 1.0),
-    **dict.fromkeys(("false", "no", "undesirable", "bad", "negative", "rejected", "thumbs_down"), 0.0),
+    **dict.fromkeys(("true", "yes", "desirable", "good", "positive", "pos", "chosen", "accepted", "thumbs_up"), 1.0),
+    **dict.fromkeys(("false", "no", "undesirable", "bad", "negative", "neg", "rejected", "thumbs_down"), 0.0),
 }
 
 

@@ -143,7 +143,7 @@ _PAIR_SCORE = re.compile(
 
 def _ultrafeedback(fields: Fields, score: str) -> Scored | None:
     row = fields.row
-    completions = as_objects(row.get("completions"))
+    completions = as_objects(_as_list(row.get("completions")))
     if "instruction" not in row or not isinstance(completions, list):
         return None
     fields.take("completions")
@@ -153,7 +153,7 @@ def _ultrafeedback(fields: Fields, score: str) -> Scored | None:
 def _objects(fields: Fields, score: str) -> Scored | None:
     """A list of objects, each with a text and its score or rank: Nectar's `answers`."""
     for name in _RESPONSES:
-        objects = as_objects(fields.row.get(name))
+        objects = as_objects(_as_list(fields.row.get(name)))
         if not isinstance(objects, list) or not objects or not all(isinstance(item, dict) for item in objects):
             continue
         text = _common_key(objects, _TEXT_KEYS)
@@ -170,9 +170,8 @@ def _preference(fields: Fields, score: str) -> Scored | None:
     """HelpSteer's pairs: the difference of the scores is the preference."""
     for first, second, strength in _PREFERENCES:
         if first in fields.row and second in fields.row and strength in fields.row:
-            value = fields.take(strength)
-            half = value / 2 if isinstance(value, int | float) and not isinstance(value, bool) else None
-            scores = [None, None] if half is None else [-half, half]
+            value = _number(fields.take(strength))
+            scores = [None, None] if value is None else [-value / 2, value / 2]
             return Scored([fields.take(first), fields.take(second)], scores)
     return None
 
@@ -228,4 +227,12 @@ def _common_key(objects: list[Row], names: tuple[str, ...]) -> str | None:
 
 def _from_rank(rank: Any) -> Any:
     """A score of a rank, 1 for the best: the rank with its sign changed."""
-    return -rank if isinstance(rank, int | float) and not isinstance(rank, bool) else rank
+    number = _number(rank)
+    return rank if number is None else -number
+
+
+def _number(value: Any) -> float | None:
+    try:
+        return None if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None

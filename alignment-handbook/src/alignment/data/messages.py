@@ -130,11 +130,27 @@ _SPELLINGS = "|".join(map(re.escape, [*_ROLE_OF, *_CALL_ROLES]))
 _ROLE_IN_TEXT = re.compile(rf"""['"](?:role|from)['"]\s*:\s*\[?\s*['"]\s*(?:{_SPELLINGS})\s*['"]""", re.IGNORECASE)
 
 
+_STRING = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
+#: What numpy prints of a list of texts, and of one of numbers: without commas.
+_NUMPY_TEXTS = re.compile(rf"\[\s*{_STRING}(?:\s+{_STRING})+\s*\]", re.DOTALL)
+_NUMPY_NUMBERS = re.compile(r"\[\s*[-+\w.]+(?:\s+[-+\w.]+)+\s*\]")
+
+
 def read_written(text: str) -> Any:
-    """What a text says as JSON, or as Python or numpy print lists and dicts; None where it is none of these."""
+    """What a text says as JSON, or as Python and numpy print lists and dicts; None where it is none of these.
+
+    Example:
+        >>> read_written("['a' 'b']"), read_written("[0.5 1. ]"), read_written("[{'role': 'user'}\\n {'role': 'x'}]")
+        (['a', 'b'], [0.5, 1.0], [{'role': 'user'}, {'role': 'x'}])
+    """
+    text = text.strip()
     numpy = re.sub(r"\barray\((\[.*\])(?:,\s*dtype=object)?\)", r"\1", text, flags=re.DOTALL)
     numpy = re.sub(r"\}\s*\n\s*\{", "}, {", numpy)
-    for parse, candidate in ((json.loads, text), (ast.literal_eval, text.strip()), (ast.literal_eval, numpy.strip())):
+    if _NUMPY_TEXTS.fullmatch(text):
+        numpy = f"[{', '.join(re.findall(_STRING, text, re.DOTALL))}]"
+    elif _NUMPY_NUMBERS.fullmatch(text):
+        numpy = f"[{', '.join(text[1:-1].split())}]"
+    for parse, candidate in ((json.loads, text), (ast.literal_eval, numpy)):
         try:
             return parse(candidate)
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):

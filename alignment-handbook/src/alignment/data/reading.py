@@ -15,13 +15,14 @@ from dataclasses import fields
 from functools import partial
 from typing import Any
 
+import datasets
 import numpy as np
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from datasets.exceptions import DatasetGenerationError
 from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from tqdm.auto import tqdm
 
-from alignment.data.columns import rename
+from alignment.data.columns import rename, text_columns
 from alignment.data.formats import as_record, unwrap
 from alignment.data.groups import GroupReader, RowConfig, gather, prompt_hash, record_key
 from alignment.data.row import BadRow, FailedRow
@@ -115,7 +116,7 @@ def load_source(
 def _has_records(pieces: list[Piece], how: dict[str, Any]) -> bool:
     """Whether a source has a row a response: its first readable row says so."""
     for piece in pieces[:1]:
-        for _, row in read_piece(piece):
+        for _, row in read_piece(piece, text_columns(how["columns"])):
             if isinstance(row, dict):
                 try:
                     return as_record(rename(unwrap(row), how["columns"])[0], how["score"]) is not None
@@ -130,7 +131,7 @@ def _build_groups(piece: Piece, settings: dict[str, Any]) -> Dataset:
 
 def _groups_of(piece: Piece, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
     read = _reader(settings)
-    for location, row in read_piece(piece):
+    for location, row in read_piece(piece, text_columns(settings["config"]["columns"])):
         row = unwrap(row)
         renamed, found = rename(row, settings["config"]["columns"]) if isinstance(row, dict) else (row, [])
         others = _other_columns(row) if settings["keep_columns"] else ""
@@ -142,7 +143,7 @@ def _build_records(piece: Piece, settings: dict[str, Any]) -> Dataset:
 
 
 def _records_of(piece: Piece, how: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    for location, row in read_piece(piece):
+    for location, row in read_piece(piece, text_columns(how["columns"])):
         found: list[str] = []
         try:
             if isinstance(row, BadRow):
@@ -262,6 +263,11 @@ def _build(read: Callable[[], Iterator[dict[str, Any]]], features: Features, key
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         raise
+    except OSError as error:
+        raise UserError(
+            f"{datasets.config.HF_DATASETS_CACHE}: the cache of rows cannot be made there: {error}; set "
+            "HF_DATASETS_CACHE to a folder that can be written to"
+        ) from error
     except ValueError as error:  # what datasets says of a generator that yields nothing
         if "corresponds to no data" not in str(error):
             raise

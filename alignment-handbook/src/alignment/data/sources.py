@@ -5,32 +5,29 @@ JSON list, CSV). Its `key` is a hash of the content: the same rows have the same
 """
 
 import csv
-import gzip
 import hashlib
-import io
 import json
-import re
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
-from alignment.data.row import BadRow
+from alignment.data.tables import rows_of
+from alignment.data.text_files import encoding_of, open_text, read_csv, read_json
 from alignment.errors import UserError
 
 #: Bytes of a JSON-lines piece, and rows of a table's.
 PIECE_BYTES = 2**25
 PIECE_ROWS = 10_000
 
-# Bytes that are not UTF-8 become half surrogate pairs, which cost their row (`broken_text`) and not the file.
-_TEXT: dict[str, Any] = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}
-
-csv.field_size_limit(sys.maxsize)  # a response may be longer than the 128 KiB that csv allows by itself
+_JSON_LINES = ("jsonl", "ndjson", "jsonlines")
+_TEXT_ENDINGS = (*_JSON_LINES, "json", "csv", "tsv")
+_ENDINGS = f"{', '.join(f'.{ending}' for ending in _TEXT_ENDINGS)} (each also with .gz) and .parquet"
 
 
 @dataclass(frozen=True)
@@ -65,13 +62,15 @@ def open_source(path: str, split: str | None = None, name: str | None = None) ->
         UserError: There is no such source or split, or it cannot be read.
     """
     here = Path(path)
-    if here.is_file() and re.search(r"\.(jsonl?|csv)(\.gz)?$", path):
+    if here.is_file() and _ending(path) in _TEXT_ENDINGS:
         try:
             return _cut_file(path)
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error}") from error
-    if not here.exists() and (split is None or re.search(r"\.(jsonl?|csv|parquet)(\.gz)?$", path)):
+    if not here.exists() and (split is None or _ending(path) in (*_TEXT_ENDINGS, "parquet")):
         raise UserError(f"{path}: no such file; check the path (and, if it is meant as a Hub id, give its split)")
+    if here.is_file() and not _is_parquet(here):
+        raise UserError(f"{path}: no file of a known kind; they are {_ENDINGS}: convert or rename it")
     table = _open_table(path, split, name)
     stamp = _hash_files(path) or table._fingerprint  # the fingerprint of a Hub data set is of its revision
     key = hashlib.sha256(f"{stamp} {split} {name}".encode()).hexdigest()
@@ -81,33 +80,53 @@ def open_source(path: str, split: str | None = None, name: str | None = None) ->
     ]
 
 
-def read_piece(piece: Piece) -> Iterator[tuple[str, Any]]:
+def read_piece(piece: Piece, text_columns: Iterable[str] = ()) -> Iterator[tuple[str, Any]]:
     """Yields the raw rows of a piece, each behind its location as a user would name it.
 
     A line that cannot be read comes as a `BadRow`.
+
+    Args:
+        piece: From `open_source`.
+        text_columns: Columns of CSV files that are text, beside those that are known as such.
 
     Raises:
         UserError: The file as a whole cannot be read.
     """
     if piece.table is not None:
-        for i in range(piece.start, piece.stop):
-            yield f"{piece.path}, row {i + 1}", piece.table[i]
+        for i, row in enumerate(rows_of(piece.table, piece.start, piece.stop), start=piece.start + 1):
+            yield f"{piece.path}, row {i}", row
         return
-    read = _read_csv if re.search(r"\.csv(\.gz)?$", piece.path) else _read_json
     try:
-        with closing(_open_text(piece)) as text:
-            for place, row in read(piece, text):
+        with closing(open_text(piece.path, piece.start, piece.stop)) as text:
+            if _ending(piece.path) in ("csv", "tsv"):
+                rows = read_csv(text, _ending(piece.path) == "tsv", text_columns)
+            else:
+                rows = read_json(text, piece.first_line, may_be_list=_ending(piece.path) == "json")
+            for place, row in rows:
                 yield f"{piece.path}, {place}", row
+    except UnicodeDecodeError as error:
+        raise UserError(f"{piece.path}: not UTF-8, and not {error.encoding} either: convert it to UTF-8") from error
     except (OSError, EOFError, zlib.error, json.JSONDecodeError, csv.Error) as error:
         raise UserError(f"{piece.path}: cannot be read: {error}") from error
+
+
+def _ending(path: str) -> str:
+    """The ending of a file's name in lower case, without a dot and without `.gz`."""
+    return path.lower().removesuffix(".gz").rpartition(".")[2]
+
+
+def _is_parquet(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"PAR1"
 
 
 def _cut_file(path: str) -> list[Piece]:
     """A JSON-lines file in pieces that end at line ends; any other file in one piece."""
     with open(path, "rb") as file:
-        is_list = file.peek(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
-        whole = not path.endswith(".jsonl") and (is_list or not path.endswith(".json"))
-        if whole:
+        start_of_file = file.peek(64)
+        is_list = start_of_file.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+        is_lines = path.lower().endswith(_JSON_LINES) or (path.lower().endswith("json") and not is_list)
+        if not is_lines or encoding_of(start_of_file) != "utf-8":
             return [Piece(path, hashlib.file_digest(file, "sha256").hexdigest())]
         pieces: list[Piece] = []
         start, line = 0, 1
@@ -116,55 +135,6 @@ def _cut_file(path: str) -> list[Piece]:
             pieces.append(Piece(path, hashlib.sha256(block).hexdigest(), start, start + len(block), line))
             start, line = start + len(block), line + block.count(b"\n")
         return pieces
-
-
-def _open_text(piece: Piece) -> TextIO:
-    if piece.path.endswith(".gz"):
-        return gzip.open(piece.path, "rt", **_TEXT)
-    if piece.stop == sys.maxsize:
-        return open(piece.path, **_TEXT)
-    with open(piece.path, "rb") as file:
-        file.seek(piece.start)
-        return io.TextIOWrapper(io.BytesIO(file.read(piece.stop - piece.start)), **_TEXT)
-
-
-def _read_json(piece: Piece, text: TextIO) -> Iterator[tuple[str, Any]]:
-    if re.search(r"\.json(\.gz)?$", piece.path):
-        is_list = text.read(64).lstrip()[:1] == "["
-        text.seek(0)
-        if is_list:
-            yield from ((f"row {i + 1}", row) for i, row in enumerate(json.load(text)))
-            return
-    for i, line in enumerate(text, start=piece.first_line):
-        if not line.strip():
-            continue
-        try:
-            yield f"line {i}", json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            detail = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else "too deep"
-            yield f"line {i}", BadRow("not_json", f"not JSON ({detail}); write one object a line")
-
-
-def _read_csv(piece: Piece, text: TextIO) -> Iterator[tuple[str, Any]]:
-    reader = csv.DictReader(text)
-    for row in reader:
-        if None in row:
-            yield f"line {reader.line_num}", BadRow("not_json", "more cells than the header names")
-        else:
-            yield f"line {reader.line_num}", {name: _cell(name, value) for name, value in row.items()}
-
-
-def _cell(name: str, value: str | None) -> Any:
-    """Parses a cell: CSV has no types. An empty cell is missing; lists and objects are JSON."""
-    if value is None or value == "":
-        return None
-    is_number = re.fullmatch(r"(score|reward)s?(_.*)?|label", name)
-    if is_number or value[0] in "[{":
-        try:
-            return json.loads(value.lower() if name == "label" else value)
-        except (json.JSONDecodeError, RecursionError):
-            return value
-    return value
 
 
 def _open_table(path: str, split: str | None, name: str | None) -> Dataset:
@@ -184,7 +154,8 @@ def _open_table(path: str, split: str | None, name: str | None) -> Dataset:
     if split is None and len(table) == 1:
         return next(iter(table.values()))
     if split not in table:
-        raise UserError(f"{path}: no split {split!r}; it has {', '.join(table)}: set dataset_splits")
+        what = f"no split {split!r}; it has" if split else "several splits,"
+        raise UserError(f"{path}: {what} {', '.join(table)}: name one (convert.py: --split; a recipe: dataset_splits)")
     return table[split]
 
 
