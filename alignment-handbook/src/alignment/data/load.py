@@ -25,7 +25,7 @@ class DataConfig(RowConfig):
     """The sources of the rows: two files, or a mixture of sources."""
 
     train_file: str | None = field(
-        default=None, metadata={"help": "Rows to train on: .jsonl, .json, .csv (each also with .gz) or .parquet."}
+        default=None, metadata={"help": "Rows to train on: .jsonl, .json, .csv, .tsv (each also with .gz) or .parquet."}
     )
     eval_file: str | None = field(default=None, metadata={"help": "Held-out rows, in the same formats."})
     eval_fraction: float | None = field(
