@@ -8,9 +8,11 @@ from alignment.data.columns import suggestion
 from alignment.data.formats import as_record
 from alignment.data.groups import GroupReader, RowConfig, gather
 from alignment.data.load import DataConfig, load_groups
+from alignment.data.notes import describe_notes
 from alignment.data.report import summary
 from alignment.data.row import BadRow
 from alignment.errors import UserError
+from alignment.sampling.prompts import read_prompts
 from tests.rows import GROUP, PAIR, ROW, USER, numbered, said, write_jsonl
 
 ASKED = "Capital of France?"
@@ -381,6 +383,8 @@ def test_an_unknown_form_suggests_the_key():
     assert suggestion(row) == "columns: {prompt: question, responses: replies.by, scores: replies.mark}"
     assert suggestion(row) in reason(row)
     assert suggestion({"x": 1}) == "columns: {prompt: YOUR_PROMPT_COLUMN, responses: YOUR_RESPONSES_COLUMN, scores: YOUR_SCORES_COLUMN}"  # noqa: E501  # fmt: skip
+    web = {"question": {"id": 1, "text": "q"}, "answer_0": "a", "answer_1": "b", "score_0": 0.5, "score_1": -0.5}
+    assert suggestion(web) == "columns: {prompt: question.text, responses: [answer_0, answer_1], scores: [score_0, score_1]}"  # noqa: E501  # fmt: skip
     one = {"ask": "q", "reply": "a", "mark": 0.5}
     assert suggestion(one) == "columns: {prompt: ask, response: reply, score: mark}"
 
@@ -395,3 +399,31 @@ def test_what_is_not_read_is_named_once(tmp_path):
               | {"length_correlation": None}, "lengths": {}, "warnings": [],
               "not_read": {"columns": {"source": 3}, "message_keys": {"name": 3}}}  # fmt: skip
     assert summary("train", report).count("  not read: columns source; message keys name") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "warning"),
+    [
+        ("<|im_start|>user\nName a prime.<|im_end|>", "look as if a chat template had rendered them before"),
+        ("[INST] Name a prime. [/INST]", "look as if a chat template had rendered them before"),
+        ("What does <eos> mean?", "spell control tokens of the tokenizer"),
+        ("Name a prime.", None),
+    ],
+)
+def test_rows_that_look_rendered_are_a_warning(tmp_path, text, warning):
+    rows = [numbered(i, prompt=f"{i} {text if i % 10 == 0 else 'Name a prime.'}") for i in range(50)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    counts = load_groups(DataConfig(train_file=path), control_tokens=["<eos>"])[1]["train"]
+    warnings = describe_notes(counts["noted"], 50)["warnings"]
+    assert [warning in found for found in warnings] == ([True] if warning else [])
+    one = write_jsonl(tmp_path / "one.jsonl", [*rows[1:10], *rows[11:20], rows[10], *rows[21:30]])
+    counts = load_groups(DataConfig(train_file=one), control_tokens=["<eos>"])[1]["train"]
+    assert describe_notes(counts["noted"], 28)["warnings"] == []  # one such text is no matter of the rows
+
+
+def test_prompts_to_sample_from_have_their_system_turn(tmp_path):
+    path = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": ASKED, "system": SYSTEM["content"], "id": 3}])
+    assert read_prompts(path)[0] == [{"prompt": [SYSTEM, *USER], "system": SYSTEM["content"], "id": 3}]
+    path = write_jsonl(tmp_path / "tools.jsonl", [{"prompt": ASKED, "tools": [CALL]}])
+    with pytest.raises(UserError, match="line 1: it has the column tools"):
+        read_prompts(path)

@@ -1,6 +1,7 @@
 """Gives the columns of a row the names that forms are recognised by: the recipe's key `columns`."""
 
 import difflib
+import re
 from typing import Any
 
 from alignment.data.messages import read_written
@@ -114,12 +115,33 @@ def _guess(row: Row) -> dict[str, str | None]:
     if "chosen" in row and "rejected" in row:
         first, second, *_ = [*rated, None, None]
         return {"score_chosen": first, "score_rejected": second}
+    prompt = _prompt_column(row)
     texts, scores = _lists(row)
-    prompt = next((name for word in _PROMPT_WORDS for name in row if word in str(name).lower()), None)
     answers = [name for name, value in row.items() if isinstance(value, str) and name != prompt]
+    texts, scores = texts or _series(answers), scores or _series(rated)
     if not texts and answers and rated:
         return {"prompt": prompt, "response": answers[0], "score": rated[0]}
     return {"prompt": prompt, "responses": texts[0] if texts else None, "scores": scores[0] if scores else None}
+
+
+def _prompt_column(row: Row) -> str | None:
+    """The first column by the order of the words, that is text, or the first text inside of it."""
+    for word in _PROMPT_WORDS:
+        for name, value in row.items():
+            if word in str(name).lower() and isinstance(value, str | list):
+                return name
+            if word in str(name).lower() and isinstance(value, dict):
+                return next((f"{name}.{key}" for key, item in value.items() if isinstance(item, str)), None)
+    return None
+
+
+def _series(names: list[str]) -> list[str]:
+    """Columns whose names differ in a number or letter at their end, `[answer_a, answer_b]`."""
+    series: dict[str, list[str]] = {}
+    for name in names:
+        if found := re.fullmatch(r"(.*?)[_-]?(\d+|[abAB])", name):
+            series.setdefault(found[1], []).append(name)
+    return [f"[{', '.join(same)}]" for same in series.values() if len(same) > 1]
 
 
 def _lists(row: Row) -> tuple[list[str], list[str]]:

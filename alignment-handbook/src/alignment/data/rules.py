@@ -184,7 +184,7 @@ class RowCleaner:
 
     def _check_control_tokens(self, group: Group) -> None:
         texts = [m["content"] for m in group.prompt] + [r for r in group.responses if r is not None]
-        if any(looks_rendered(text) for text in texts):
+        if any(map(looks_rendered, texts[: len(group.prompt) + 1])):  # the prompt's, and an answer's
             group.noted.append("rendered")
         tokens = [token for token in self.control_tokens if any(token in text for text in texts)]
         if tokens:
