@@ -9,7 +9,7 @@ from datasets import Dataset, DatasetDict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from alignment.data import reading, sources
+from alignment.data import reading, records, sources
 from alignment.data.groups import GroupReader, RowConfig
 from alignment.data.load import DataConfig, check_rows, load_groups
 from alignment.data.reading import load_source
@@ -200,7 +200,7 @@ def test_rows_of_one_response_are_gathered(tmp_path, monkeypatch):
         "prompts_differ": 1
     }
     monkeypatch.setattr(sources, "PIECE_BYTES", 100)
-    monkeypatch.setattr(reading, "_PIECE_GROUPS", 1)
+    monkeypatch.setattr(records, "_PIECE_GROUPS", 1)
     assert list(load(path, max_dropped_fraction=0.5)) == expected
 
 

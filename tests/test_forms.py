@@ -6,9 +6,10 @@ import pytest
 
 from alignment.data.columns import suggestion
 from alignment.data.formats import as_record
-from alignment.data.groups import GroupReader, RowConfig, gather
+from alignment.data.groups import GroupReader, RowConfig
 from alignment.data.load import DataConfig, load_groups
 from alignment.data.notes import describe_notes
+from alignment.data.records import gather
 from alignment.data.report import summary
 from alignment.data.row import BadRow
 from alignment.errors import UserError
@@ -253,6 +254,8 @@ def test_nulls_of_a_table_are_as_if_absent():
           "rejected": [SYSTEM, *USER, *said("b")]}, [SYSTEM, *USER]),
         ({"prompt": f"<|im_start|>user\n{ASKED}<|im_end|>\n<|im_start|>assistant\n", "chosen": USER + said("a"),
           "rejected": USER + said("b")}, USER),
+        ({"prompt": f"User: {ASKED}\nAssistant: Paris\nUser: And Italy?\nAssistant:", "chosen": TWO_TURNS + said("a"),
+          "rejected": TWO_TURNS + said("b")}, TWO_TURNS),
         ({"prompt": "And Italy?", "messages": TWO_TURNS}, TWO_TURNS),
         ({"prompt": " ", "chosen": USER + said("a"), "rejected": USER + said("b")}, USER),
     ],
@@ -267,6 +270,7 @@ def test_prompt_column_and_conversations_that_agree(columns, prompt):
     [
         {"prompt": "Name a prime."},
         {"prompt": f"{ASKED} In one word."},
+        {"prompt": f"<|im_start|>system\nIn French.<|im_end|>\n<|im_start|>user\n{ASKED}<|im_end|>\n"},
         {"prompt": TWO_TURNS},
         {"prompt": [SYSTEM, *USER], "chosen": [USER[0] | {"role": "system"}, *USER, *said("a")],
          "rejected": [USER[0] | {"role": "system"}, *USER, *said("b")]},
@@ -427,3 +431,23 @@ def test_prompts_to_sample_from_have_their_system_turn(tmp_path):
     path = write_jsonl(tmp_path / "tools.jsonl", [{"prompt": ASKED, "tools": [CALL]}])
     with pytest.raises(UserError, match="line 1: it has the column tools"):
         read_prompts(path)
+
+
+def test_names_that_are_no_text_are_noted_all_the_same(tmp_path):
+    """Half of a surrogate pair, or bytes that are not UTF-8, in the name of a column or key."""
+    turn = {"role": "user", "content": ASKED, "\ud800": 1}
+    path = write_jsonl(tmp_path / "rows.jsonl", [ROW | {"prompt": [turn], "\udce9": 1}])
+    assert load_groups(DataConfig(train_file=path))[1]["train"]["noted"] == {"column ?": 1, "message key ?": 1}
+    rows = [{"prompt": "p", "response": "a", "score": n, "\ud800": n} for n in (1, 2)]
+    path = write_jsonl(tmp_path / "long.jsonl", rows)
+    assert load_groups(DataConfig(train_file=path, row_rules={"duplicate_response": "keep"}))[1]["train"]["noted"] == {
+        "column ?": 1
+    }
+
+
+def test_sources_are_dropped_of_rows_of_one_response(tmp_path):
+    rows = [{"prompt": "p", "response": r, "score": n, "source": s} for n, (r, s) in enumerate(["ax", "bx", "cy"])]
+    path = write_jsonl(tmp_path / "long.jsonl", rows)
+    rows, counts = load_groups(DataConfig(train_file=path, drop_sources=["y"], max_dropped_fraction=0.5))
+    assert rows["train"][0]["responses"] == ["a", "b"]
+    assert (counts["train"]["dropped_by_reason"], counts["train"]["noted"]) == ({"dropped_source": 1}, {})

@@ -3,8 +3,8 @@
 The files meet the data in this order: `sources` opens files, folders and Hub data sets, `text_files` and `tables` read
 raw rows of them, `columns` renames columns where the recipe says so, `formats` reads a row by one of its `forms`
 (`ultrafeedback` scores of aspects), `messages` reads texts and messages, `conversations` parts them into prompt and
-answers, `rules` drops or fixes bad rows, `groups` chooses responses and makes pairs, `reading` does all that piece by
-piece into a cache, `load` mixes and splits sources, `outcomes` counts what became of each row, `prepare` tokenizes,
-and `report` describes what is left, with the `notes` on what was not read. `row` has the words they share. `convert`
-writes rows to a file in place of training on them.
+answers, `records` joins rows of one response each, `rules` drops or fixes bad rows, `groups` chooses responses and
+makes pairs, `reading` does all that piece by piece into a cache, `load` mixes and splits sources, `outcomes` counts
+what became of each row, `prepare` tokenizes, and `report` describes what is left, with the `notes` on what was not
+read. `row` has what they share. `convert` writes rows to a file in place of training on them.
 """

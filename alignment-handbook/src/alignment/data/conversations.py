@@ -3,9 +3,10 @@
 A prompt may be in its own column, inside the responses, or in both; a system turn may have a column of its own.
 """
 
+import re
 from typing import Any
 
-from alignment.data.messages import as_objects, dialogue, looks_rendered, messages_of, written_messages
+from alignment.data.messages import as_objects, dialogue, messages_of, written_messages
 from alignment.data.row import BadRow, Messages
 
 #: Roles of the first turn of a response that goes on where the prompt ends, and does not tell it once more.
@@ -139,9 +140,16 @@ def _words(message: dict[str, str]) -> list[str]:
 
 def _is_written_as(text: str, messages: Messages) -> bool:
     """Whether a text is all of the messages one behind the other, as they are or as a chat template renders them."""
-    rest = text
+    between, rest = [], text
     for message in messages:
         before, found, rest = rest.partition(message["content"].strip())
-        if not found or (before.strip() and not looks_rendered(text)):
+        if not found:
             return False
-    return not rest.strip() or looks_rendered(text)
+        between.append(before)
+    said = re.sub(r"<[^<>]{1,40}>|\[/?INST\]", " ", " ".join([*between, rest]))
+    return all(word in _TEMPLATE_WORDS for word in re.findall(r"\w+", said.lower()))
+
+
+#: Words that a template, or a person, writes around turns.
+_TEMPLATE_WORDS = {"system", "user", "human", "assistant", "ai", "gpt", "model", "bot", "agent", "tool", "instruction",
+                   "response", "question", "answer", "input", "output", "q", "a"}  # fmt: skip

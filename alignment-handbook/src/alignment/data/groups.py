@@ -13,7 +13,7 @@ from typing import Any
 
 from alignment.data import columns, rules, ultrafeedback
 from alignment.data.formats import to_group
-from alignment.data.row import BadRow, Group, Messages, Row
+from alignment.data.row import BadRow, Group
 from alignment.data.rules import RowCleaner
 from alignment.errors import UserError
 
@@ -149,6 +149,8 @@ class GroupReader:
             group = to_group(row, self.pairs, self.unscored_pairs, make_pairs, self.config.score)
         except BadRow as bad:
             raise self.cleaner.error(bad.reason, bad.detail) from None
+        if self.config.drop_sources:
+            group.noted = [note for note in group.noted if note != "column source"]
         margin = 0.0 if group.ranked else self.config.tie_margin
         self.cleaner.clean(group)
         choose(group, self.config.num_responses, self.config.choose_responses, self.config.draw_seed)
@@ -180,24 +182,6 @@ class GroupReader:
             )
             for a, b in found
         ]
-
-
-def gather(records: list[Row]) -> Row:
-    """Joins the records of one prompt (see `formats.as_record`) to a row in list form.
-
-    Raises:
-        BadRow: Their prompts differ.
-    """
-    prompts = [record["prompt"] for record in records if record["prompt"] is not None]
-    systems = [record["system"] for record in records if record["system"] is not None]
-    if any(prompt != prompts[0] for prompt in prompts) or any(system != systems[0] for system in systems):
-        raise BadRow("prompts_differ", "one prompt_id has two prompts")
-    return {
-        "prompt": prompts[0] if prompts else None,
-        "system": systems[0] if systems else None,
-        "responses": [record["response"] for record in records],
-        "scores": [record["score"] for record in records],
-    }
 
 
 def choose(group: Group, num: int | None, method: str, seed: int) -> None:
@@ -244,19 +228,6 @@ def pairs_of(group: Group, method: str | None, seed: int, tie_margin: float = 0.
     if method == "best_random":
         found = [_rng(group, seed).choice(found)] if found else []
     yield from found if method == "all" else found[-1:]
-
-
-def prompt_hash(prompt: Messages) -> int:
-    """A hash of the prompt, 63 bits, the same on every machine."""
-    digest = hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
-def record_key(record: Row) -> int:
-    """A hash of what records are joined by, 63 bits: the `prompt_id`, else the prompt and the system turn."""
-    key = record["prompt"] if record["id"] is None else ["id", record["id"]]
-    key = key if record["id"] is not None or record["system"] is None else ["system", record["system"], key]
-    return int.from_bytes(hashlib.sha256(json.dumps(key).encode()).digest()[:8], "big") >> 1
 
 
 def _rng(group: Group, seed: int) -> random.Random:

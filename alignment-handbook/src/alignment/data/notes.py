@@ -4,6 +4,8 @@ from typing import Any
 
 #: Share of the rows from which on text that looks rendered is worth a warning.
 _GOOD_SHARE = 0.05
+#: Columns or keys that the line names.
+_MOST_NAMES = 12
 _KINDS = {"columns": "column ", "message_keys": "message key "}
 
 
@@ -45,5 +47,8 @@ def describe_notes(noted: dict[str, int], num_rows: int) -> dict[str, Any]:
 
 def not_read_line(not_read: dict[str, dict[str, int]]) -> str | None:
     """One line that names them; None where everything was read."""
-    names = [f"{kind.replace('_', ' ')} {', '.join(found)}" for kind, found in not_read.items() if found]
+    names = []
+    for kind, found in not_read.items():
+        more = f" and {len(found) - _MOST_NAMES} more" if len(found) > _MOST_NAMES else ""
+        names += [f"{kind.replace('_', ' ')} {', '.join([*found][:_MOST_NAMES])}{more}"] if found else []
     return f"not read: {'; '.join(names)}" if names else None

@@ -58,9 +58,8 @@ def check_columns(parts: list[Dataset], config: RowConfig) -> None:
     found = {note for part in parts for note in _count_notes(part)} if paths else set()
     for path in paths:
         if f"named {path}" not in found:
-            examples = [part[0] for part in parts if len(part)]
-            detail = f"; {examples[0]['location']}: {examples[0]['detail']}" if examples[0]["detail"] else ""
-            raise UserError(f"columns: no row has {path!r}{detail}: change the key")
+            details = [f"; {part[0]['location']}: {part[0]['detail']}" for part in parts if len(part)]
+            raise UserError(f"columns: no row has {path!r}{''.join(details[:1])}: change the key")
 
 
 def _count_notes(rows: Dataset) -> dict[str, int]:

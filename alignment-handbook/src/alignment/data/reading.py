@@ -24,8 +24,9 @@ from tqdm.auto import tqdm
 
 from alignment.data.columns import rename, text_columns
 from alignment.data.formats import as_record, unwrap
-from alignment.data.groups import GroupReader, RowConfig, gather, prompt_hash, record_key
-from alignment.data.row import BadRow, FailedRow
+from alignment.data.groups import GroupReader, RowConfig
+from alignment.data.records import RECORD_FEATURES, cut_groups, gather, record_of
+from alignment.data.row import BadRow, FailedRow, Row, named, prompt_hash, storable
 from alignment.data.sources import Piece, open_source, read_piece
 from alignment.errors import UserError
 from trl_nca.code_hash import code_hash
@@ -46,20 +47,8 @@ GROUP_FEATURES = Features(
         "noted": List(Value("string")),  # what the report says of the row, see `Group`; none for pairs but the first
     }
 )
-#: A record of one response, before those of one prompt are joined.
-RECORD_FEATURES = Features(
-    {
-        "key": Value("int64"),
-        "record": Value("string"),
-        "dropped": Value("string"),
-        "location": Value("string"),
-        "noted": List(Value("string")),
-    }
-)
 #: Columns that the group is made of, which are not handed to a reward function.
 _OF_GROUP = re.compile(r"prompts?|responses|scores|rewards|score_parts|completions|chosen|rejected|(score_)?A\d+")
-#: Groups of records in a piece.
-_PIECE_GROUPS = 10_000
 
 
 def load_source(
@@ -96,14 +85,12 @@ def load_source(
         "code": code_hash([__name__]),
     }
     pieces = open_source(path, split, name)
-    how = {name: settings["config"][name] for name in ("columns", "score")}
+    how = {name: settings["config"][name] for name in ("columns", "score", "drop_sources")}
     in_parallel = partial(_in_parallel, desc=f"Reading {path}", num_proc=num_proc)
     if _has_records(pieces, how):
-        settings_of_records = {"code": settings["code"]} | how
-        records = in_parallel([partial(_build_records, piece, settings_of_records) for piece in pieces])
+        records = in_parallel([partial(_build_records, piece, how, settings["code"]) for piece in pieces])
         builds = [
-            partial(_build_gathered, records, *part, settings)
-            for part in _cut_groups(column(records, "key").to_numpy())
+            partial(_build_gathered, records, *part, settings) for part in cut_groups(column(records, "key").to_numpy())
         ]
     else:
         builds = [partial(_build_groups, piece, settings) for piece in pieces]
@@ -131,50 +118,25 @@ def _build_groups(piece: Piece, settings: dict[str, Any]) -> Dataset:
 
 def _groups_of(piece: Piece, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
     read = _reader(settings)
-    for location, row in read_piece(piece, text_columns(settings["config"]["columns"])):
-        row = unwrap(row)
-        renamed, found = rename(row, settings["config"]["columns"]) if isinstance(row, dict) else (row, [])
-        others = _other_columns(row) if settings["keep_columns"] else ""
-        yield from _outcome(read, renamed, location, 1, _named(found), others)
+    columns = settings["config"]["columns"]
+    for location, row in read_piece(piece, text_columns(columns)):
+        row, others, found = unwrap(row), "", []
+        if isinstance(row, dict):
+            try:
+                others = _other_columns(row) if settings["keep_columns"] else ""
+                row, found = rename(row, columns)
+            except RecursionError:
+                row = BadRow("not_json", "nested too deep")
+        yield from _outcome(read, row, location, 1, named(found), others)
 
 
-def _build_records(piece: Piece, settings: dict[str, Any]) -> Dataset:
-    return _build(partial(_records_of, piece, settings), RECORD_FEATURES, ["records", piece.path, piece.key, settings])
+def _build_records(piece: Piece, how: dict[str, Any], code: str) -> Dataset:
+    return _build(partial(_records_of, piece, how), RECORD_FEATURES, ["records", piece.path, piece.key, how, code])
 
 
 def _records_of(piece: Piece, how: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for location, row in read_piece(piece, text_columns(how["columns"])):
-        found: list[str] = []
-        try:
-            if isinstance(row, BadRow):
-                raise row
-            renamed, found = rename(unwrap(row), how["columns"]) if isinstance(row, dict) else ({}, [])
-            record = as_record(renamed, how["score"])
-            if record is None:
-                raise BadRow("unknown_format", "the rows before it have a response each, and this one has none")
-            noted = record.pop("noted")
-            outcome = {"key": record_key(record), "record": json.dumps(record), "dropped": "", "noted": noted}
-        except (BadRow, RecursionError) as error:
-            bad = error if isinstance(error, BadRow) else BadRow("not_json", "nested too deep")
-            # A key of its own: it belongs to no other line.
-            key = -1 - prompt_hash([{"location": location}])
-            outcome = {"key": key, "record": bad.detail, "dropped": bad.reason, "noted": []}
-        yield outcome | {"location": location, "noted": [*outcome["noted"], *_named(found)]}
-
-
-def _cut_groups(keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Rows of the records of each group, groups in the order of their first record, cut into pieces.
-
-    Yields:
-        Rows of all records of a piece, and where each group begins in them.
-    """
-    order = np.argsort(keys, kind="stable")
-    starts = np.flatnonzero(np.r_[True, keys[order][1:] != keys[order][:-1]])
-    groups = np.split(order, starts[1:])
-    groups = [groups[g] for g in np.argsort(order[starts], kind="stable")]
-    for at in range(0, len(starts), _PIECE_GROUPS):
-        part = groups[at : at + _PIECE_GROUPS]
-        yield np.concatenate(part), np.cumsum([0, *map(len, part[:-1])])
+        yield record_of(row, location, **how)
 
 
 def _build_gathered(records: Dataset, rows: np.ndarray, starts: np.ndarray, settings: dict[str, Any]) -> Dataset:
@@ -205,18 +167,10 @@ def _reader(settings: dict[str, Any]) -> GroupReader:
     return GroupReader(RowConfig(**config), *rest)
 
 
-def _named(columns: list[str]) -> list[str]:
-    """Notes that a row has these columns, which the key `columns` names."""
-    return [f"named {column}" for column in columns]
-
-
-def _other_columns(row: Any) -> str:
+def _other_columns(row: Row) -> str:
     """The columns of a raw row that a reward function is given by name, as a JSON object; "" for none."""
-    names = [name for name in row if not _OF_GROUP.fullmatch(str(name))] if isinstance(row, dict) else []
-    try:
-        return json.dumps({name: row[name] for name in names}, default=str) if names else ""
-    except RecursionError:
-        return ""
+    names = [name for name in row if not _OF_GROUP.fullmatch(str(name))]
+    return json.dumps({name: row[name] for name in names}, default=str) if names else ""
 
 
 def _outcome(
@@ -238,7 +192,7 @@ def _outcome(
     except FailedRow as bad:
         raise UserError(f"{location}: {bad}: fix the row, or set row_rules: {bad.reason}: drop") from None
     except BadRow as bad:
-        yield outcome | {"dropped": bad.reason, "detail": bad.detail.encode("utf-8", "replace").decode()}
+        yield outcome | {"dropped": bad.reason, "detail": storable(bad.detail)}
         return
     except UserError as error:
         raise UserError(f"{location}: {error}") from None
@@ -250,7 +204,7 @@ def _outcome(
             "fixed": group.fixed,
             "prompt_hash": prompt_hash(group.prompt),
             "lines": lines if i == 0 else 0,
-            "noted": [*noted, *group.noted] if i == 0 else [],
+            "noted": [*noted, *map(storable, group.noted)] if i == 0 else [],
         }
 
 

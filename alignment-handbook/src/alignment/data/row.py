@@ -1,5 +1,7 @@
-"""The types of this folder: a raw row, a group of K responses, and a row that cannot be used."""
+"""What this folder shares: a raw row, a group of K responses, a row that cannot be used, and a prompt's hash."""
 
+import hashlib
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,3 +42,19 @@ class BadRow(Exception):
 
 class FailedRow(BadRow):
     """A bad row whose action is `fail`."""
+
+
+def prompt_hash(prompt: Messages) -> int:
+    """A hash of the prompt, 63 bits, the same on every machine."""
+    digest = hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def named(columns: list[str]) -> list[str]:
+    """Notes that a row has these columns, which the key `columns` names."""
+    return [storable(f"named {column}") for column in columns]
+
+
+def storable(text: str) -> str:
+    """A text as Arrow can hold it: half surrogate pairs become question marks."""
+    return text.encode("utf-8", "replace").decode()
