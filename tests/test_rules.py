@@ -201,9 +201,17 @@ def test_what_nobody_sees_is_blank():
 
 # --- Malformed rows: whatever stands in a row, it is read or dropped under a name of the table.
 
-_text = st.text(max_size=8) | st.sampled_from(["", " ", "7", "N/A", "\u200b", "\ud800", "<eos>", "nan", "1e999"])
+_text = st.text(max_size=8) | st.sampled_from(
+    ["", " ", "7", "N/A", "\u200b", "\ud800", "<eos>", "nan", "1e999", "[1]", "[{'role': 'user', 'content': 'a'}]",
+     '[{"role": "assistant"', "\n\nHuman: a\n\nAssistant: b", "['a' 'b']", "[1 2]"]
+)  # fmt: skip
+_parts = st.lists(st.dictionaries(st.sampled_from(["type", "text"]), st.just("text") | _text, max_size=2), max_size=2)
 _message = st.fixed_dictionaries(
-    {"role": st.sampled_from(["user", "assistant", "system", "tool"]) | st.none(), "content": _text | st.none()}
+    {
+        "role": st.sampled_from(["user", "assistant", "system", "tool"]) | st.none(),
+        "content": _text | st.none() | _parts,
+    },
+    optional={"tool_calls": st.none() | _text},
 )
 _anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | _text,
@@ -214,6 +222,13 @@ _response = _text | st.lists(_message, max_size=3) | _anything
 _score = st.floats() | st.integers(-3, 12) | _anything
 _prompt = _text | st.lists(_message, max_size=3) | _anything
 _annotations = _anything | st.dictionaries(st.sampled_from(["honesty", "helpfulness"]), _anything)
+_objects = st.dictionaries(st.sampled_from(["answer", "text", "rank", "score", "role"]), _text | _score, max_size=3)
+_column = st.sampled_from(
+    "prompt question instruction input history system messages conversations context chosen rejected "
+    "chosen_score rejected-rating responses answers completions scores ratings ranks response1 response2 "
+    "overall_preference response_0 response_1 better_response_id human_ref_A human_ref_B score_A score_B "
+    "tools chat_template_kwargs A0 score_A0".split()
+)
 _rows = st.one_of(
     st.fixed_dictionaries(
         {"prompt": _prompt, "responses": st.lists(_response, max_size=5), "scores": st.lists(_score, max_size=5)}
@@ -248,6 +263,7 @@ _rows = st.one_of(
         }
     ),
     st.dictionaries(_text, _anything, max_size=4),
+    st.dictionaries(_column, _prompt | _response | st.lists(_response | _objects, max_size=3) | _score, max_size=6),
     _anything,
 )
 
@@ -264,7 +280,9 @@ _rows = st.one_of(
 def test_a_malformed_row_is_read_or_dropped_under_a_name(raw, action, settings_):
     rules = {reason: action for reason, rule in RULES.items() if action in rule.actions}
     try:
-        groups = GroupReader(RowConfig(row_rules=rules, **settings_), control_tokens=["<eos>"])(raw)
+        groups = GroupReader(RowConfig(row_rules=rules, **settings_), unscored_pairs=True, control_tokens=["<eos>"])(
+            raw
+        )
     except BadRow as bad:
         assert bad.reason in RULES
         return
