@@ -56,6 +56,9 @@ def parts(*texts):
              "chosen": USER + said("Paris"), "rejected": USER + said("Rome")},
             GROUP,
         ),
+        # A pair with scores is one, whatever else the row has.
+        ({"prompt": ASKED, "chosen": "Paris", "rejected": "Rome", "score_chosen": 0.9, "score_rejected": 0.1,
+          "generations": ["x", "y"], "ratings": [1, 2]}, PAIR),
         ({"prompt": ASKED, "chosen": "Paris", "rejected": "Rome", "chosen_score": 0.9, "rejected_score": 0.1}, PAIR),
         ({"prompt": ASKED, "chosen": "Paris", "rejected": "Rome", "chosen-rating": 0.9, "rejected-rating": 0.1}, PAIR),
         ({"prompt": ASKED, "chosen": "Paris", "rejected": "Rome", "rating_chosen": 0.9, "rating_rejected": 0.1}, PAIR),

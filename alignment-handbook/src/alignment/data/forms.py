@@ -102,7 +102,7 @@ def _list(fields: Fields, score: str) -> Scored | None:
     scores = fields.first_list(*_SCORES, "ranks", "rank")
     if "responses" in row and ("scores" in row or "rewards" in row):  # by these names, whatever they hold
         responses, scores = "responses", fields.first("scores", "rewards") or "scores"
-    if responses is None or scores is None:
+    elif responses is None or scores is None or "score_chosen" in row:
         return None
     numbers = fields.take_list(scores)
     if scores in ("ranks", "rank"):

@@ -155,7 +155,8 @@ def _open_table(path: str, split: str | None, name: str | None) -> Dataset:
         return next(iter(table.values()))
     if split not in table:
         what = f"no split {split!r}; it has" if split else "several splits,"
-        raise UserError(f"{path}: {what} {', '.join(table)}: name one (convert.py: --split; a recipe: dataset_splits)")
+        how = "convert.py: --split; a recipe: dataset_mixer and dataset_splits"
+        raise UserError(f"{path}: {what} {', '.join(table)}: name one ({how})")
     return table[split]
 
 
