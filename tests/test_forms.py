@@ -236,6 +236,7 @@ def test_a_record_with_calls_is_dropped_under_its_name(tmp_path):
 
 def test_nulls_of_a_table_are_as_if_absent():
     turn = USER[0] | {"tool_calls": None, "reasoning_content": None, "from": None, "value": None, "images": []}
+    turn["function_call"] = {"name": None, "arguments": {"of": None}}
     row = ROW | {"prompt": [turn], "tools": [], "system": None, "conversations": None, "chosen": None, "rejected": None}
     assert read(row) == GROUP
     assert read(ROW | {"tools": "[]", "system": ""}) == GROUP

@@ -101,7 +101,7 @@ def _list(fields: Fields, score: str) -> Scored | None:
     responses = fields.first_list(*_RESPONSES)
     scores = fields.first_list(*_SCORES, "ranks", "rank")
     if "responses" in row and ("scores" in row or "rewards" in row):  # by these names, whatever they hold
-        responses, scores = "responses", fields.first("scores", "rewards") or "scores"
+        responses, scores = "responses", "scores" if row.get("scores") is not None else "rewards"
     elif responses is None or scores is None or "score_chosen" in row:
         return None
     numbers = fields.take_list(scores)

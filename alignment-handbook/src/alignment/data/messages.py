@@ -48,9 +48,17 @@ _TEMPLATE_MARKS = (
 )  # fmt: skip
 
 
-def is_empty(value: Any) -> bool:
-    """Whether a column or key is as if it were absent: tables fill up with nulls and empty values."""
-    return value is None or (isinstance(value, str | list | dict) and not value)
+def is_empty(value: Any, depth: int = 3) -> bool:
+    """Whether a column or key is as if it were absent: tables fill up with nulls, and with objects of nulls.
+
+    Example:
+        >>> is_empty([{"id": None, "function": {"name": None}}]), is_empty([0])
+        (True, False)
+    """
+    if isinstance(value, list | dict):
+        items = value.values() if isinstance(value, dict) else value
+        return not value or (depth > 0 and all(is_empty(item, depth - 1) for item in items))
+    return value is None or value == ""
 
 
 def looks_rendered(text: str) -> bool:
@@ -66,8 +74,9 @@ def refuse(row: Row, reasons: Mapping[str, str], what: str) -> None:
         reasons: The rule of each such column or key.
         what: Name of the row or message, for the error.
     """
-    for name in filter(row.get, reasons):
-        if row[name] not in ("[]", "{}", "null", "None"):
+    for name in reasons:
+        value = row.get(name)
+        if not is_empty(value) and value is not False and value not in ("[]", "{}", "null", "None"):
             raise BadRow(reasons[name], f"{what} {name}, which is not read")
 
 
