@@ -53,7 +53,7 @@ def test_a_list_in_utf16(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "delimiter"),
-    [("rows.csv", ","), ("rows.csv", ";"), ("rows.csv", "\t"), ("rows.tsv", "\t"), ("rows.TSV.gz", "\t")],
+    [("rows.csv", ","), ("rows.csv", ";"), ("rows.csv", "|"), ("rows.tsv", "\t"), ("rows.TSV.gz", "\t")],
 )
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_tables_of_text_by_delimiter_and_encoding(tmp_path, name, delimiter, encoding):

@@ -49,6 +49,7 @@ def not_read_line(not_read: dict[str, dict[str, int]]) -> str | None:
     """One line that names them; None where everything was read."""
     names = []
     for kind, found in not_read.items():
+        shown = ", ".join(name or repr(name) for name in [*found][:_MOST_NAMES])
         more = f" and {len(found) - _MOST_NAMES} more" if len(found) > _MOST_NAMES else ""
-        names += [f"{kind.replace('_', ' ')} {', '.join([*found][:_MOST_NAMES])}{more}"] if found else []
+        names += [f"{kind.replace('_', ' ')} {shown}{more}"] if found else []
     return f"not read: {'; '.join(names)}" if names else None

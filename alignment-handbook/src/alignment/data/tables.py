@@ -4,11 +4,12 @@ import base64
 import datetime
 import decimal
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset, Json
+from datasets import ClassLabel, Dataset, Json, LargeList, List, Value
 
 from alignment.data.row import BadRow
 
@@ -22,14 +23,33 @@ def rows_of(table: Dataset, start: int, stop: int) -> Iterator[Any]:
     A class label becomes its name. Images and sounds are not decoded.
     """
     arrow = table.with_format("arrow")
+    others = {name: feature for name, feature in table.features.items() if not _is_plain(feature)}
     for at in range(start, stop, _BATCH):
         part = arrow[at : min(at + _BATCH, stop)]
-        for i in range(part.num_rows):
-            try:
-                row = part.slice(i, 1).to_pylist()[0]
-                yield {name: as_json(value, table.features[name]) for name, value in row.items()}
-            except (ValueError, OverflowError, RecursionError) as error:
-                yield BadRow("not_json", f"a value that cannot be read ({error})")
+        try:
+            rows: Iterator[Any] = iter(part.to_pylist())
+        except (ValueError, OverflowError):  # of one of them
+            rows = (_row(part.slice(i, 1)) for i in range(part.num_rows))
+        for row in rows:
+            if isinstance(row, dict):
+                row |= {name: as_json(row[name], feature) for name, feature in others.items()}
+            yield row
+
+
+def _row(part: Any) -> Any:
+    try:
+        return part.to_pylist()[0]
+    except (ValueError, OverflowError) as error:
+        return BadRow("not_json", f"a value that cannot be read ({error})")
+
+
+def _is_plain(feature: Any) -> bool:
+    """Whether all values of a type are JSON's already."""
+    if isinstance(feature, dict):
+        return all(map(_is_plain, feature.values()))
+    if isinstance(feature, List | LargeList):
+        return _is_plain(feature.feature)
+    return isinstance(feature, Value) and bool(re.fullmatch(r"(large_)?string|bool|u?int\d+|float(32|64)", feature.dtype))
 
 
 def as_json(value: Any, feature: Any = None) -> Any:

@@ -112,13 +112,13 @@ def read_csv(text: TextIO, tabs: bool, text_columns: Iterable[str] = ()) -> Iter
 
     Args:
         text: CSV with a header.
-        tabs: Whether the cells are parted by tabs. Else by the sign that is most often in the header: `,` `;` or a tab.
+        tabs: Whether the cells are parted by tabs. Else by what is most often in the header: `,` `;` `|` or a tab.
         text_columns: Columns that are text even where they begin like a list or an object, beside those of prompts and
             answers by their usual names.
     """
     header = text.readline()
     text.seek(0)
-    delimiter = "\t" if tabs else max(",;\t", key=re.sub(r'"[^"]*"', "", header).count)
+    delimiter = "\t" if tabs else max(",;\t|", key=re.sub(r'"[^"]*"', "", header).count)
     reader = csv.DictReader(text, delimiter=delimiter)
     for row in reader:
         if None in row:
