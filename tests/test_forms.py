@@ -118,6 +118,7 @@ def test_forms_with_scores(row, expected):
         ({"instruction": "Capital", "input": "of France?", "chosen": "Paris", "rejected": "Rome"},
          RANKED | {"prompt": [{"role": "user", "content": "Capital\nof France?"}]}),
         ({"instruction": ASKED, "input": "", "chosen": "Paris", "rejected": "Rome"}, RANKED),
+        ({"input": ASKED, "context": "Europe", "chosen": "Paris", "rejected": "Rome"}, RANKED),
         (
             {"instruction": "And Italy?", "input": "", "history": [[ASKED, "Paris"]], "chosen": "Rome",
              "rejected": "Oslo"},
@@ -309,7 +310,9 @@ def test_messages_that_were_written_as_text(write):
 
 
 @pytest.mark.parametrize("text", ['{"prime": 7}', "[3, 2, 1]", '[{"from": "Oslo", "value": 3}]', "{x}", "[]", '["a"]',
-                                  "Human: hi", '{"role": "king", "content": "x"}', "[{", "[{'role': 1}]"])  # fmt: skip
+                                  "Human: hi", '{"role": "king", "content": "x"}', "[{", "[{'role': 1}]",
+                                  '{"from": "agent", "value": 3}',
+                                  '[{"role": "user", "content": "x"}] What is this?'])  # fmt: skip
 def test_any_other_text_stays_text(text):
     row = {"prompt": text, "responses": [text, "b"], "scores": [1, 0]}
     assert read(row) == {"prompt": [{"role": "user", "content": text}], "responses": [text, "b"], "scores": [1.0, 0.0]}

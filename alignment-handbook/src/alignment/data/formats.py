@@ -12,7 +12,7 @@ from alignment.data.messages import messages_of, refuse
 from alignment.data.row import BadRow, Group, Messages, Row
 
 #: Columns that a prompt may be in; the first that has a value is taken.
-PROMPTS = ("prompt", "trajectory", "question", "instruction", "query", "context", "history", "input")
+PROMPTS = ("prompt", "trajectory", "question", "instruction", "query", "input", "context", "history")
 #: Columns of the turns before the answer.
 _CONVERSATIONS = ("conversations", "conversation", "messages")
 _SYSTEMS = ("system", "system_prompt", "system_message")

@@ -128,10 +128,11 @@ def written_messages(text: str) -> list[Any] | None:
         return None
     objects = as_objects(read_written(text))
     if not isinstance(objects, list) or not all(isinstance(item, dict) for item in objects):
-        if text.lstrip().startswith("["):
+        if text.lstrip().startswith("[") and not _begins_with_json(text):
             raise BadRow("bad_messages", "text that looks like messages and cannot be read; is it cut off?")
         return None
-    return objects if any(_has_known_role(item) for item in objects) else None
+    is_messages = all(isinstance(_first(item, _CONTENT_KEYS), str | list | None) for item in objects)
+    return objects if is_messages and any(_has_known_role(item) for item in objects) else None
 
 
 _SPELLINGS = "|".join(map(re.escape, [*_ROLE_OF, *_CALL_ROLES]))
@@ -140,25 +141,35 @@ _ROLE_IN_TEXT = re.compile(rf"""['"](?:role|from)['"]\s*:\s*\[?\s*['"]\s*(?:{_SP
 
 
 _STRING = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
-#: What numpy prints of a list of texts, and of one of numbers: without commas.
+#: What numpy prints of a list of texts, without commas, and of one of numbers, nan among them.
 _NUMPY_TEXTS = re.compile(rf"\[\s*{_STRING}(?:\s+{_STRING})+\s*\]", re.DOTALL)
-_NUMPY_NUMBERS = re.compile(r"\[\s*[-+\w.]+(?:\s+[-+\w.]+)+\s*\]")
+_NUMBER = r"[-+\w.]+"
+_NUMBERS = re.compile(rf"\[\s*{_NUMBER}(?:[\s,]+{_NUMBER})*\s*\]")
+
+
+def _begins_with_json(text: str) -> bool:
+    """Whether a text has whole JSON at its start, and goes on: it speaks of it, and is not cut off."""
+    try:
+        json.JSONDecoder().raw_decode(text.lstrip())
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def read_written(text: str) -> Any:
     """What a text says as JSON, or as Python and numpy print lists and dicts; None where it is none of these.
 
     Example:
-        >>> read_written("['a' 'b']"), read_written("[0.5 1. ]"), read_written("[{'role': 'user'}\\n {'role': 'x'}]")
-        (['a', 'b'], [0.5, 1.0], [{'role': 'user'}, {'role': 'x'}])
+        >>> read_written("['a' 'b']"), read_written("[0.5 nan]"), read_written("[{'role': 'user'}\\n {'role': 'x'}]")
+        (['a', 'b'], [0.5, None], [{'role': 'user'}, {'role': 'x'}])
     """
     text = text.strip()
     numpy = re.sub(r"\barray\((\[.*\])(?:,\s*dtype=object)?\)", r"\1", text, flags=re.DOTALL)
     numpy = re.sub(r"\}\s*\n\s*\{", "}, {", numpy)
     if _NUMPY_TEXTS.fullmatch(text):
         numpy = f"[{', '.join(re.findall(_STRING, text, re.DOTALL))}]"
-    elif _NUMPY_NUMBERS.fullmatch(text):
-        numpy = f"[{', '.join(text[1:-1].split())}]"
+    elif _NUMBERS.fullmatch(text):
+        numpy = f"[{', '.join(re.findall(_NUMBER, text))}]".replace("nan", "None")
     for parse, candidate in ((json.loads, text), (ast.literal_eval, numpy)):
         try:
             return parse(candidate)

@@ -49,7 +49,9 @@ def _is_plain(feature: Any) -> bool:
         return all(map(_is_plain, feature.values()))
     if isinstance(feature, List | LargeList):
         return _is_plain(feature.feature)
-    return isinstance(feature, Value) and bool(re.fullmatch(r"(large_)?string|bool|u?int\d+|float(32|64)", feature.dtype))
+    return isinstance(feature, Value) and bool(
+        re.fullmatch(r"(large_)?string|bool|u?int\d+|float(32|64)", feature.dtype)
+    )
 
 
 def as_json(value: Any, feature: Any = None) -> Any:
