@@ -212,7 +212,8 @@ class AtomicCheckpoints:
         """Writes weights and tokenizer, as upstream does for checkpoints and the run's output, for others to read."""
         set_stops(self.accelerator.unwrap_model(self.model), self.processing_class)
         super()._save(output_dir, state_dict)
-        make_portable(output_dir or self.args.output_dir)
+        if self.args.should_save:
+            make_portable(output_dir or self.args.output_dir)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         output_dir, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
