@@ -64,6 +64,17 @@ def test_columns_are_kept_for_a_reward_function_alone(rows, tmp_path):
     assert json.loads(rows["columns"][1]) == {"answer": 1, "extra": [1]}
 
 
+def test_of_rows_of_one_response_the_columns_that_agree_are_kept(tmp_path):
+    raw = [
+        {"prompt": f"Question {i}", "response": f"r{k}", "score": k, "gold": i, "annotator": k}
+        for i in range(2)
+        for k in range(2)
+    ]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in raw))
+    (kept,) = load_groups(DataConfig(train_file=str(tmp_path / "long.jsonl")), keep_columns=True)[0].values()
+    assert [json.loads(columns) for columns in kept["columns"]] == [{"gold": 0}, {"gold": 1}]
+
+
 def test_none_is_no_score(rows):
     scored = score(rows, lambda prompts, completions: [None, 1.0, None, None, 0.5, 0.5])
     assert [row["scores"] for row in scored] == [[None, 1.0], [None, None], [0.5, 0.5]]

@@ -1,6 +1,7 @@
 """Gives the columns of a row the names that forms are recognised by: the recipe's key `columns`."""
 
 import difflib
+import json
 import re
 from typing import Any
 
@@ -12,6 +13,11 @@ TARGETS = (
     "prompt", "system", "responses", "scores", "chosen", "rejected", "score_chosen", "score_rejected",
     "prompt_id", "response", "score", "completion", "label",
 )  # fmt: skip
+
+#: Columns that the group is made of, which are not handed to a reward function.
+_OF_GROUP = re.compile(
+    r"prompts?|responses?|scores?|rewards?|score_parts|completions?|label|chosen|rejected|(score_)?A\d+"
+)
 
 
 def check(columns: Any) -> None:
@@ -162,3 +168,21 @@ def _has_word(name: Any, words: tuple[str, ...]) -> bool:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def other_columns(row: Row) -> str:
+    """The columns of a raw row that a reward function is given by name, as a JSON object; "" for none."""
+    names = [name for name in row if not _OF_GROUP.fullmatch(str(name))]
+    return json.dumps({name: row[name] for name in names}, default=str) if names else ""
+
+
+def common_columns(texts: list[str]) -> str:
+    """Of the `other_columns` of several rows those that say the same in all, as a JSON object; "" for none.
+
+    Example:
+        >>> common_columns(['{"gold": 7, "annotator": "a"}', '{"gold": 7, "annotator": "b"}'])
+        '{"gold": 7}'
+    """
+    first, *rest = [json.loads(text) if text else {} for text in texts]
+    common = {name: value for name, value in first.items() if all(name in r and r[name] == value for r in rest)}
+    return json.dumps(common) if common else ""

@@ -9,7 +9,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from functools import partial
@@ -22,11 +21,11 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from tqdm.auto import tqdm
 
-from alignment.data.columns import rename, text_columns
+from alignment.data.columns import common_columns, other_columns, rename, text_columns
 from alignment.data.formats import as_record, unwrap
 from alignment.data.groups import GroupReader, RowConfig
 from alignment.data.records import RECORD_FEATURES, cut_groups, gather, record_of
-from alignment.data.row import BadRow, FailedRow, Row, named, prompt_hash, storable
+from alignment.data.row import BadRow, FailedRow, named, prompt_hash, storable
 from alignment.data.sources import Piece, open_source, read_piece
 from alignment.errors import UserError
 from trl_nca.code_hash import code_hash
@@ -47,8 +46,6 @@ GROUP_FEATURES = Features(
         "noted": List(Value("string")),  # what the report says of the row, see `Group`; none for pairs but the first
     }
 )
-#: Columns that the group is made of, which are not handed to a reward function.
-_OF_GROUP = re.compile(r"prompts?|responses|scores|rewards|score_parts|completions|chosen|rejected|(score_)?A\d+")
 
 
 def load_source(
@@ -86,6 +83,7 @@ def load_source(
     }
     pieces = open_source(path, split, name)
     how = {name: settings["config"][name] for name in ("columns", "score", "drop_sources")}
+    how["keep_columns"] = keep_columns
     in_parallel = partial(_in_parallel, desc=f"Reading {path}", num_proc=num_proc)
     if _has_records(pieces, how):
         records = in_parallel([partial(_build_records, piece, how, settings["code"]) for piece in pieces])
@@ -123,7 +121,7 @@ def _groups_of(piece: Piece, settings: dict[str, Any]) -> Iterator[dict[str, Any
         row, others, found = unwrap(row), "", []
         if isinstance(row, dict):
             try:
-                others = _other_columns(row) if settings["keep_columns"] else ""
+                others = other_columns(row) if settings["keep_columns"] else ""
                 row, found = rename(row, columns)
             except RecursionError:
                 row = BadRow("not_json", "nested too deep")
@@ -159,18 +157,12 @@ def _gathered_of(
             except BadRow as bad:
                 row = bad
         noted = list(dict.fromkeys(note for notes in found["noted"] for note in notes))
-        yield from _outcome(read, row, found["location"][0], len(group), noted)
+        yield from _outcome(read, row, found["location"][0], len(group), noted, common_columns(found["columns"]))
 
 
 def _reader(settings: dict[str, Any]) -> GroupReader:
     config, *rest = (settings[name] for name in ("config", "pairs", "unscored_pairs", "control_tokens"))
     return GroupReader(RowConfig(**config), *rest)
-
-
-def _other_columns(row: Row) -> str:
-    """The columns of a raw row that a reward function is given by name, as a JSON object; "" for none."""
-    names = [name for name in row if not _OF_GROUP.fullmatch(str(name))]
-    return json.dumps({name: row[name] for name in names}, default=str) if names else ""
 
 
 def _outcome(

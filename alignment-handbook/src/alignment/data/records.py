@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from datasets import Features, List, Value
 
-from alignment.data.columns import rename
+from alignment.data.columns import other_columns, rename
 from alignment.data.formats import as_record, unwrap
 from alignment.data.row import BadRow, Row, named, prompt_hash, storable
 
@@ -20,6 +20,7 @@ RECORD_FEATURES = Features(
         "dropped": Value("string"),
         "location": Value("string"),
         "noted": List(Value("string")),
+        "columns": Value("string"),  # the row's other columns, as a JSON object, where they are kept
     }
 )
 #: Groups of records in a piece.
@@ -27,7 +28,12 @@ _PIECE_GROUPS = 10_000
 
 
 def record_of(
-    row: Any, location: str, columns: dict[str, Any] | None, score: str, drop_sources: list[str] | None
+    row: Any,
+    location: str,
+    columns: dict[str, Any] | None,
+    score: str,
+    drop_sources: list[str] | None,
+    keep_columns: bool = False,
 ) -> dict[str, Any]:
     """A row of `RECORD_FEATURES` of a raw row, or of the `BadRow` that reading it gave.
 
@@ -35,11 +41,14 @@ def record_of(
         row: The row.
         location: Its place, as a user would name it.
         columns, score, drop_sources: See `groups.RowConfig`.
+        keep_columns: Keep the row's other columns.
     """
     found: list[str] = []
+    others = ""
     try:
         if isinstance(row, BadRow):
             raise row
+        others = other_columns(unwrap(row)) if keep_columns and isinstance(row, dict) else ""
         renamed, found = rename(unwrap(row), columns) if isinstance(row, dict) else ({}, [])
         if renamed.get("source") in (drop_sources or []):
             raise BadRow("dropped_source", str(renamed["source"]))
@@ -53,7 +62,8 @@ def record_of(
         # A key of its own: it belongs to no other line.
         key = -1 - prompt_hash([{"location": location}])
         outcome = {"key": key, "record": storable(bad.detail), "dropped": bad.reason, "noted": []}
-    return outcome | {"location": location, "noted": [*map(storable, outcome["noted"]), *named(found)]}
+    noted = [*map(storable, outcome["noted"]), *named(found)]
+    return outcome | {"location": location, "noted": noted, "columns": others}
 
 
 def record_key(record: Row) -> int:

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from alignment.data.row import Messages
 from alignment.errors import UserError
+from alignment.input_limits import check_input, input_limits
 from trl_nca.rendering import RefusedRow
 from trl_nca.responses import ResponseTokenizer
 from trl_nca.stops import stop_tokens
@@ -105,7 +106,13 @@ def sample_batch(
 
     Returns:
         S samples for each of the B prompts.
+
+    Raises:
+        UserError: The model cannot read a prompt, or has no positions for its samples.
     """
+    limits = input_limits(model)
+    for ids in prompt_ids:
+        check_input(limits, ids, config.max_new_tokens, f"a prompt for {model.name_or_path}", "lower --max_new_tokens")
     settings = generation_settings(model, tokenizer, config)
     devices = [model.device] if model.device.type == "cuda" else []
     was_training = model.training
