@@ -83,10 +83,10 @@ def shared_prompt_attention(
     if same_size and query.device.type == "cpu" and not dropout and within_window:
         heads_per_key = query.shape[1] // key.shape[1]
         key, value = repeat_kv(key, heads_per_key), repeat_kv(value, heads_per_key)
-        out = _TwoPartAttention.apply(query, key, value, scaling, group_layout)
+        out = _TwoPartAttention.apply(query, key, value, scaling, group_layout).transpose(1, 2)
     else:
         out = _attend_by_parts(query, key, value, dropout, scaling, window, group_layout)
-    return out.transpose(1, 2).contiguous(), None
+    return out.contiguous(), None
 
 
 def shared_prompt_mask(
@@ -216,7 +216,7 @@ def _attend_by_parts(
     sliding_window: int | None,
     group_layout: GroupLayout,
 ) -> Tensor:
-    """One context or response after the other, on any device and in any precision. Shape (1, H, T, D)."""
+    """One context or response after the other, on any device and in any precision. Shape (1, T, H, D)."""
     heads_per_key = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, heads_per_key), repeat_kv(value, heads_per_key)
 
@@ -237,7 +237,7 @@ def _attend_by_parts(
         for _ in responses:
             q, k, v = next(parts)
             outputs.append(attend(q, torch.cat([context_key, k], dim=2), torch.cat([context_value, v], dim=2)))
-    return torch.cat(outputs, dim=2)  # (1, H, T, D)
+    return torch.cat(outputs, dim=2).transpose(1, 2)  # (1, T, H, D)
 
 
 def _causal_mask(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor | None:
