@@ -9,6 +9,7 @@ from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, VBLoRAConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
+from benchmarks.systems import mistral_config, random_mistral_4bit
 from nca_trainer import NCAConfig, NCATrainer
 from tests.tiny import rows_of, tiny_config, tiny_tokenizer
 from tests.trainers import DEFAULTS, logged
@@ -108,13 +109,16 @@ def test_it_has_neither_dropout_nor_noise(tmp_path, is_lora):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("precompute", [False, True])
-@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("kind", ["full", "lora", "qlora"])
 def test_policy_and_reference_are_under_the_same_autocast(tmp_path, monkeypatch, kind, precompute, precision):
+    if (kind, precision) == ("qlora", "fp16"):
+        pytest.skip("bitsandbytes has no float16 on a CPU")
     if precision == "fp16":  # whose scaler wants a GPU; the forwards are what is looked at
         monkeypatch.setattr("accelerate.Accelerator.autocast", lambda self: torch.autocast("cpu", torch.float16))
-    other = {"peft_config": lora()} if kind == "lora" else {"ref_model": llama()}
+    other = {"ref_model": llama()} if kind == "full" else {"peft_config": lora()}
+    model = random_mistral_4bit(mistral_config(tiny=True), "cpu") if kind == "qlora" else llama()
     settings = {"precompute_ref_log_probs": precompute, "ref_logps_dir": str(tmp_path)}
-    trainer = make_trainer(tmp_path, eval_strategy="no", bf16=precision == "bf16", **other, **settings)
+    trainer = make_trainer(tmp_path, model, eval_strategy="no", bf16=precision == "bf16", **other, **settings)
     seen = {}
     models = {"policy": trainer.model} | ({"ref": trainer.ref_model} if trainer.ref_model is not None else {})
     for name, model in models.items():

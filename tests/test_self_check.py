@@ -21,6 +21,8 @@ from transformers import (
     BertLMHeadModel,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    DogeConfig,
+    DogeForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GptOssConfig,
@@ -84,6 +86,7 @@ FAMILIES = {
         lambda: Qwen2MoeForCausalLM(Qwen2MoeConfig(**_PLAIN, **_EXPERTS, num_key_value_heads=2, use_sliding_window=True,
                                     sliding_window=6, layer_types=["full_attention", "sliding_attention"])), True),
     "layers that hand no arguments on": (lambda: NemotronForCausalLM(NemotronConfig(**SIZES)), False),
+    "a mask of its own": (lambda: DogeForCausalLM(DogeConfig(**SIZES)), False),
     "attention sinks": (
         lambda: GptOssForCausalLM(GptOssConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)), False),
     "capped scores": (lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, attn_logit_softcapping=2.0)), False),
@@ -191,12 +194,20 @@ def test_attention_is_judged_by_what_it_is_handed(attention, monkeypatch):
         prepare([model], "true")
 
 
+def test_a_mask_of_its_own_is_seen_in_any_precision():
+    """In 16 bits what it changes is less than what rounding makes."""
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match="DogeAttention makes a mask of its own"):
+        prepare([DogeForCausalLM(DogeConfig(**SIZES)).bfloat16()], "true")
+
+
 def test_a_model_that_is_not_causal_is_refused():
     model = BertLMHeadModel(BertConfig(**_BERT | {"is_decoder": False}))
     with pytest.raises(ValueError, match="BertLMHeadModel cannot be trained on: .*not causal"):
         prepare([model])
 
 
+@pytest.mark.filterwarnings("ignore:Prompts are not shared")
 def test_a_model_that_is_wrong_in_padded_rows_too_is_refused():
     class Odd(LlamaForCausalLM):
         """Its decoder's hidden states are not all that its head sees."""

@@ -72,6 +72,8 @@ def shared_prompt_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    if key.shape[2] > 1 and not _is_packed(attention_mask, key):
+        raise CannotShare(f"{type(module).__name__} makes a mask of its own")
     if unknown := [name for name, given in kwargs.items() if name not in _IGNORED and _says_something(given)]:
         raise CannotShare(f"{type(module).__name__} scores by {', '.join(unknown)} too")
     window = _window(attention_mask, key)
