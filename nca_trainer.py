@@ -90,8 +90,8 @@ class NCATrainer(AtomicCheckpoints, DPOTrainer):
         keep_4bit_weights(self.model)
         if not self.is_fsdp_enabled:  # which shards the adapter with the base, in one type
             cast_adapter_to_float32(self.model)
-        self._adapter_reference  # noqa: B018
-        if not self._is_sharded:  # which puts the models together later
+        self._adapter_reference  # noqa: B018  now: the weights are those that training starts from
+        if not self._is_sharded:  # else at the first batch, when the models are put together
             self._shared_prompt  # noqa: B018
         self.step_metrics = StepMetrics(self)
         self.nonfinite, self.preemption = SkipNonFiniteSteps(self), StopOnSigterm(self)

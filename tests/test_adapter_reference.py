@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, VBLoRAConfig, get_peft_model
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
 from benchmarks.systems import mistral_config, random_mistral_4bit
 from nca_trainer import NCAConfig, NCATrainer
@@ -131,6 +131,17 @@ def test_policy_and_reference_are_under_the_same_autocast(tmp_path, monkeypatch,
     dtype = torch.bfloat16 if precision == "bf16" else torch.float16
     assert {dtype} == {found for kinds in seen.values() for _, found in kinds}
     assert {True, False} <= {training for training, _ in seen["policy"]}
+    assert logged(trainer, "rewards/rank_0")[0] == 0
+
+
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")
+def test_in_8_bits_it_is_rounded_as_the_policy_is(tmp_path):
+    """bitsandbytes computes otherwise in a layer that does not train."""
+    llama().save_pretrained(tmp_path / "model")
+    quantization = BitsAndBytesConfig(load_in_8bit=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", quantization_config=quantization)
+    trainer = make_trainer(tmp_path, model, peft_config=lora())
+    trainer.train()
     assert logged(trainer, "rewards/rank_0")[0] == 0
 
 
