@@ -23,6 +23,8 @@ from transformers import (
     DeepseekV3ForCausalLM,
     DogeConfig,
     DogeForCausalLM,
+    FalconH1Config,
+    FalconH1ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GptOssConfig,
@@ -86,6 +88,9 @@ FAMILIES = {
         lambda: Qwen2MoeForCausalLM(Qwen2MoeConfig(**_PLAIN, **_EXPERTS, num_key_value_heads=2, use_sliding_window=True,
                                     sliding_window=6, layer_types=["full_attention", "sliding_attention"])), True),
     "layers that hand no arguments on": (lambda: NemotronForCausalLM(NemotronConfig(**SIZES)), False),
+    "a head that reads of its decoder": (
+        lambda: FalconH1ForCausalLM(FalconH1Config(**SIZES, lm_head_multiplier=0.5, mamba_d_ssm=32, mamba_n_heads=4,
+                                    mamba_d_head=8, mamba_n_groups=1, mamba_d_state=8, mamba_chunk_size=8)), False),
     "a mask of its own": (lambda: DogeForCausalLM(DogeConfig(**SIZES)), False),
     "attention sinks": (
         lambda: GptOssForCausalLM(GptOssConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)), False),

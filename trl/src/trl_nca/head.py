@@ -103,7 +103,7 @@ def _project(model: nn.Module, decoder: str, hidden: Tensor) -> Tensor:
     So whatever it does to them is done: dense layers and norms before the projection, scales and caps behind it.
     """
     whole = model._modules[decoder]
-    model._modules[decoder] = _HiddenStates(hidden[None])
+    model._modules[decoder] = _HiddenStates(hidden[None], whole)
     try:
         ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
         return type(model).forward(model, input_ids=ids).logits[0]
@@ -114,9 +114,13 @@ def _project(model: nn.Module, decoder: str, hidden: Tensor) -> Tensor:
 class _HiddenStates(nn.Module):
     """Stands in for a decoder, or for the model around one, whose hidden states are known."""
 
-    def __init__(self, hidden: Tensor):
+    def __init__(self, hidden: Tensor, whole: nn.Module):
         super().__init__()
         self.hidden = hidden
+        self.__dict__["_whole"] = whole  # not a child of this one
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_whole"], name)  # Falcon-H1's head reads a factor there
 
     @property
     def decoder(self) -> "_HiddenStates":
