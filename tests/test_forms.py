@@ -221,6 +221,7 @@ def test_pairs_that_part_at_an_earlier_turn():
         (ROW | {"prompt": [{"role": "critic", "content": ASKED}]}, "bad_messages: the prompt has the role 'critic'"),
         (ROW | {"prompt": [{"role": "user", "content": None}]}, "bad_messages"),
         (ROW | {"system": ["no", "text"]}, "bad_messages: the system column"),
+        (ROW | {"system": [{"role": "user", "content": "Be brief."}]}, "bad_messages: the system column"),
     ],
 )  # fmt: skip
 def test_what_would_be_lost_drops_the_row_under_a_name(row, rule):
@@ -247,6 +248,8 @@ def test_nulls_of_a_table_are_as_if_absent():
     ("columns", "prompt"),
     [
         ({"system": SYSTEM["content"]}, [SYSTEM, *USER]),
+        ({"system": [SYSTEM]}, [SYSTEM, *USER]),
+        ({"system": SYSTEM}, [SYSTEM, *USER]),
         ({"system_prompt": SYSTEM["content"]}, [SYSTEM, *USER]),
         ({"system": SYSTEM["content"], "prompt": [SYSTEM, *USER]}, [SYSTEM, *USER]),  # twice the same
         ({"prompt": [SYSTEM, *USER], "chosen": USER + said("Paris"), "rejected": USER + said("Rome")}, [SYSTEM, *USER]),

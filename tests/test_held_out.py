@@ -20,9 +20,9 @@ SAMPLES = [["one", "two words"], ["three", "four"], ["five", "six"]]
 
 @pytest.fixture
 def rows(tmp_path):
-    """Held-out rows as texts, with a column `answer` and one that no function asks for."""
+    """Held-out rows as texts, with a column `answer`, and one that is the score in another form of row."""
     raw = [
-        {"prompt": f"Question {i}", "responses": ["a", "b"], "scores": [0, 1], "answer": i, "extra": [i]}
+        {"prompt": f"Question {i}", "responses": ["a", "b"], "scores": [0, 1], "answer": i, "label": [i]}
         for i in range(3)
     ]
     (tmp_path / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in raw))
@@ -52,7 +52,7 @@ def test_other_columns_are_handed_over_by_name(rows):
         return [float(value) for value in answer]
 
     score(rows, takes_all)
-    assert seen == {"answer": [0, 0, 1, 1, 2, 2], "extra": [[0], [0], [1], [1], [2], [2]]}
+    assert seen == {"answer": [0, 0, 1, 1, 2, 2], "label": [[0], [0], [1], [1], [2], [2]]}
     assert [row["scores"] for row in score(rows, takes_answers)] == [[0, 0], [1, 1], [2, 2]]
     assert [row["scores"] for row in score(rows, lambda prompts, completions: [1] * len(prompts))] == [[1, 1]] * 3
     assert [row["samples"] for row in score(rows, takes_answers, max_eval_prompts=2)] == SAMPLES[:2]
@@ -61,7 +61,7 @@ def test_other_columns_are_handed_over_by_name(rows):
 def test_columns_are_kept_for_a_reward_function_alone(rows, tmp_path):
     (plain,) = load_groups(DataConfig(train_file=str(tmp_path / "eval.jsonl")))[0].values()
     assert set(plain["columns"][:]) == {""}
-    assert json.loads(rows["columns"][1]) == {"answer": 1, "extra": [1]}
+    assert json.loads(rows["columns"][1]) == {"answer": 1, "label": [1]}
 
 
 def test_of_rows_of_one_response_the_columns_that_agree_are_kept(tmp_path):

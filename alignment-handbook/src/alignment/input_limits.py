@@ -47,7 +47,7 @@ def input_limits(model: PreTrainedModel) -> InputLimits:
     """What a model can read; beyond it there is an index out of range, which on a GPU ends the process unexplained."""
     try:
         weight = getattr(model.get_input_embeddings(), "weight", None)
-    except NotImplementedError:
+    except NotImplementedError:  # by what a family says that has them in no one place
         weight = None
     return InputLimits(None if weight is None else len(weight), position_table(model))
 

@@ -15,9 +15,7 @@ TARGETS = (
 )  # fmt: skip
 
 #: Columns that the group is made of, which are not handed to a reward function.
-_OF_GROUP = re.compile(
-    r"prompts?|responses?|scores?|rewards?|score_parts|completions?|label|chosen|rejected|(score_)?A\d+"
-)
+_OF_GROUP = re.compile(r"prompts?|responses|scores|rewards|score_parts|completions|chosen|rejected|(score_)?A\d+")
 
 
 def check(columns: Any) -> None:

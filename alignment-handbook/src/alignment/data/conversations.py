@@ -90,15 +90,18 @@ def join(prompt: Messages | None, system: Any, shared: Messages | None) -> Messa
 
 
 def with_system(turns: Messages, system: Any) -> Messages:
-    """Turns behind a system turn that has a column of its own.
+    """Turns behind a system turn that has a column of its own, as text or as one message.
 
     Raises:
-        BadRow: It is no text, or the turns begin with another system turn.
+        BadRow: It is neither, or the turns begin with another system turn.
     """
     if system is None:
         return turns
     if not isinstance(system, str):
-        raise BadRow("bad_messages", "the system column is no text")
+        messages = messages_of(system, "the system column")
+        if [message["role"] for message in messages] != ["system"]:
+            raise BadRow("bad_messages", "the system column is neither text nor one message of the system's")
+        system = messages[0]["content"]
     if not system.strip():
         return turns
     if not turns or turns[0]["role"] != "system":
