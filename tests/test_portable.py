@@ -78,3 +78,14 @@ def test_runs_and_checkpoints_are_saved_for_others(tmp_path, lora):
             assert GenerationConfig.from_pretrained(folder).eos_token_id == [0, 2]
             assert json.loads((folder / "config.json").read_text())["rope_theta"] == 10_000.0
             LlamaForCausalLM.from_pretrained(folder)
+
+
+def test_a_process_that_saves_nothing_rewrites_nothing(tmp_path, monkeypatch):
+    """Others write while it would read."""
+    trainer = make_trainer(tmp_path / "run", reward_rows(2))
+    seen = []
+    monkeypatch.setattr("trl_nca.checkpoints.make_portable", seen.append)
+    trainer.save_model(str(tmp_path / "a"))
+    monkeypatch.setattr(type(trainer.args), "should_save", False)
+    trainer.save_model(str(tmp_path / "b"))
+    assert seen == [str(tmp_path / "a")]
