@@ -31,17 +31,19 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.bench import draw_rows, measure, stepper, table
+from benchmarks.bench import draw_rows, table
+from benchmarks.measure import Memory, measure, stepper
 from benchmarks.padded import padded_logps
+from benchmarks.rows import MODEL, Case
 from benchmarks.systems import (
+    BEST,
+    CACHED,
     LORA,
     MISTRAL_4BIT,
     MISTRAL_BF16,
-    MODEL,
     SYSTEMS,
     TINY,
-    Case,
-    Memory,
+    UPSTREAM_BEST,
     load_model,
     mistral_config,
     random_mistral,
@@ -115,9 +117,14 @@ def _differences(exact: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str
     }
 
 
-def speed(case: Case, model: str) -> Callable[[bool, str], dict[str, Any]]:
-    """A part: systems side by side."""
-    return lambda tiny, device: measure(sized(case, tiny), 2 if tiny else 5, model + TINY * tiny, device)
+def speed(case: Case, model: str, *systems: str) -> Callable[[bool, str], dict[str, Any]]:
+    """A part: systems on the same rows."""
+
+    def part(tiny: bool, device: str) -> dict[str, Any]:
+        run = sized(replace(case, systems=systems), tiny)
+        return measure(run, draw_rows(run, (2 if tiny else 5) * run.prompts), model + TINY * tiny, device)
+
+    return part
 
 
 def by_k(tiny: bool, device: str) -> list[dict[str, Any]]:
@@ -181,7 +188,9 @@ def planned(tiny: bool, device: str) -> list[dict[str, Any]]:
     """What `--plan` says of QLoRA's and LoRA's step against the peak of what torch gave out, model included."""
     found = []
     # Not paged: what bitsandbytes pages is not memory that torch gives out.
-    for case, model in ((sized(replace(QLORA, paged=False), tiny), MISTRAL_4BIT), (sized(LORA4, tiny), MISTRAL_BF16)):
+    whole = replace(LORA4, name=f"{LORA4.name}, no checkpointing", checkpointing=False)
+    for case, model in ((replace(QLORA, paged=False), MISTRAL_4BIT), (LORA4, MISTRAL_BF16), (whole, MISTRAL_BF16)):
+        case = sized(case, tiny)
         parts = plan(case, model, tiny, device)
         rows = draw_rows(case, case.prompts)
         before = Memory(device).base
@@ -217,9 +226,9 @@ def job(tiny: bool, device: str) -> dict[str, Any]:
 
 PARTS: dict[str, Callable[[bool, str], Any]] = {
     "equality": equality,
-    "lora": speed(LORA4, MISTRAL_BF16),
-    "qlora": speed(QLORA, MISTRAL_4BIT),
-    "pairs": speed(PAIRS, MISTRAL_BF16),
+    "lora": speed(LORA4, MISTRAL_BF16, "padded", CACHED, BEST, OURS),
+    "qlora": speed(QLORA, MISTRAL_4BIT, "padded", CACHED, OURS),
+    "pairs": speed(PAIRS, MISTRAL_BF16, "padded", UPSTREAM_BEST, f"{BEST}, reference cached", BEST),
     "by_k": by_k,
     "planned": planned,
     "profile": profiled,

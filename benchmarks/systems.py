@@ -1,24 +1,21 @@
 """What is compared: each system does the same optimizer step on the same rows, its own way."""
 
-import functools
-import importlib.util
-import json
 import os
-import resource
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
+from transformers import AutoModelForCausalLM, MistralConfig
 from trl import DPOConfig, DPOTrainer
 
 from benchmarks.padded import padded_loss
-from benchmarks.tiny import tiny_tokenizer
+from benchmarks.rows import Case, tiny_row, tokenizer
 from nca_trainer import NCAConfig, NCATrainer
 
 LORA = LoraConfig(
@@ -31,34 +28,60 @@ LORA = LoraConfig(
 BETA, ALPHA = 0.01, 0.1
 
 
-@dataclass
-class Case:
-    """A kind of rows, and how they are run."""
+@dataclass(frozen=True)
+class Setting:
+    """What a system is given, beside the rows.
 
-    name: str
-    num_responses: int
-    prompt_tokens: int  # mean
-    response_tokens: int  # mean
-    ragged: bool = True
-    prompts: int = 1  # of an optimizer step, in micro-batches of one
-    precision: str = "fp32"
-    checkpointing: bool = False
-    max_tokens: int | None = None  # of a forward, where a system can bound it
-    max_length: int | None = None  # of prompt and response
-    vocabulary: int = 32000  # ids are drawn from
-    text: bool = False  # pieces of the embedded data's text, in place of random ids
-    paged: bool = False  # AdamW whose state moves out of a GPU that is full
-    systems: tuple[str, ...] = ("padded", "ours, reference cached", "ours")
+    Args:
+        checkpointing: Whether layers are run again in the backward pass.
+        at_once: Prompts of a micro-batch.
+    """
+
+    checkpointing: bool
+    at_once: int
+
+    def __str__(self) -> str:
+        return f"{'' if self.checkpointing else 'no '}checkpointing, {self.at_once} at once"
 
 
 class System(ABC):
-    """A model behind fresh LoRA, `model`, and a way to get its gradient, `backward`."""
+    """A model behind fresh LoRA, `model`, and a way to get its gradient, `backward`.
+
+    Args:
+        base: The model to adapt.
+        case: How it is run.
+        device: Where it is.
+        settings: Those to choose from; it is made with the first.
+    """
 
     model: PeftModel
+
+    def __init__(self, base: nn.Module, case: Case, device: str, settings: Callable[[Case], list[Setting]]):
+        self.case, self.device = case, device
+        self.settings = settings(case)
+        self.model = self.adapt(base)
+        self.use(self.settings[0])
+
+    @abstractmethod
+    def adapt(self, base: nn.Module) -> PeftModel:
+        """The model behind LoRA, ready to be trained."""
+
+    def use(self, setting: Setting) -> None:
+        """Runs the steps to come with this setting."""
+        self.setting, base = setting, self.model.get_base_model()
+        base.activation_checkpointing_disable()
+        base.disable_input_require_grads()
+        if setting.checkpointing:
+            base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+            base.enable_input_require_grads()
 
     def ready(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """What is done before the clock starts."""
         return rows
+
+    def batches(self, rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+        """The micro-batches of a step."""
+        return [rows[at : at + self.setting.at_once] for at in range(0, len(rows), self.setting.at_once)]
 
     @abstractmethod
     def backward(self, rows: list[dict[str, Any]]) -> None:
@@ -68,12 +91,11 @@ class System(ABC):
 class Padded(System):
     """(a) The 2024 way: micro-batches of one prompt, the reference run at every step."""
 
-    def __init__(self, base: nn.Module, case: Case, device: str):
-        self.model = get_peft_model(base, LORA).train()
-        self.case, self.device = case, device
+    def adapt(self, base: nn.Module) -> PeftModel:
+        return get_peft_model(base, LORA).train()
 
     def backward(self, rows: list[dict[str, Any]]) -> None:
-        for row in rows:
+        for (row,) in self.batches(rows):
             with torch.autocast(self.device, torch.bfloat16, enabled=self.case.precision == "bf16"):
                 loss = padded_loss(self.model, row, BETA, ALPHA, self.device)
             (loss / len(rows)).backward()
@@ -82,30 +104,27 @@ class Padded(System):
 class Ours(System):
     """(c) This project's trainer."""
 
-    def __init__(self, base: nn.Module, case: Case, device: str):
-        self.trainer = self._trainer(base, case, device)
+    def adapt(self, base: nn.Module) -> PeftModel:
+        self.trainer = self._trainer(base)
         # What `train` does: without it the policy runs outside autocast.
-        self.trainer.current_gradient_accumulation_steps = 1
-        self.model = self.trainer.accelerator.prepare_model(self.trainer.model)
+        return self.trainer.accelerator.prepare_model(self.trainer.model)
 
-    def _trainer(self, base: nn.Module, case: Case, device: str) -> DPOTrainer:
+    def _trainer(self, base: nn.Module) -> DPOTrainer:
         args = NCAConfig(
-            **_settings(case, device),
-            max_tokens_per_forward=case.max_tokens,
+            **_settings(self.case, self.device),
+            max_tokens_per_forward=self.case.max_tokens,
             shared_prompt="true",
             loss_type="NCA",
             beta=BETA,
             alpha=ALPHA,
         )
-        rows = Dataset.from_list([tiny_row(case)])
-        return NCATrainer(base, args=args, train_dataset=rows, processing_class=_tokenizer(), peft_config=LORA)
-
-    def batches(self, rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-        return [[row] for row in rows]
+        rows = Dataset.from_list([tiny_row(self.case)])
+        return NCATrainer(base, args=args, train_dataset=rows, processing_class=tokenizer(), peft_config=LORA)
 
     def backward(self, rows: list[dict[str, Any]]) -> None:
-        trainer = self.trainer
-        for batch in self.batches(rows):
+        trainer, batches = self.trainer, self.batches(rows)
+        trainer.current_gradient_accumulation_steps = len(batches)  # upstream divides by it
+        for batch in batches:
             inputs = trainer._prepare_inputs(trainer.data_collator(batch))
             trainer.training_step(trainer.model, inputs, torch.tensor(len(rows)))
         self.gather_metrics()
@@ -125,65 +144,57 @@ class OursCached(Ours):
         return [row | {"ref_logps": logps[i][: len(row["scores"])]} for i, row in enumerate(rows)]
 
 
-class OursTogether(Ours):
-    """(c) with the prompts of a step in one micro-batch, as upstream's pairs are."""
+class Upstream(Ours):
+    """(b) `trl.DPOTrainer`, with the loss that upstream calls nca_pair. Its own LM head, SDPA over padded rows."""
 
-    def batches(self, rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-        return [rows]
-
-
-class Upstream(OursTogether):
-    """(b) `trl.DPOTrainer`, with the loss that upstream calls nca_pair."""
-
-    def _trainer(self, base: nn.Module, case: Case, device: str) -> DPOTrainer:
-        args = DPOConfig(**_settings(case, device), loss_type=["nca_pair"], beta=BETA)
+    def _trainer(self, base: nn.Module) -> DPOTrainer:
+        args = DPOConfig(**_settings(self.case, self.device), loss_type=["nca_pair"], beta=BETA)
         rows = Dataset.from_list([{"prompt": "to", "chosen": " begin", "rejected": " with"}])
-        return DPOTrainer(base, args=args, train_dataset=rows, processing_class=_tokenizer(), peft_config=LORA)
+        return DPOTrainer(base, args=args, train_dataset=rows, processing_class=tokenizer(), peft_config=LORA)
 
     def batches(self, rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-        return [[_as_pair(row) for row in rows]]
+        return [[_as_pair(row) for row in batch] for batch in super().batches(rows)]
 
     def gather_metrics(self) -> None:
         """Nothing: upstream gathers in each micro-batch."""
 
 
-SYSTEMS = {
-    "padded": Padded,
-    "upstream": Upstream,
-    "ours": Ours,
-    "ours, reference cached": OursCached,
-    "ours on pairs": OursTogether,
-    "ours, one micro-batch": OursTogether,
+def _one_by_one(case: Case) -> list[Setting]:
+    return [Setting(case.checkpointing, 1)]
+
+
+def _together(case: Case) -> list[Setting]:
+    """All prompts of a step in one micro-batch."""
+    return [Setting(case.checkpointing, case.prompts)]
+
+
+def _recomputed_or_not(case: Case) -> list[Setting]:
+    return [Setting(checkpointing, case.prompts) for checkpointing in (True, False)]
+
+
+def _any(case: Case) -> list[Setting]:
+    """With checkpointing and without, the step in one micro-batch, in two, in four."""
+    sizes = [case.prompts // parts for parts in (1, 2, 4) if case.prompts % parts == 0]
+    return [Setting(checkpointing, size) for checkpointing in (True, False) for size in sizes]
+
+
+BEST, UPSTREAM_BEST = "ours at its best", "upstream at its best"
+CACHED = "ours, one micro-batch, reference cached"
+#: A system by its name, to be made with (base, case, device).
+SYSTEMS: dict[str, Callable[[nn.Module, Case, str], System]] = {
+    "padded": partial(Padded, settings=_one_by_one),
+    "upstream": partial(Upstream, settings=_together),
+    UPSTREAM_BEST: partial(Upstream, settings=_any),
+    "ours": partial(Ours, settings=_one_by_one),
+    "ours, reference cached": partial(OursCached, settings=_one_by_one),
+    "ours, one micro-batch": partial(Ours, settings=_together),
+    CACHED: partial(OursCached, settings=_together),
+    BEST: partial(Ours, settings=_recomputed_or_not),
+    f"{BEST}, reference cached": partial(OursCached, settings=_recomputed_or_not),
 }
-EMBEDDED = Path(__file__).parents[1] / "data" / "checkable_train.jsonl"
-MODEL = "models/SmolLM2-135M-Instruct"
 TINY = "-tiny"
 #: Random weights: in NF4, as QLoRA has them, and in bfloat16.
 MISTRAL_4BIT, MISTRAL_BF16 = "mistral-7b-4bit", "mistral-7b-bf16"
-
-
-def tiny_row(case: Case) -> dict[str, Any]:
-    """A row to warm up with."""
-    responses = [[5, 6, 7, 8]] * case.num_responses
-    return {"prompt_ids": [3, 4, 5], "response_ids": responses, "scores": [k / 10 for k in range(case.num_responses)]}
-
-
-@functools.cache
-def text_ids(vocabulary: int) -> list[int]:
-    """The embedded data's text as one list of token ids, those beyond the vocabulary left out.
-
-    Tokens are Mistral's where the wheel mistral-common (and sentencepiece) is there, else SmolLM2's, else the tests'.
-    """
-    rows = [json.loads(line) for line in EMBEDDED.read_text().splitlines()]
-    text = "\n\n".join(part for row in rows for part in (row["prompt"][0]["content"], *row["responses"]))
-    wheel = importlib.util.find_spec("mistral_common")
-    if wheel and wheel.origin and importlib.util.find_spec("sentencepiece"):
-        from sentencepiece import SentencePieceProcessor
-
-        ids = SentencePieceProcessor(str(Path(wheel.origin).parent / "data" / "tokenizer.model.v1")).encode(text)
-    else:
-        ids = _tokenizer()(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return [i for i in ids if i < vocabulary]
 
 
 def load_model(name: str, case: Case, device: str) -> nn.Module:
@@ -194,9 +205,6 @@ def load_model(name: str, case: Case, device: str) -> nn.Module:
         base = (random_mistral_4bit if name.startswith(MISTRAL_4BIT) else random_mistral)(config, device)
     else:
         base = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device)
-    if case.checkpointing:
-        base.gradient_checkpointing_enable({"use_reentrant": False})
-        base.enable_input_require_grads()
     return base
 
 
@@ -233,39 +241,6 @@ def random_mistral_4bit(config: MistralConfig, device: str) -> nn.Module:
     return model
 
 
-def make_optimizer(model: nn.Module, case: Case) -> torch.optim.Optimizer:
-    """AdamW on what is trained."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    if case.paged:
-        import bitsandbytes as bnb
-
-        return bnb.optim.PagedAdamW32bit(trained, lr=1e-5)
-    return torch.optim.AdamW(trained, lr=1e-5)
-
-
-class Memory:
-    """Most memory held since the start of the measurement, above what was held then, in bytes."""
-
-    def __init__(self, device: str):
-        self.device = device
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            self.base = torch.cuda.memory_allocated()
-        else:
-            Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is held now
-            self.base = _status("VmRSS")
-
-    def peak(self) -> int:
-        return (torch.cuda.max_memory_allocated() if self.device == "cuda" else _status("VmHWM")) - self.base
-
-
-def _status(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key):
-            return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def _settings(case: Case, device: str) -> dict[str, Any]:
     return {
         "output_dir": f"/tmp/nca-bench-{os.getpid()}",
@@ -285,8 +260,3 @@ def _settings(case: Case, device: str) -> dict[str, Any]:
 def _as_pair(row: dict[str, Any]) -> dict[str, Any]:
     chosen, rejected = row["response_ids"]
     return {"prompt_ids": row["prompt_ids"], "chosen_ids": chosen, "rejected_ids": rejected}
-
-
-def _tokenizer() -> Any:
-    """What the trainers ask for; rows are token ids already."""
-    return AutoTokenizer.from_pretrained(MODEL) if Path(MODEL).is_dir() else tiny_tokenizer()

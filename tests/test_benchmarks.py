@@ -1,6 +1,7 @@
 """The benchmarks measure what they say: the same rows for all, each system's step, the count of operations."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,8 +9,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM, MistralConfig
 
 from benchmarks import bench, data, systems
-from benchmarks.bench import CASES, count_flops, draw_rows, main, model_flops, table
-from benchmarks.systems import SYSTEMS, Case, random_mistral_4bit
+from benchmarks.bench import CASES, main, table
+from benchmarks.flops import count_flops, model_flops
+from benchmarks.measure import choose_setting, measure
+from benchmarks.rows import Case, draw_rows
+from benchmarks.systems import BEST, SYSTEMS, UPSTREAM_BEST, Setting, random_mistral_4bit
 from tests.conftest import ROOT, needs_model
 from tests.tiny import tiny_config, tiny_tokenizer
 
@@ -24,7 +28,7 @@ def tiny_base(**settings):
 
 @pytest.fixture(autouse=True)
 def no_embedded_tokenizer(monkeypatch):
-    monkeypatch.setattr(systems, "_tokenizer", tiny_tokenizer)
+    monkeypatch.setattr(systems, "tokenizer", tiny_tokenizer)
 
 
 def gradient(system, case, rows):
@@ -42,7 +46,7 @@ def gradient(system, case, rows):
     [
         (CASE, "padded", "ours"),
         (CASE, "padded", "ours, reference cached"),
-        (PAIRS, "upstream", "ours on pairs"),
+        (PAIRS, "upstream", "ours, one micro-batch"),
     ],
 )
 def test_all_systems_do_the_same_step(case, one, other, monkeypatch):
@@ -88,12 +92,95 @@ def test_a_random_mistral_in_4_bit_takes_a_step():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in runner.model.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("name", [UPSTREAM_BEST, BEST])
+def test_a_system_does_the_same_step_with_each_setting(name, monkeypatch):
+    case = replace(PAIRS, prompts=4)
+    runner, rows = SYSTEMS[name](tiny_base(), case, "cpu"), draw_rows(case, 4)
+    trained = [p for p in runner.model.parameters() if p.requires_grad]
+    for p in trained:
+        torch.nn.init.normal_(p, std=0.1)
+    gradients = []
+    for setting in runner.settings:
+        runner.use(setting)
+        assert runner.model.get_base_model().is_gradient_checkpointing == setting.checkpointing
+        runner.backward(rows)
+        gradients.append(torch.cat([p.grad.flatten() for p in trained]))
+        runner.model.zero_grad()
+    assert len(gradients) == (6 if name == UPSTREAM_BEST else 2)
+    for gradient in gradients[1:]:
+        assert (gradient - gradients[0]).norm() < 1e-4 * gradients[0].norm()
+
+
+def test_a_system_is_given_the_fastest_setting_that_fits(monkeypatch):
+    settings = [Setting(True, 8), Setting(True, 4), Setting(False, 8), Setting(False, 4)]
+    seconds = dict(zip(settings, [4.0, 3.0, math.inf, 2.0], strict=True))
+    clock = [0.0]
+    monkeypatch.setattr("benchmarks.measure.time.perf_counter", lambda: clock[0])
+
+    class Runner:
+        settings = list(seconds)
+        model = torch.nn.Linear(1, 1)
+        ready = staticmethod(lambda rows: rows)
+
+        def use(self, setting):
+            self.setting = setting
+
+    def step(rows):
+        if rows == ["longest"] and runner.setting == Setting(False, 8):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        clock[0] += seconds[runner.setting]
+
+    runner = Runner()
+    tried = choose_setting(runner, step, ["longest"], ["typical"])
+    assert tried == {"checkpointing, 8 at once": 4.0, "checkpointing, 4 at once": 3.0,
+                     "no checkpointing, 8 at once": "out of memory", "no checkpointing, 4 at once": 2.0}  # fmt: skip
+    assert runner.setting == Setting(False, 4)
+
+
+class FakeWorker:
+    """A worker whose steps take a given time, or fail."""
+
+    asked = []
+
+    def __init__(self, system, case, model_name, device):
+        self.system, self.pipe, self.first = system, self, True
+
+    def send(self, what):
+        self.asked.append(self.system)
+
+    def stop(self):
+        pass
+
+    def answer(self):
+        if self.system == "upstream":
+            return {"failed": "OutOfMemoryError: no memory"}
+        if self.first:
+            self.first, flops = False, {"frozen": 1, "lora": 1, "head": 1, "pair": 1}
+            return {"flops": flops, "base": 1e9, "given": "no checkpointing", "checkpointing": False, "tried": {}}
+        return {"seconds": 6.0 if self.system == "padded" else 2.0, "peak": 1e9}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_system_that_fails_leaves_the_others(device, monkeypatch):
+    case = replace(PAIRS, systems=("padded", "upstream", "ours"))
+    monkeypatch.setattr("benchmarks.measure.Worker", FakeWorker)
+    monkeypatch.setattr("benchmarks.measure.matmul_rate", lambda device, precision: 1e12)
+    monkeypatch.setattr(FakeWorker, "asked", [])
+    found = measure(case, draw_rows(case, 2 * case.prompts), "a model", device)["systems"]
+    assert found["padded"]["times_slower_than_ours"] == 3 and found["padded"]["seconds"] == [6.0, 6.0]
+    assert found["upstream"] == {"failed": "OutOfMemoryError: no memory"}
+    asked = FakeWorker.asked
+    assert 1 + sum(a != b for a, b in zip(asked, asked[1:], strict=False)) == (3 if device == "cuda" else 9)
+
+
 def test_the_table_has_a_line_for_each_system():
     figures = {"seconds_per_step": 2.0, "response_tokens_per_second": 10.0, "peak_memory_gb": 1.0, "utilisation": 0.5}
-    ratios = {"times_slower_than_ours": 2.5, "memory_of_ours": 0.4}
-    lines = table([{"case": {"name": "K=4"}, "systems": {"padded": figures | ratios, "ours": figures | ratios}}])
-    assert "| K=4 | padded | 2.00 | 10 | 1.00 | 0.50 | 2.50x | 0.40x |" in lines
-    assert "| K=4 | ours | 2.00 | 10 | 1.00 | 0.50 | | |" in lines
+    figures |= {"given": "no checkpointing, 1 at once", "times_slower_than_ours": 2.5, "memory_of_ours": 0.4}
+    systems = {"padded": figures, "upstream": {"failed": "OutOfMemoryError: no memory"}, "ours": figures}
+    lines = table([{"case": {"name": "K=4"}, "systems": systems}])
+    assert "| K=4 | padded | no checkpointing, 1 at once | 2.00 | 10 | 1.00 | 0.50 | 2.50x | 0.40x |" in lines
+    assert "| K=4 | upstream | OutOfMemoryError: no memory | " in lines
+    assert "| K=4 | ours | no checkpointing, 1 at once | 2.00 | 10 | 1.00 | 0.50 | | |" in lines
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):

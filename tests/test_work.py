@@ -5,8 +5,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import work
-from benchmarks.bench import count_flops, draw_rows, model_flops
+from benchmarks.flops import count_flops, model_flops
 from benchmarks.gpu import sized
+from benchmarks.rows import draw_rows
 from benchmarks.systems import MISTRAL_4BIT, MISTRAL_BF16, SYSTEMS, mistral_config, random_mistral
 from benchmarks.work import LORA4, OURS, PAIRS, UNFUSED, Work, count, plan
 
