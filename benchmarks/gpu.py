@@ -12,17 +12,16 @@ import argparse
 import contextlib
 import gc
 import json
-import multiprocessing as mp
 import os
 import platform
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.bench import draw_rows, table
 from benchmarks.measure import Memory, measure, stepper
 from benchmarks.padded import padded_logps
+from benchmarks.parts import Part, run_parts
 from benchmarks.rows import MODEL, Case
 from benchmarks.systems import (
     BEST,
@@ -56,8 +56,8 @@ from trl_nca.collate import GroupCollator
 from trl_nca.logps import prepare, response_logps
 from trl_nca.losses import nca_loss, reward_targets
 
-#: Seconds before the end in which no part is begun, and in which the last one is stopped.
-LAST_START, LAST_END = 90, 30
+#: Seconds that the job waits for its model.
+MODEL_WAIT = 60
 
 
 def sized(case: Case, tiny: bool) -> Case:
@@ -117,17 +117,13 @@ def _differences(exact: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str
     }
 
 
-def speed(case: Case, model: str, *systems: str) -> Callable[[bool, str], dict[str, Any]]:
-    """A part: systems on the same rows."""
-
-    def part(tiny: bool, device: str) -> dict[str, Any]:
-        run = sized(replace(case, systems=systems), tiny)
-        return measure(run, draw_rows(run, (2 if tiny else 5) * run.prompts), model + TINY * tiny, device)
-
-    return part
+def speed(case: Case, model: str, systems: tuple[str, ...], tiny: bool, device: str) -> dict[str, Any]:
+    """Systems on the same rows."""
+    run = sized(replace(case, systems=systems), tiny)
+    return measure(run, draw_rows(run, (2 if tiny else 5) * run.prompts), model + TINY * tiny, device)
 
 
-def by_k(tiny: bool, device: str) -> list[dict[str, Any]]:
+def by_k(tiny: bool, device: str) -> Iterator[list[dict[str, Any]]]:
     """Ours at more and more responses a prompt, the same responses a step, and the same bound on a forward's tokens."""
     cases = [sized(case, tiny) for case in BY_K]
     step, _ = _ours(cases[0], MISTRAL_BF16 + TINY * tiny, device)
@@ -141,7 +137,7 @@ def by_k(tiny: bool, device: str) -> list[dict[str, Any]]:
         tokens = sum(len(r) for row in rows[case.prompts :] for r in row["response_ids"])
         found.append({"num_responses": case.num_responses, "seconds_per_step": seconds,
                       "response_tokens_per_second": tokens / seconds, "peak_memory_gb": held.peak() / 1e9})  # fmt: skip
-    return found
+        yield found
 
 
 def _ours(case: Case, model: str, device: str) -> tuple[Callable[[list[dict[str, Any]]], None], nn.Module]:
@@ -165,8 +161,8 @@ def profiled(tiny: bool, device: str) -> dict[str, float]:
     return dict(sorted(times.items(), key=lambda item: -item[1])[:30])
 
 
-def variants(tiny: bool, device: str) -> dict[str, float | str]:
-    """How long the same step takes in other ways, in seconds: printed as they come, for compiling may take too long."""
+def variants(tiny: bool, device: str) -> Iterator[dict[str, float | str]]:
+    """How long the same step takes in other ways, in seconds."""
     case = sized(LORA4, tiny)
     step, model = _ours(case, MISTRAL_BF16 + TINY * tiny, device)
     rows, found = draw_rows(case, case.prompts), {}
@@ -181,10 +177,10 @@ def variants(tiny: bool, device: str) -> dict[str, float | str]:
         except Exception as error:  # this machine cannot
             found[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         print(f"  {name}: {found[name]}", flush=True)
-    return found
+        yield found  # as they come: compiling may take too long
 
 
-def planned(tiny: bool, device: str) -> list[dict[str, Any]]:
+def planned(tiny: bool, device: str) -> Iterator[list[dict[str, Any]]]:
     """What `--plan` says of QLoRA's and LoRA's step against the peak of what torch gave out, model included."""
     found = []
     # Not paged: what bitsandbytes pages is not memory that torch gives out.
@@ -204,7 +200,7 @@ def planned(tiny: bool, device: str) -> list[dict[str, Any]]:
         gc.collect()  # a trainer and its model hold one another
         found.append({"case": case.name, "planned_gb": expected / 1e9, "measured_gb": measured / 1e9,
                       "plan_over_measured": expected / measured})  # fmt: skip
-    return found
+        yield found
 
 
 def job(tiny: bool, device: str) -> dict[str, Any]:
@@ -215,8 +211,10 @@ def job(tiny: bool, device: str) -> dict[str, Any]:
         size = ["--max_steps=1", "--max_eval_prompts=2", "--num_eval_samples=2", "--max_new_tokens=4"]
     with tempfile.TemporaryDirectory() as scratch:
         model = save_tiny_model(Path(scratch)) if tiny else MODEL
-        if not Path(model).is_dir():
-            raise FileNotFoundError(f"{model} is not here: make setup")
+        while not Path(model).is_dir():  # it may be unpacked meanwhile
+            if time.perf_counter() - started > MODEL_WAIT:
+                raise FileNotFoundError(f"{model} is not here: make setup")
+            time.sleep(1)
         flags = [f"--model_name_or_path={model}", f"--use_cpu={device == 'cpu'}", f"--output_dir={folder}", *size]
         command = [sys.executable, "run_reward.py", "yamls/reward_cpu.yaml", "--overwrite_output_dir=true", *flags]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -224,61 +222,21 @@ def job(tiny: bool, device: str) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - started, "report": str(folder / "report.html"), **results["samples"]}
 
 
-PARTS: dict[str, Callable[[bool, str], Any]] = {
+LORA_SYSTEMS, QLORA_SYSTEMS = ("padded", CACHED, BEST, OURS), ("padded", CACHED, OURS)
+PAIR_SYSTEMS = ("padded", UPSTREAM_BEST, f"{BEST}, reference cached", BEST)
+#: By value, the most telling first.
+PARTS: dict[str, Part] = {
     "equality": equality,
-    "lora": speed(LORA4, MISTRAL_BF16, "padded", CACHED, BEST, OURS),
-    "qlora": speed(QLORA, MISTRAL_4BIT, "padded", CACHED, OURS),
-    "pairs": speed(PAIRS, MISTRAL_BF16, "padded", UPSTREAM_BEST, f"{BEST}, reference cached", BEST),
-    "by_k": by_k,
     "planned": planned,
-    "profile": profiled,
     "job": job,
+    "lora": partial(speed, LORA4, MISTRAL_BF16, LORA_SYSTEMS),
+    "qlora": partial(speed, QLORA, MISTRAL_4BIT, QLORA_SYSTEMS),
+    "pairs": partial(speed, PAIRS, MISTRAL_BF16, PAIR_SYSTEMS),
+    "by_k": by_k,
+    "profile": profiled,
     "variants": variants,
 }
-
-
-def _run(part: str, tiny: bool, device: str, pipe: Any) -> None:
-    """In a process of its own, so that its memory is its own."""
-    try:
-        pipe.send({"result": PARTS[part](tiny, device)})
-    except Exception as error:  # the other parts are still to come
-        traceback.print_exc()
-        said = str(error).partition("\n")[0]
-        pipe.send({"not_run": f"{type(error).__name__}: {said}"})
-
-
-def run_parts(
-    parts: Sequence[str], device: str, done: Callable[[dict[str, Any]], None], seconds: float = 540
-) -> dict[str, Any]:
-    """The results of the parts, each in a process of its own; `done` is told of them as they come."""
-    started = time.monotonic()
-    results: dict[str, Any] = {
-        "date": str(date.today()), "machine": platform.processor() or platform.machine(), "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "layers": mistral_config(tiny=False).num_hidden_layers, "parts": {},
-    }  # fmt: skip
-    for part in parts:
-        began = time.monotonic()
-        if began - started > seconds - LAST_START:
-            results["parts"][part] = {"not_run": "no time was left"}
-            continue
-        context = mp.get_context("spawn")
-        here, there = context.Pipe()
-        process = context.Process(target=_run, args=(part, device == "cpu", device, there))
-        process.start()
-        there.close()
-        left = seconds - LAST_END - (began - started)
-        try:
-            found = here.recv() if here.poll(left) else {"not_run": "it took too long"}
-        except EOFError:
-            found = {"not_run": "its process was killed, as for its memory"}
-        process.kill()
-        process.join()
-        taken = time.monotonic() - began
-        results["parts"][part] = found | {"seconds": taken}
-        print(f"{part}: {taken:.0f} s {found.get('not_run', '')}", flush=True)
-        done(results)
-    return results
+UNTIMED = ("equality", "planned", "job")
 
 
 def main() -> None:
@@ -295,11 +253,20 @@ def main() -> None:
         parser.error("--device cuda: no GPU found on this machine; --device cpu rehearses at a tiny size")
     output = options.output or (Path("benchmarks/results_gpu.json") if options.device == "cuda" else None)
 
-    def write(results: dict[str, Any]) -> None:
+    results: dict[str, Any] = {
+        "date": str(date.today()), "machine": platform.processor() or platform.machine(), "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
+        "layers": mistral_config(tiny=False).num_hidden_layers, "parts": {},
+    }  # fmt: skip
+
+    def done(part: str, found: dict[str, Any]) -> None:
+        results["parts"][part] = found
+        print(f"{part}: {found.get('seconds', 0):.0f} s {found.get('not_run', found.get('cut', ''))}", flush=True)
         if output:
             output.write_text(json.dumps(results, indent=1) + "\n")
 
-    results = run_parts(options.parts, options.device, write, options.seconds)
+    asked = {name: part for name, part in PARTS.items() if name in options.parts}
+    run_parts(asked, UNTIMED, options.device, done, options.seconds)
     parts = [results["parts"].get(part, {}) for part in ("qlora", "lora", "pairs")]
     print("\n".join(["", table([part["result"] for part in parts if "result" in part]), "", targets_table(results)]))
 

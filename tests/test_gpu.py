@@ -47,8 +47,8 @@ def test_ours_equals_padded_rows():
 
 @pytest.mark.slow
 def test_the_other_parts_have_figures():
-    parts = ("by_k", "planned", "profile", "job", "variants")
-    by_k, planned, profile, job, seconds = (PARTS[part](True, "cpu") for part in parts)
+    by_k, planned, seconds = (list(PARTS[part](True, "cpu"))[-1] for part in ("by_k", "planned", "variants"))
+    profile, job = (PARTS[part](True, "cpu") for part in ("profile", "job"))
     assert [row["num_responses"] for row in by_k] == [2, 4, 8, 16, 32]
     assert all(row["response_tokens_per_second"] > 0 for row in by_k)
     assert [row["case"] for row in planned] == ["QLoRA, K=4", "LoRA, K=4", "LoRA, K=4, no checkpointing"]
@@ -104,11 +104,11 @@ def test_the_table_says_of_each_bar_whether_it_holds():
     exact = [{"precision": p, "system": s, "logps": e, "loss": e, "gradient": e}
              for p, s, e in [("fp32", "ours", 1e-6), ("bf16", "padded", 0.01), ("bf16", "ours", 0.02)]]  # fmt: skip
     by_k = [{"num_responses": k, "peak_memory_gb": peak} for k, peak in [(4, 10.0), (32, 11.0)]]
-    parts = {"equality": {"result": exact}, "by_k": {"result": by_k},
+    found = {"equality": {"result": exact}, "by_k": {"result": by_k},
              "qlora": speed(2.5), "lora": speed(1.5, cached=0.5),
              "planned": {"result": [{"plan_over_measured": 1.1}, {"plan_over_measured": 0.8}]},
              "pairs": {"not_run": "no time was left"}}  # fmt: skip
-    lines = targets_table({"device": "NVIDIA H100", "parts": parts}).splitlines()[2:]
+    lines = targets_table({"device": "NVIDIA H100", "parts": found}).splitlines()[2:]
     said = {cells[0]: (cells[1], cells[3]) for cells in (re.split(r" \| |^\| | \|$", line)[1:] for line in lines)}
     assert said["fp32: furthest of ours from padded"] == ("1e-06", "holds")
     assert said["bf16: ours from fp32, over padded from fp32"] == ("2", "FAILS")
@@ -120,21 +120,13 @@ def test_the_table_says_of_each_bar_whether_it_holds():
     assert len(said) == len(TARGETS)
     (pairs,) = [line for line in lines if "pairs" in line]
     assert pairs.endswith("| not run: no time was left |")
-    assert "holds" not in targets_table({"device": "cpu", "parts": parts}), "a rehearsal proves nothing"
+    assert "holds" not in targets_table({"device": "cpu", "parts": found}), "a rehearsal proves nothing"
 
 
-def test_a_part_that_fails_leaves_the_others(tmp_path, monkeypatch, capsys):
+def test_the_table_is_there_when_nothing_was_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gpu", "--device=cpu", "--seconds=0", f"--output={tmp_path}/out.json"])
     gpu.main()
     assert capsys.readouterr().out.count("not run: no time was left") == len(TARGETS)
-    sent = []
-
-    class Pipe:
-        send = staticmethod(sent.append)
-
-    monkeypatch.setitem(PARTS, "qlora", lambda tiny, device: 1 / 0)
-    gpu._run("qlora", True, "cpu", Pipe)
-    assert sent == [{"not_run": "ZeroDivisionError: division by zero"}]
 
 
 def test_a_rehearsal_has_fewer_layers_and_proves_nothing(monkeypatch):
