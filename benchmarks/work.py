@@ -1,17 +1,17 @@
 """What gpu.py's steps have to do at Mistral-7B's sizes, counted on any machine: matrix products, memory-bound
-operations, the peak.
+operations, the peak; and the same of ours at other models' sizes, with the LM head's part of it.
 
-    python -m benchmarks.work       under a minute on a CPU; the tables of NOTES.md
+    python -m benchmarks.work       two minutes on a CPU; the tables of NOTES.md
 
 The models have no weights: they run under torch's fake tensors, which have shapes and lives and nothing in them, with
-two layers and with three, and the rest of the 32 is extrapolated. A time is what the counts would take on a GPU that
+two layers and with three, and the rest is extrapolated. A time is what the counts would take on a GPU that
 multiplies bf16 matrices and moves memory at the given rates, one operation after the other: a prediction, which knows
 no launch, no overlap and no kernel that is slower than that.
 """
 
 import argparse
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
@@ -28,8 +28,9 @@ from alignment.plan.timeline import Timeline, fake_copy
 from alignment.plan.trace import largest_forward, trace_step, trainer_inputs, weight_sizes
 from benchmarks.bench import draw_rows
 from benchmarks.padded import padded_loss
+from benchmarks.sizes import SIZES
 from benchmarks.systems import LORA, MISTRAL_4BIT, MISTRAL_BF16, Case, mistral_config
-from trl_nca import logps
+from trl_nca import head, logps
 from trl_nca.collate import GroupCollator
 
 OURS, UNFUSED = "ours, one micro-batch", "ours with PEFT's layers"
@@ -61,11 +62,27 @@ class Work(TorchDispatchMode):
     def __init__(self, rate: float, bandwidth: float):
         super().__init__()
         self.rate, self.bandwidth = rate, bandwidth
-        self.flops, self.products, self.memory_bound = 0.0, 0.0, 0.0
+        self.flops, self.products, self.memory_bound, self.head = 0.0, 0.0, 0.0, 0.0
+
+    @property
+    def seconds(self) -> float:
+        return self.products + self.memory_bound
+
+    def of_head(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, after which `head` has also the seconds that its operations take."""
+
+        def timed(*args: Any) -> Any:
+            before = self.seconds
+            out = function(*args)
+            self.head += self.seconds - before
+            return out
+
+        return timed
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        given = args, {key: value for key, value in (kwargs or {}).items() if key != "out"}  # written only
+        read = [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor)]
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         name = func.overloadpacket.__name__
         in_place = any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
@@ -73,8 +90,10 @@ class Work(TorchDispatchMode):
         is_view = all(id(tensor.untyped_storage()) in storages for tensor in made) and not in_place
         if is_view or name.startswith(("empty", "new_empty", "_scaled_dot", "_varlen")):
             return out  # attention is counted by hand: what it skips does not show in its shapes
-        if name in ("index", "embedding"):  # what is not asked for is not read
+        if name in ("index", "embedding", "gather"):  # what is not asked for is not read
             read = made
+        elif name in ("scatter_", "scatter_add_"):  # and what is not set is not written
+            read = made = read[1:]
         seconds = sum(map(_bytes, read + made)) / self.bandwidth
         if name in ("mm", "addmm", "addmm_", "bmm"):
             left, right = read[-2:]
@@ -98,12 +117,14 @@ class Count:
         products: Seconds of matrix products and attention.
         memory_bound: Seconds of all other operations, by the bytes that they move.
         flops: Multiply-adds x 2.
+        head: Seconds of the LM head, part of both, where it is ours.
         peak: Bytes above the weights.
     """
 
     products: float
     memory_bound: float
     flops: float
+    head: float
     peak: float
 
     @property
@@ -117,7 +138,7 @@ def count(case: Case, system: str, model: str, rate: float, bandwidth: float, ti
     Args:
         case: One of those above.
         system: Its systems, or `UNFUSED`.
-        model: MISTRAL_4BIT or MISTRAL_BF16.
+        model: MISTRAL_4BIT, MISTRAL_BF16 or a name of `SIZES`.
         rate, bandwidth: Those of `Work`.
         tiny: A small model of the same kind, for tests.
     """
@@ -126,19 +147,21 @@ def count(case: Case, system: str, model: str, rate: float, bandwidth: float, ti
     for depth in DEPTHS:
         work = Work(rate, bandwidth)
         peak = _trace(spec, depth, rows, system, work)
-        figures.append((work.products, work.memory_bound, work.flops, peak))
+        figures.append((work.products, work.memory_bound, work.flops, work.head, peak))
     config = spec.config
     more = config.num_hidden_layers - DEPTHS[0]
-    products, memory_bound, flops, peak = (low + more * (high - low) for low, high in zip(*figures, strict=True))
+    of_all = (low + more * (high - low) for low, high in zip(*figures, strict=True))
+    products, memory_bound, flops, of_head, peak = of_all
     attention = 4 * config.num_attention_heads * config.head_dim * config.num_hidden_layers
     attention *= _pairs(rows, system) * (FORWARDS + BACKWARD)
-    return Count(products + attention / rate, memory_bound, flops + attention, peak)
+    return Count(products + attention / rate, memory_bound, flops + attention, of_head, peak)
 
 
 def spec_of(case: Case, model: str, tiny: bool = False, device: str = "cuda") -> StepSpec:
     """What `alignment.plan.trace` needs of a run."""
+    config = SIZES[model] if model in SIZES else mistral_config(tiny)
     return StepSpec(
-        config=mistral_config(tiny), dtype=torch.bfloat16, peft_config=LORA, device=device, autocast=torch.bfloat16,
+        config=config, dtype=torch.bfloat16, peft_config=LORA, device=device, autocast=torch.bfloat16,
         quantization="4bit" if model == MISTRAL_4BIT else None,
         checkpointing={"use_reentrant": False} if case.checkpointing else None,
     )  # fmt: skip
@@ -188,7 +211,7 @@ def _trace(spec: StepSpec, depth: int, rows: Sequence[dict[str, Any]], system: s
         fake_copy(model, fake)
         inputs = {name: fake.from_tensor(v) if isinstance(v, Tensor) else v for name, v in inputs.items()}
         timeline = Timeline([*model.parameters(), *model.buffers()], spec.config.vocab_size)
-        with timeline, work:
+        with patch.object(head, "target_logps", work.of_head(head.target_logps)), timeline, work:
             if system == "padded":
                 for row in rows:
                     with torch.autocast("cpu", torch.bfloat16):
@@ -236,6 +259,15 @@ def main() -> None:
                 f"{c.seconds / counts[OURS].seconds:.2f}x | {c.flops / rate / c.seconds:.2f} | {c.peak / 1e9:.2f} |",
                 flush=True,
             )
+    print("\n| LoRA, K=4, ours | products, s | memory-bound, s | LM head, s | its share | peak above the model, GB |")
+    print("|---|---|---|---|---|---|")
+    for model in (MISTRAL_BF16, *SIZES):
+        c = count(LORA4, OURS, model, rate, bandwidth)
+        print(
+            f"| {model} | {c.products:.3f} | {c.memory_bound:.3f} | {c.head:.3f} | {c.head / c.seconds:.3f} | "
+            f"{c.peak / 1e9:.2f} |",
+            flush=True,
+        )
     print("\n| `--plan` of ours | above the model, GB | in all, GB |\n|---|---|---|")
     for case, model in ((QLORA, MISTRAL_4BIT), (LORA4, MISTRAL_BF16), *((case, MISTRAL_BF16) for case in BY_K)):
         parts = plan(case, model)

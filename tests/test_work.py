@@ -3,11 +3,13 @@
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
 
 from benchmarks import work
 from benchmarks.flops import count_flops, model_flops
 from benchmarks.gpu import sized
 from benchmarks.rows import draw_rows
+from benchmarks.sizes import SIZES
 from benchmarks.systems import MISTRAL_4BIT, MISTRAL_BF16, SYSTEMS, mistral_config, random_mistral
 from benchmarks.work import LORA4, OURS, PAIRS, UNFUSED, Work, count, plan
 
@@ -24,15 +26,19 @@ def test_an_operation_is_its_multiply_adds_or_its_bytes():
     with Work(rate=1e12, bandwidth=1.0) as slow_to_move:
         a @ b
     assert slow_to_move.products == 4 * (8 * 16 + 16 * 32 + 8 * 32)
-    one, places = torch.ones(1), torch.tensor([0, 1])
+    one, places, column = torch.ones(1), torch.tensor([0, 1]), torch.zeros(8, 1, dtype=torch.long)
     with Work(*RATES) as counted:
         a[:, :4].t().reshape(-1)  # a copy, for the reshape, of a view
         a.mul_(2)
         one.expand(100).exp()
         a[places]
         a.to(torch.bfloat16)
+        torch.exp(a, out=a.new_empty(8, 16, dtype=torch.bfloat16))
+        a.scatter_(1, column, a.gather(1, column))
     copied, doubled, spread, taken, narrowed = 2 * 4 * 32, 2 * 4 * 128, 4 + 400, 2 * 4 * 32, (4 + 2) * 128
-    assert counted.memory_bound * 1e9 == pytest.approx(copied + doubled + spread + taken + narrowed)
+    gathered, scattered = 2 * 4 * 8, 2 * (8 + 4) * 8  # of places in 8 bytes and numbers in 4
+    by_hand = copied + doubled + spread + taken + 2 * narrowed + gathered + scattered
+    assert counted.memory_bound * 1e9 == pytest.approx(by_hand)
 
 
 @pytest.mark.parametrize("system", [OURS, UNFUSED])
@@ -67,6 +73,30 @@ def test_fewer_memory_bound_operations_and_no_padding():
     assert ours.flops == pytest.approx(unfused.flops, rel=0.02)
     assert all(counts[system].flops > 1.2 * ours.flops for system in case.systems[:-1])
     assert all(c.seconds == c.products + c.memory_bound > 0 for c in counts.values())
+    assert 0 < ours.head < 0.5 * ours.seconds and counts["padded"].head == 0  # which has another
+
+
+@pytest.mark.parametrize(
+    ("model", "billions"),
+    [("Llama-3-8B", 8.030), ("Qwen3-8B", 8.191), ("Qwen3-0.6B", 0.596), ("Gemma-3-4B", 3.880), ("Gemma-3-1B", 1.000)],
+)
+def test_models_have_their_published_sizes(model, billions):
+    with torch.device("meta"):
+        parameters = AutoModelForCausalLM.from_config(SIZES[model]).num_parameters()
+    assert parameters == pytest.approx(billions * 1e9, rel=1e-3)
+
+
+def test_the_heads_part():
+    a = torch.ones(8, 8)
+    with Work(*RATES) as counted:
+        (a @ a).exp()
+        before = counted.seconds
+        counted.of_head(torch.exp)(a)
+        counted.of_head(torch.mm)(a, a)
+        after = counted.seconds
+        a.exp()
+    assert counted.head == pytest.approx(after - before)
+    assert 0 < counted.head < after < counted.seconds
 
 
 def test_the_peak_is_the_plans():
