@@ -98,6 +98,13 @@ def test_memory_grows_with_the_tokens_and_not_their_square(device):
     assert kept[1] < 1.01 * kept[0]
 
 
+@pytest.mark.parametrize(("device", "tokens"), [("cpu", 128), ("cuda", 512)])
+def test_logits_are_held_as_on_the_runs_device(device, tokens):
+    spec = StepSpec(LlamaConfig(**SMALL | {"vocab_size": 2**17}), torch.float32, peft_config=LORA, device=device)
+    forward = trace_step(spec, largest_forward([(8, [150] * 4)], None)[0]).phases["forward"]
+    assert forward["logits"] == 2 * tokens * 2**17 * 4, "of 600 tokens: logits, and their log-softmax"
+
+
 def test_a_budget_cuts_the_batch():
     batch, num_chunks = largest_forward([(101, [50] * 8)], 300)
     assert num_chunks == 2 and batch["input_ids"].shape == (1, 300)

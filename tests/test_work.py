@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
@@ -12,6 +13,7 @@ from benchmarks.rows import draw_rows
 from benchmarks.sizes import SIZES
 from benchmarks.systems import MISTRAL_4BIT, MISTRAL_BF16, SYSTEMS, mistral_config, random_mistral
 from benchmarks.work import LORA4, OURS, PAIRS, UNFUSED, Work, count, plan
+from trl_nca.head import _cross_entropy
 
 RATES = 1e12, 1e9
 
@@ -97,6 +99,15 @@ def test_the_heads_part():
         a.exp()
     assert counted.head == pytest.approx(after - before)
     assert 0 < counted.head < after < counted.seconds
+
+
+@pytest.mark.parametrize(("needs_gradient", "bytes_moved"), [(False, 14), (True, 20)])
+def test_passes_over_the_logits(needs_gradient, bytes_moved):
+    """To float32 6 bytes, log-softmax 8, probabilities 6 for a gradient; all else is of tokens."""
+    logits, targets = torch.zeros(4, 10000, dtype=torch.bfloat16), torch.zeros(4, dtype=torch.long)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, Work(1.0, 1.0) as counted:
+        _cross_entropy(fake.from_tensor(logits), fake.from_tensor(targets), needs_gradient)
+    assert counted.memory_bound / logits.numel() == pytest.approx(bytes_moved, rel=0.01)
 
 
 def test_the_peak_is_the_plans():

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -23,8 +23,14 @@ from trl_nca.layout import padded_inputs
 from trl_nca.rotary import length_dependent, longest_shared, rotating_by_row
 from trl_nca.router import load_balancing_loss
 
-#: Logits held at a time, in elements: 64 MiB of float32. Larger gains nothing, smaller loses matrix-product speed.
-LOGITS_AT_ONCE = 2**24
+
+def tokens_at_once(device: str, vocabulary: int) -> int:
+    """How many tokens to project together on a kind of device.
+
+    On a GPU more than about 400, whatever V is: fewer are multiplied in less time than an H100 takes to read the
+    weight. On a CPU 64 MiB of float32 logits: larger gains nothing, smaller loses matrix-product speed.
+    """
+    return max(1, 2**24 // vocabulary) if device == "cpu" else 512
 
 
 def fuse_head(model: nn.Module) -> None:
@@ -32,9 +38,9 @@ def fuse_head(model: nn.Module) -> None:
 
     `targets`, shape (R,), are token ids, and `positions`, shape (R,), the places in the flattened rows, of `row_length`
     tokens (default: of those that run), that predict them; the result is their log-probs, shape (R,). Only these
-    positions are projected. Without `targets` the model runs as before. With `output_router_logits` a mixture of
-    experts returns its load-balancing loss too. To be called on the bare model; wrapped by PEFT, DDP, FSDP or DeepSpeed
-    it takes the arguments all the same.
+    positions are projected, `at_once` of them at a time (default: `tokens_at_once` on this device). Without `targets`
+    the model runs as before. With `output_router_logits` a mixture of experts returns its load-balancing loss too. To
+    be called on the bare model; wrapped by PEFT, DDP, FSDP or DeepSpeed it takes the arguments all the same.
     """
     if hasattr(model.forward, "is_fused"):
         return
@@ -47,6 +53,7 @@ def fuse_head(model: nn.Module) -> None:
         positions: Tensor | None = None,
         row_length: int | None = None,
         targets: Tensor | None = None,
+        at_once: int | None = None,
         **kwargs: Any,
     ) -> Any:
         if targets is None:
@@ -68,8 +75,8 @@ def fuse_head(model: nn.Module) -> None:
         hidden = states.flatten(0, 1)[positions]
         rest = [child for name, child in self.named_children() if name != decoder]
         trained = any(p.requires_grad for child in rest for p in child.parameters())
-        rows = max(1, LOGITS_AT_ONCE // self.config.get_text_config().vocab_size)
-        logps = target_logps(functools.partial(_project, self, decoder), hidden, targets, rows, trained)
+        at_once = at_once or tokens_at_once(hidden.device.type, self.config.get_text_config().vocab_size)
+        logps = target_logps(functools.partial(_project, self, decoder), hidden, targets, at_once, trained)
         if kwargs.get("output_router_logits"):
             mask = kwargs.get("attention_mask") if layout is None else None
             return logps, load_balancing_loss(self, outputs.router_logits, mask)
@@ -140,15 +147,15 @@ class _Output(BaseModelOutput):
 
 @torch.compiler.disable  # its pieces' number differs at every step, and their work is the products'
 def target_logps(
-    project: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, rows: int, trained: bool
+    project: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, at_once: int, trained: bool
 ) -> Tensor:
-    """Log-probs of the targets, `rows` of them at a time; memory is (rows, V), whatever R is.
+    """Log-probs of the targets, `at_once` of them at a time; memory is (at_once, V), whatever R is.
 
     Args:
         project: From hidden states, shape (n, H), to logits, shape (n, V).
         hidden: Hidden states that predict the targets. Shape (R, H).
         targets: Token ids. Shape (R,).
-        rows: Tokens that are projected together.
+        at_once: Tokens that are projected together.
         trained: Whether weights of `project` are trained.
 
     Returns:
@@ -156,12 +163,13 @@ def target_logps(
     """
     if trained and torch.is_grad_enabled():
 
-        def score(h: Tensor, t: Tensor) -> Tensor:  # kept: hidden states alone; logits are made again for the gradient
-            return checkpoint(_logps, project, h, t, use_reentrant=False, preserve_rng_state=False)
+        def score(h: Tensor, t: Tensor) -> Tensor:
+            return _CrossEntropy.apply(project(h), t)
 
-        pieces = zip(hidden.split(rows), targets.split(rows), strict=True)
-        return torch.cat([score(h, t) for h, t in pieces])
-    return _FrozenHead.apply(hidden, targets, project, rows)
+        pieces = zip(hidden.split(at_once), targets.split(at_once), strict=True)
+        # Hidden states alone are kept; logits are made again for the gradient.
+        return -torch.cat([checkpoint(score, h, t, use_reentrant=False, preserve_rng_state=False) for h, t in pieces])
+    return _FrozenHead.apply(hidden, targets, project, at_once)
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -173,35 +181,56 @@ class _FrozenHead(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, project: Callable[[Tensor], Tensor], rows: int) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, project: Callable[[Tensor], Tensor], at_once: int) -> Tensor:
         needs_gradient = ctx.needs_input_grad[0]
-        directions = torch.empty_like(hidden) if needs_gradient else None
-        logps = []
-        for at in range(0, len(targets), rows):
-            part = slice(at, at + rows)
+        gradients = torch.empty_like(hidden) if needs_gradient else None  # of the cross-entropy, -log p
+        losses = []
+        for at in range(0, len(targets), at_once):
+            part = slice(at, at + at_once)
             with torch.set_grad_enabled(needs_gradient):
                 h = hidden[part].detach().requires_grad_(needs_gradient)
                 logits = project(h.view_as(h))  # (n, V); a view, for hooks on the head that do not take a leaf
-            log_probs = torch.log_softmax(logits.detach(), dim=-1, dtype=_wide(logits))
-            target = targets[part, None]
-            logps.append(log_probs.gather(1, target).squeeze(1))
-            if needs_gradient:  # of the target's log-prob by the logits: one-hot minus the probabilities
-                slope = log_probs.exp_().neg_().scatter_add_(1, target, torch.ones_like(log_probs[:, :1]))
-                (directions[part],) = torch.autograd.grad(logits, h, slope.to(logits.dtype))
+            loss, d_logits = _cross_entropy(logits.detach(), targets[part], needs_gradient)
+            losses.append(loss)
+            if needs_gradient:
+                (gradients[part],) = torch.autograd.grad(logits, h, d_logits)
         if needs_gradient:
-            ctx.save_for_backward(directions)
-        return torch.cat(logps) if logps else hidden.new_zeros(0, dtype=torch.float32)
+            ctx.save_for_backward(gradients)
+        return -torch.cat(losses) if losses else hidden.new_zeros(0, dtype=torch.float32)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (directions,) = ctx.saved_tensors
-        return gradient[:, None].to(directions.dtype) * directions, None, None, None
+        (gradients,) = ctx.saved_tensors
+        return (-gradient[:, None] * gradients).to(gradients.dtype), None, None, None
 
 
-def _logps(project: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
-    logits = project(hidden)  # (n, V)
-    return -cross_entropy(logits.to(_wide(logits)), targets, reduction="none")  # (n,)
+class _CrossEntropy(torch.autograd.Function):
+    """Cross-entropy of logits, shape (n, V), at targets, shape (n,). Its gradient is made with it, and kept."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        loss, d_logits = _cross_entropy(logits, targets, needs_gradient=True)
+        ctx.save_for_backward(d_logits)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (d_logits,) = ctx.saved_tensors
+        return d_logits.mul_(gradient[:, None]), None
 
 
-def _wide(logits: Tensor) -> torch.dtype:
-    return torch.promote_types(logits.dtype, torch.float32)
+def _cross_entropy(logits: Tensor, targets: Tensor, needs_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    r"""\(-\log p_t\) in float32 or wider, and its gradient by the logits, \(p\) less 1 at t, in the logits' type.
+
+    Both are rounded once, at the end: probabilities are written in the logits' type, and p_t - 1 is an expm1.
+    """
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    log_probs = torch.log_softmax(logits, dim=-1, dtype=wide)  # (n, V)
+    at_target = targets[:, None]
+    loss = -log_probs.gather(1, at_target)  # (n, 1)
+    if not needs_gradient:
+        return loss.squeeze(1), None
+    out = log_probs if wide == logits.dtype else torch.empty_like(logits)
+    gradient = torch.exp(log_probs, out=out).scatter_(1, at_target, torch.expm1(-loss).to(logits.dtype))
+    return loss.squeeze(1), gradient
