@@ -206,7 +206,7 @@ def _trace(spec: StepSpec, depth: int, rows: Sequence[dict[str, Any]], system: s
             patches.enter_context(patch.object(trace, "use_meta_norms", lambda model: None))
         inputs = trainer_inputs(spec, model, _batch(rows, None)[0])
     if system == "upstream":
-        inputs = _upstream_inputs(rows) | {"at_once": inputs["at_once"]}
+        inputs = _upstream_inputs(rows) | {"run_device": spec.device}
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         fake_copy(model, fake)
         inputs = {name: fake.from_tensor(v) if isinstance(v, Tensor) else v for name, v in inputs.items()}

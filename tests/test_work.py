@@ -13,7 +13,7 @@ from benchmarks.rows import draw_rows
 from benchmarks.sizes import SIZES
 from benchmarks.systems import MISTRAL_4BIT, MISTRAL_BF16, SYSTEMS, mistral_config, random_mistral
 from benchmarks.work import LORA4, OURS, PAIRS, UNFUSED, Work, count, plan
-from trl_nca.head import _cross_entropy
+from trl_nca.cross_entropy import cross_entropy, fused_cross_entropy
 
 RATES = 1e12, 1e9
 
@@ -101,12 +101,20 @@ def test_the_heads_part():
     assert 0 < counted.head < after < counted.seconds
 
 
-@pytest.mark.parametrize(("needs_gradient", "bytes_moved"), [(False, 14), (True, 20)])
-def test_passes_over_the_logits(needs_gradient, bytes_moved):
-    """To float32 6 bytes, log-softmax 8, probabilities 6 for a gradient; all else is of tokens."""
+@pytest.mark.parametrize(
+    ("loss", "needs_gradient", "bytes_moved"),
+    [
+        (cross_entropy, False, 14),
+        (cross_entropy, True, 20),
+        (fused_cross_entropy, False, 2),
+        (fused_cross_entropy, True, 4),
+    ],
+)
+def test_passes_over_the_logits(loss, needs_gradient, bytes_moved):
+    """To float32 6 bytes, log-softmax 8, probabilities 6 for a gradient; compiled, logits and gradient."""
     logits, targets = torch.zeros(4, 10000, dtype=torch.bfloat16), torch.zeros(4, dtype=torch.long)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, Work(1.0, 1.0) as counted:
-        _cross_entropy(fake.from_tensor(logits), fake.from_tensor(targets), needs_gradient)
+        loss(fake.from_tensor(logits), fake.from_tensor(targets), needs_gradient)
     assert counted.memory_bound / logits.numel() == pytest.approx(bytes_moved, rel=0.01)
 
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutput
 
+from trl_nca.cross_entropy import CrossEntropy, Loss, cross_entropy, fused_cross_entropy
 from trl_nca.layout import padded_inputs
 from trl_nca.rotary import length_dependent, longest_shared, rotating_by_row
 from trl_nca.router import load_balancing_loss
@@ -38,9 +38,10 @@ def fuse_head(model: nn.Module) -> None:
 
     `targets`, shape (R,), are token ids, and `positions`, shape (R,), the places in the flattened rows, of `row_length`
     tokens (default: of those that run), that predict them; the result is their log-probs, shape (R,). Only these
-    positions are projected, `at_once` of them at a time (default: `tokens_at_once` on this device). Without `targets`
-    the model runs as before. With `output_router_logits` a mixture of experts returns its load-balancing loss too. To
-    be called on the bare model; wrapped by PEFT, DDP, FSDP or DeepSpeed it takes the arguments all the same.
+    positions are projected, in the way of `run_device`, "cuda" or "cpu" (default: of the device that they are on).
+    Without `targets` the model runs as before. With `output_router_logits` a mixture of experts returns its
+    load-balancing loss too. To be called on the bare model; wrapped by PEFT, DDP, FSDP or DeepSpeed it takes the
+    arguments all the same.
     """
     if hasattr(model.forward, "is_fused"):
         return
@@ -53,7 +54,7 @@ def fuse_head(model: nn.Module) -> None:
         positions: Tensor | None = None,
         row_length: int | None = None,
         targets: Tensor | None = None,
-        at_once: int | None = None,
+        run_device: str | None = None,
         **kwargs: Any,
     ) -> Any:
         if targets is None:
@@ -75,8 +76,15 @@ def fuse_head(model: nn.Module) -> None:
         hidden = states.flatten(0, 1)[positions]
         rest = [child for name, child in self.named_children() if name != decoder]
         trained = any(p.requires_grad for child in rest for p in child.parameters())
-        at_once = at_once or tokens_at_once(hidden.device.type, self.config.get_text_config().vocab_size)
-        logps = target_logps(functools.partial(_project, self, decoder), hidden, targets, at_once, trained)
+        device = run_device or hidden.device.type
+        logps = target_logps(
+            functools.partial(_project, self, decoder),
+            hidden,
+            targets,
+            tokens_at_once(device, self.config.get_text_config().vocab_size),
+            trained,
+            fused_cross_entropy if device == "cuda" else cross_entropy,
+        )
         if kwargs.get("output_router_logits"):
             mask = kwargs.get("attention_mask") if layout is None else None
             return logps, load_balancing_loss(self, outputs.router_logits, mask)
@@ -147,7 +155,12 @@ class _Output(BaseModelOutput):
 
 @torch.compiler.disable  # its pieces' number differs at every step, and their work is the products'
 def target_logps(
-    project: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, at_once: int, trained: bool
+    project: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    targets: Tensor,
+    at_once: int,
+    trained: bool,
+    loss: Loss = cross_entropy,
 ) -> Tensor:
     """Log-probs of the targets, `at_once` of them at a time; memory is (at_once, V), whatever R is.
 
@@ -157,19 +170,20 @@ def target_logps(
         targets: Token ids. Shape (R,).
         at_once: Tokens that are projected together.
         trained: Whether weights of `project` are trained.
+        loss: `cross_entropy` or its like.
 
     Returns:
         Log-probs in nats, float32 or wider. Shape (R,).
     """
     if trained and torch.is_grad_enabled():
 
-        def score(h: Tensor, t: Tensor) -> Tensor:
-            return _CrossEntropy.apply(project(h), t)
+        def piece(h: Tensor, t: Tensor) -> Tensor:
+            return CrossEntropy.apply(project(h), t, loss)
 
         pieces = zip(hidden.split(at_once), targets.split(at_once), strict=True)
         # Hidden states alone are kept; logits are made again for the gradient.
-        return -torch.cat([checkpoint(score, h, t, use_reentrant=False, preserve_rng_state=False) for h, t in pieces])
-    return _FrozenHead.apply(hidden, targets, project, at_once)
+        return -torch.cat([checkpoint(piece, h, t, use_reentrant=False, preserve_rng_state=False) for h, t in pieces])
+    return _FrozenHead.apply(hidden, targets, project, at_once, loss)
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -181,7 +195,9 @@ class _FrozenHead(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, project: Callable[[Tensor], Tensor], at_once: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, targets: Tensor, project: Callable[[Tensor], Tensor], at_once: int, loss: Loss
+    ) -> Tensor:
         needs_gradient = ctx.needs_input_grad[0]
         gradients = torch.empty_like(hidden) if needs_gradient else None  # of the cross-entropy, -log p
         losses = []
@@ -190,10 +206,10 @@ class _FrozenHead(torch.autograd.Function):
             with torch.set_grad_enabled(needs_gradient):
                 h = hidden[part].detach().requires_grad_(needs_gradient)
                 logits = project(h.view_as(h))  # (n, V); a view, for hooks on the head that do not take a leaf
-            loss, d_logits = _cross_entropy(logits.detach(), targets[part], needs_gradient)
-            losses.append(loss)
+            part_losses, by_logits = loss(logits.detach(), targets[part], needs_gradient)
+            losses.append(part_losses)
             if needs_gradient:
-                (gradients[part],) = torch.autograd.grad(logits, h, d_logits)
+                (gradients[part],) = torch.autograd.grad(logits, h, by_logits)
         if needs_gradient:
             ctx.save_for_backward(gradients)
         return -torch.cat(losses) if losses else hidden.new_zeros(0, dtype=torch.float32)
@@ -201,36 +217,4 @@ class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (gradients,) = ctx.saved_tensors
-        return (-gradient[:, None] * gradients).to(gradients.dtype), None, None, None
-
-
-class _CrossEntropy(torch.autograd.Function):
-    """Cross-entropy of logits, shape (n, V), at targets, shape (n,). Its gradient is made with it, and kept."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        loss, d_logits = _cross_entropy(logits, targets, needs_gradient=True)
-        ctx.save_for_backward(d_logits)
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (d_logits,) = ctx.saved_tensors
-        return d_logits.mul_(gradient[:, None]), None
-
-
-def _cross_entropy(logits: Tensor, targets: Tensor, needs_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    r"""\(-\log p_t\) in float32 or wider, and its gradient by the logits, \(p\) less 1 at t, in the logits' type.
-
-    Both are rounded once, at the end: probabilities are written in the logits' type, and p_t - 1 is an expm1.
-    """
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    log_probs = torch.log_softmax(logits, dim=-1, dtype=wide)  # (n, V)
-    at_target = targets[:, None]
-    loss = -log_probs.gather(1, at_target)  # (n, 1)
-    if not needs_gradient:
-        return loss.squeeze(1), None
-    out = log_probs if wide == logits.dtype else torch.empty_like(logits)
-    gradient = torch.exp(log_probs, out=out).scatter_(1, at_target, torch.expm1(-loss).to(logits.dtype))
-    return loss.squeeze(1), gradient
+        return (-gradient[:, None] * gradients).to(gradients.dtype), None, None, None, None

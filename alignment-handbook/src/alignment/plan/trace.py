@@ -23,7 +23,6 @@ from alignment.plan.meta_model import StepSpec, build_meta_model, is_quantized, 
 from alignment.plan.timeline import KINDS, Timeline, fake_copy
 from trl_nca.chunks import split_batch
 from trl_nca.collate import GroupCollator
-from trl_nca.head import tokens_at_once
 from trl_nca.logps import Batch, model_inputs, prepare
 from trl_nca.shared_prompt import gpu_attention, shared_prompt_mask
 from trl_nca.sharing import base_model
@@ -202,8 +201,7 @@ def trainer_inputs(spec: StepSpec, model: nn.Module, batch: Batch) -> dict[str, 
         base.activation_checkpointing_enable(activation_checkpointing_kwargs=spec.checkpointing or None)
         if isinstance(model, PeftModel):
             model.enable_input_require_grads()
-    vocabulary = spec.config.get_text_config().vocab_size
-    inputs = model_inputs(batch, shared) | {"at_once": tokens_at_once(spec.device, vocabulary)}  # the run's, not ours
+    inputs = model_inputs(batch, shared) | {"run_device": spec.device}
     if not shared:  # the mask that transformers makes of a padded batch's
         num_rows, length = inputs["attention_mask"].shape
         inputs["attention_mask"] = torch.ones(num_rows, 1, length, length, dtype=torch.bool)
