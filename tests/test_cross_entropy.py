@@ -102,3 +102,17 @@ def test_a_full_gpu_is_no_reason_to_run_plain(monkeypatch):
     monkeypatch.setattr(module, "_fused", fails)
     with pytest.raises(torch.OutOfMemoryError):
         fused_cross_entropy(*case(), True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="compiles for a GPU: needs one")
+def test_on_a_gpu_nothing_of_the_logits_size_is_made_but_their_gradient(monkeypatch):
+    monkeypatch.setattr(module, "_fused", None)
+    logits, targets = (t.cuda() for t in case(n=64, vocabulary=152_000))
+    fused_cross_entropy(logits, targets, True)
+    held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    results = fused_cross_entropy(logits, targets, True)
+    assert torch.cuda.max_memory_allocated() - held < 1.1 * logits.nbytes
+    assert module._fused is not cross_entropy
+    torch.testing.assert_close(results, cross_entropy(logits, targets, True))

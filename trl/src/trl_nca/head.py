@@ -121,7 +121,7 @@ def _project(model: nn.Module, decoder: str, hidden: Tensor) -> Tensor:
     model._modules[decoder] = _HiddenStates(hidden[None], whole)
     try:
         ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
-        return type(model).forward(model, input_ids=ids).logits[0]
+        return type(model).forward(model, input_ids=ids).logits.squeeze(0)  # an index would copy its gradient
     finally:
         model._modules[decoder] = whole
 
@@ -200,21 +200,29 @@ class _FrozenHead(torch.autograd.Function):
     ) -> Tensor:
         needs_gradient = ctx.needs_input_grad[0]
         gradients = torch.empty_like(hidden) if needs_gradient else None  # of the cross-entropy, -log p
-        losses = []
+        losses = [hidden.new_zeros(0, dtype=torch.float32)]
         for at in range(0, len(targets), at_once):
             part = slice(at, at + at_once)
-            with torch.set_grad_enabled(needs_gradient):
-                h = hidden[part].detach().requires_grad_(needs_gradient)
-                logits = project(h.view_as(h))  # (n, V); a view, for hooks on the head that do not take a leaf
-            part_losses, by_logits = loss(logits.detach(), targets[part], needs_gradient)
+            part_losses, by_hidden = _piece(project, hidden[part], targets[part], loss, needs_gradient)
             losses.append(part_losses)
             if needs_gradient:
-                (gradients[part],) = torch.autograd.grad(logits, h, by_logits)
+                gradients[part] = by_hidden
         if needs_gradient:
             ctx.save_for_backward(gradients)
-        return -torch.cat(losses) if losses else hidden.new_zeros(0, dtype=torch.float32)
+        return -torch.cat(losses)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (gradients,) = ctx.saved_tensors
         return (-gradient[:, None] * gradients).to(gradients.dtype), None, None, None, None
+
+
+def _piece(
+    project: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, loss: Loss, needs_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Cross-entropies, shape (n,), and their gradients by the hidden states, shape (n, H). Its logits end with it."""
+    with torch.set_grad_enabled(needs_gradient):
+        h = hidden.detach().requires_grad_(needs_gradient)
+        logits = project(h.view_as(h))  # (n, V); a view, for hooks on the head that do not take a leaf
+    losses, by_logits = loss(logits.detach(), targets, needs_gradient)
+    return losses, torch.autograd.grad(logits, h, by_logits)[0] if needs_gradient else None
