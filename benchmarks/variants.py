@@ -10,17 +10,29 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from alignment.plan.trace import decoder_layers
-from trl_nca import layers, shared_prompt
+from trl_nca import layers, one_pass, shared_prompt
 from trl_nca.layout import GroupLayout
 from trl_nca.sharing import base_model
 
 Variant = Callable[[nn.Module], contextlib.AbstractContextManager[Any]]
 
+_ONE_PASS = (one_pass.gated_forward, one_pass.rotating_forward)
+
+
+def unfused_layers(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """LoRA layers, norms, gates and rotations are PEFT's and transformers' own."""
+    return _without(model, layers._lora_forward, layers._norm_forward, *_ONE_PASS)
+
+
+def more_passes(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Gates and rotations are transformers' own."""
+    return _without(model, *_ONE_PASS)
+
 
 @contextlib.contextmanager
-def unfused_layers(model: nn.Module) -> Iterator[None]:
-    """LoRA layers and norms are PEFT's and transformers' own."""
-    fused = {m: vars(m)["forward"] for m in model.modules() if _is_fused(m)}
+def _without(model: nn.Module, *forwards: Callable[..., Any]) -> Iterator[None]:
+    """Modules that have one of these forwards have their class's."""
+    fused = {m: f for m in model.modules() if getattr(f := vars(m).get("forward"), "__func__", None) in forwards}
     for module in fused:
         del module.forward
     try:
@@ -28,10 +40,6 @@ def unfused_layers(model: nn.Module) -> Iterator[None]:
     finally:
         for module, forward in fused.items():
             module.forward = forward
-
-
-def _is_fused(module: nn.Module) -> bool:
-    return getattr(vars(module).get("forward"), "__func__", None) in (layers._lora_forward, layers._norm_forward)
 
 
 @contextlib.contextmanager
@@ -87,6 +95,7 @@ def _block_mask(layout: GroupLayout) -> BlockMask:
 
 VARIANTS: dict[str, Variant] = {
     "PEFT's layers": unfused_layers,
+    "gates and rotations in passes": more_passes,
     "SDPA": sdpa,
     "FlexAttention": flex,
     "torch.compile": compiled,

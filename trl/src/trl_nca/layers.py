@@ -19,6 +19,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import rms_norm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from trl_nca.one_pass import fuse_passes, same_code
+
 
 def fuse_layers(model: nn.Module) -> None:
     """Patches LoRA layers over linear ones, quantized or not, and Llama-style RMSNorms in place with fused forwards.
@@ -31,6 +33,8 @@ def fuse_layers(model: nn.Module) -> None:
             module.forward = types.MethodType(_lora_forward, module)
         elif is_llama_norm(type(module)):
             module.forward = types.MethodType(_norm_forward, module)
+        else:
+            fuse_passes(module)
 
 
 def _is_linear(layer: LoraLayer) -> bool:
@@ -62,8 +66,7 @@ def cast_adapter_to_float32(model: nn.Module) -> None:
 
 def is_llama_norm(kind: type[nn.Module]) -> bool:
     """Whether a class normalizes as Llama's does: the very same code, which many families repeat."""
-    code, llama = getattr(kind.forward, "__code__", None), LlamaRMSNorm.forward.__code__
-    return code is not None and all(getattr(code, k) == getattr(llama, k) for k in ("co_code", "co_consts", "co_names"))
+    return same_code(kind.forward, LlamaRMSNorm.forward)
 
 
 def _norm_forward(self: nn.Module, hidden_states: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from trl_nca.layers import is_llama_norm
+from trl_nca.one_pass import is_gated, rotated_type, rotates, with_rotation
 
 
 @dataclass(frozen=True)
@@ -107,10 +108,28 @@ class _QuantizedLinear(torch.autograd.Function):
 
 
 def use_meta_norms(model: nn.Module) -> None:
-    """Gives norms that `trl_nca.layers.fuse_layers` fuses the memory that the fused kernel takes on a GPU."""
+    """Gives what `trl_nca.layers.fuse_layers` fuses the memory that the fused kernels take on a GPU.
+
+    Besides norms these are gated feed-forward layers and rotations.
+    """
     for module in model.modules():
         if is_llama_norm(type(module)):
             module.forward = types.MethodType(lambda self, x: _MetaNorm.apply(x, self.weight), module)
+        elif is_gated(module):
+            module.forward = types.MethodType(_meta_gated_forward, module)
+        elif rotates(type(module)):
+            module.forward = types.MethodType(with_rotation(type(module).forward, _meta_rotation), module)
+
+
+def _meta_gated_forward(self: nn.Module, x: Tensor) -> Tensor:
+    return self.down_proj(_MetaGate.apply(self.gate_proj(x), self.up_proj(x)))
+
+
+def _meta_rotation(
+    query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+) -> tuple[Tensor, Tensor]:
+    query, key = (_MetaRotation.apply(x, rotated_type(x, cos)) for x in (query, key))
+    return query, key
 
 
 class _MetaNorm(torch.autograd.Function):
@@ -125,6 +144,33 @@ class _MetaNorm(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, _ = ctx.saved_tensors
         return x + gradient, torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+
+
+class _MetaGate(torch.autograd.Function):
+    """The memory of `trl_nca.one_pass.Gate`, and the bytes that its kernels read and write."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return gate * up
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return gate * gradient, up.neg()
+
+
+class _MetaRotation(torch.autograd.Function):
+    """The memory of one of the two that `trl_nca.one_pass.Rotation` turns, and what its kernel reads and writes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.dtype = x.dtype
+        return x.to(dtype, copy=True)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.to(ctx.dtype, copy=True), None
 
 
 def is_quantized(parameter: nn.Parameter) -> bool:
