@@ -12,21 +12,24 @@ import torch
 from huggingface_hub import constants
 from peft import LoraConfig
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from alignment.configs import parse_configs
 from alignment.errors import UserError
 from alignment.launch import launched_layout
 from alignment.models import SHIPPED_CONFIGS, PolicyConfig
-from alignment.plan import estimate, layouts, trace
+from alignment.plan import estimate, layouts, meta_model, trace
 from alignment.plan import show as planning
 from alignment.plan.compatibility import check_layout, incompatibilities
 from alignment.plan.meta_model import StepSpec
 from alignment.plan.show import describe, make_plan, offline_if_unreachable, show_plan
+from alignment.plan.timeline import Timeline
 from alignment.plan.trace import StepMemory, largest_forward, repeat_batch, trace_step, weight_sizes
 from alignment.recipe import PLAN_KEYS
 from benchmarks.plan import LORA, SMALL, Case, measured, planned
 from tests.conftest import ROOT
 from tests.tiny import tiny_config
+from trl_nca import layers, one_pass
 
 RECIPES = sorted((ROOT / "yamls").glob("*.yaml"))
 SHORT = {"lengths": (50, 50)}
@@ -87,6 +90,31 @@ def test_layers_are_counted_by_two_and_three(monkeypatch):
     by_line = trace_step(spec, batch)
     monkeypatch.setattr(trace, "_DEPTHS", (4, 5))
     assert trace_step(spec, batch) == by_line
+
+
+def test_a_gate_is_not_kept(monkeypatch):
+    """Of a feed-forward layer the gate's input, the product beside it, and theirs: not what the activation made."""
+    batch, _ = largest_forward([(30, [40] * 2)], None)
+    spec = small_spec(autocast=torch.bfloat16)
+    fused = trace_step(spec, batch)
+    monkeypatch.setattr(one_pass, "fuse_passes", lambda module: None)
+    monkeypatch.setattr(layers, "fuse_passes", lambda module: None)
+    monkeypatch.setattr(meta_model, "is_gated", lambda module: False)
+    saved = fused.tokens * spec.config.intermediate_size * 2 * spec.config.num_hidden_layers
+    assert trace_step(spec, batch).activations - fused.activations == saved
+
+
+def test_a_rotation_takes_no_more_than_its_result():
+    """While it runs: queries, keys and what they become, and none of the products between."""
+    query, key = (torch.zeros(1, heads, 100, 8) for heads in (4, 2))
+    cos = sin = torch.zeros(1, 100, 8)
+    peaks = {}
+    for rotate in (apply_rotary_pos_emb, meta_model._meta_rotation):
+        with Timeline([query, key, cos], 320) as timeline:
+            turned = rotate(query, key, cos, sin)
+        peaks[rotate] = sum(timeline.peak(0, timeline.now).values())
+        assert [t.shape for t in turned] == [query.shape, key.shape]
+    assert peaks[meta_model._meta_rotation] == 4 * (query.numel() + key.numel()) < peaks[apply_rotary_pos_emb]
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

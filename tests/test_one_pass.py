@@ -215,10 +215,10 @@ def test_gate_and_up_of_two_types(on_gpu):
     assert on_gpu["Gate"] == 0
 
 
-def step(length, activation=one_pass._SILU, dtype=torch.float32):
-    """Outputs and gradients of both functions on as many tokens."""
-    query, key, cos, sin = (x.to(dtype).detach().requires_grad_(x.requires_grad) for x in rotation_inputs(length))
-    gate, up = (torch.randn(1, length, 8, dtype=dtype, requires_grad=True) for _ in range(2))
+def step(length, activation=one_pass._SILU, dtype=torch.float32, device="cpu"):
+    """Outputs and gradients of both functions on as many tokens, by transformers in float32 and by ours."""
+    drawn = (*rotation_inputs(length), *(torch.randn(1, length, 8, requires_grad=True) for _ in range(2)))
+    query, key, cos, sin, gate, up = (x.detach().to(device, dtype).requires_grad_(x.requires_grad) for x in drawn)
     outputs = [one_pass.Gate.apply(gate, up, activation), *one_pass.rotate(query, key, cos, sin)]
     inputs = (gate, up, query, key)
     gradients = torch.autograd.grad(sum(out.float().pow(2).sum() for out in outputs), inputs)
@@ -253,6 +253,15 @@ def test_what_is_compiled_is_the_same(on_gpu, monkeypatch, activation):
         for length in (5, 40):
             exact, ours = step(length, activation, dtype)
             assert max(distances([x.float() for x in exact], [x.float() for x in ours])) < bound
+    assert one_pass._compiles, "nothing failed"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="Triton's kernels need a GPU")
+def test_kernels_of_a_gpu():
+    for length in (5, 40):
+        exact, ours = step(length, dtype=torch.bfloat16, device="cuda")
+        assert max(distances(*([x.float() for x in side] for side in (exact, ours)))) < 1e-2
     assert one_pass._compiles, "nothing failed"
 
 

@@ -6,6 +6,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PretrainedConfig
 
+from trl_nca.flash import use_newer_flash
 from trl_nca.shared_prompt import NAME, CannotShare
 
 #: Configs and the attention that they had before.
@@ -27,6 +28,7 @@ def share_prompts(models: Sequence[nn.Module]) -> Attention:
     for model in models:
         if reason := unsupported_reason(model):
             raise CannotShare(reason)
+    use_newer_flash([base_model(model) for model in models])
     # Not the model's config alone: layers that PEFT replicates have copies of it.
     configs = [getattr(module, "config", None) for model in models for module in model.modules()]
     before = {id(c): (c, c._attn_implementation) for c in configs if isinstance(c, PretrainedConfig)}
