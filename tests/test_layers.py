@@ -15,7 +15,7 @@ from trl import DPOConfig, DPOTrainer
 from benchmarks.systems import mistral_config, random_mistral_4bit
 from nca_trainer import NCAConfig, NCATrainer
 from tests.tiny import SIZES, rows_of, tiny_config, tiny_tokenizer
-from trl_nca import layers, one_pass
+from trl_nca import kernels, layers
 from trl_nca.collate import GroupCollator
 from trl_nca.layers import fuse_layers
 from trl_nca.logps import prepare, response_logps
@@ -266,8 +266,8 @@ def test_a_small_learning_rate_moves_a_quantized_models_adapter(tmp_path):
 
 
 def test_a_compiled_model_is_not_compiled_again_for_every_layout(monkeypatch):
-    monkeypatch.setattr(one_pass, "_on_gpu", lambda x: True)
-    monkeypatch.setattr(one_pass, "_compiles", False)  # what is not in the compiled model is left as it is
+    monkeypatch.setattr(kernels, "on_gpu", lambda x: True)
+    monkeypatch.setattr(kernels, "_compiles", False)  # what is not in the compiled model is left as it is
     compiled = CompileCounter()
     model = lora_model(base=LlamaForCausalLM(tiny_config(num_hidden_layers=1)))
     plain, shared = copy.deepcopy(model), prepare([model])

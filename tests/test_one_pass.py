@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.autograd import gradcheck
+from torch.utils._pytree import tree_map
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -21,7 +22,7 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaMLP, apply_rotary_pos_emb
 
 from tests.tiny import SHAPES, SIZES, rows_of, tiny_config
-from trl_nca import one_pass
+from trl_nca import kernels, one_pass
 from trl_nca.collate import GroupCollator
 from trl_nca.logps import prepare, response_logps
 
@@ -32,10 +33,10 @@ ACTIVATIONS = [one_pass._SILU, one_pass._GELU_TANH]
 
 @pytest.fixture
 def on_gpu(monkeypatch):
-    """As on a GPU, and how often each function ran; nothing is compiled."""
+    """As on a GPU, where nothing is compiled; how often each function ran."""
     calls = {"Gate": 0, "Rotation": 0}
-    monkeypatch.setattr(one_pass, "_on_gpu", lambda x: True)
-    monkeypatch.setattr(one_pass, "_compiles", False)
+    monkeypatch.setattr(kernels, "on_gpu", lambda x: True)
+    monkeypatch.setattr(kernels, "_compiles", False)
     for name in calls:
         function = getattr(one_pass, name)
 
@@ -45,6 +46,14 @@ def on_gpu(monkeypatch):
 
         monkeypatch.setattr(function, "apply", counted)
     return calls
+
+
+@pytest.fixture
+def compiling(on_gpu, monkeypatch):
+    """As on a GPU, where all is compiled."""
+    monkeypatch.setattr(kernels, "_compiles", True)
+    monkeypatch.setattr(kernels, "_checked", set())
+    monkeypatch.setattr(kernels, "_LARGE", 0)
 
 
 def tiny_model(config, lora=True):
@@ -228,60 +237,76 @@ def step(length, activation=one_pass._SILU, dtype=torch.float32, device="cpu"):
     return [*expected, *exact], [*outputs, *gradients]
 
 
-def test_compiled_once_for_all_lengths(on_gpu, monkeypatch):
+def test_compiled_once_for_all_lengths(compiling, monkeypatch):
     counter = CompileCounter()
     compiled = {f: torch.compile(f, backend=counter) for f in
                 (one_pass._gate, one_pass._gate_gradients, one_pass._rotate, one_pass._rotate_back)}  # fmt: skip
-    monkeypatch.setattr(one_pass, "_compiled", compiled.__getitem__)
-    monkeypatch.setattr(one_pass, "_compiles", True)
+    monkeypatch.setattr(kernels, "_compiled", compiled.__getitem__)
     for length in (5, 2, 8, 6, 40, 33):  # among them the other sizes
         for exact, ours in zip(*step(length), strict=True):
             torch.testing.assert_close(ours, exact)
+    with torch.no_grad():
+        one_pass.Gate.apply(*torch.randn(2, 1, 6, 8), one_pass._SILU)
+        one_pass.rotate(*(x.float().detach() for x in rotation_inputs(6)))
     assert counter.frame_count == 4
     step(7, dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         step(9, dtype=torch.bfloat16)
     assert counter.frame_count == 8, "and once more for another type"
-    assert one_pass._compiles
+    assert kernels._compiles and kernels._checked == compiled.keys()
 
 
 @pytest.mark.slow  # compiling C++ takes half a minute
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_what_is_compiled_is_the_same(on_gpu, monkeypatch, activation):
-    monkeypatch.setattr(one_pass, "_compiles", True)
+def test_what_is_compiled_is_the_same(compiling, activation):
     for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
         for length in (5, 40):
             exact, ours = step(length, activation, dtype)
             assert max(distances([x.float() for x in exact], [x.float() for x in ours])) < bound
-    assert one_pass._compiles, "nothing failed"
+    assert kernels._compiles, "nothing failed"
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="Triton's kernels need a GPU")
-def test_kernels_of_a_gpu():
+def test_kernels_of_a_gpu(compiling):
     for length in (5, 40):
         exact, ours = step(length, dtype=torch.bfloat16, device="cuda")
         assert max(distances(*([x.float() for x in side] for side in (exact, ours)))) < 1e-2
-    assert one_pass._compiles, "nothing failed"
+    assert kernels._compiles, "nothing failed"
 
 
-def test_where_nothing_can_be_compiled_it_says_so_once(on_gpu, monkeypatch):
-    def fail(*args):
-        raise RuntimeError("Failed to find C compiler.\nSet CC")
+def fail(*args):
+    raise RuntimeError("Failed to find C compiler.\nSet CC")
 
-    monkeypatch.setattr(one_pass, "_compiled", lambda function: fail)
-    monkeypatch.setattr(one_pass, "_compiles", True)
-    with pytest.warns(UserWarning, match="run uncompiled.*: Failed to find C compiler.$"):
+
+@pytest.mark.parametrize(
+    ("compiled", "reason"),
+    [
+        (lambda function: fail, "Failed to find C compiler."),
+        (lambda function: lambda *args: tree_map(lambda x: 1.1 * x, function(*args)), "gives other numbers"),
+    ],
+)
+def test_where_nothing_can_be_compiled_it_says_so_once(compiling, monkeypatch, compiled, reason):
+    monkeypatch.setattr(kernels, "_compiled", compiled)
+    with pytest.warns(UserWarning, match=f"run uncompiled.*{reason}$"):
         exact, ours = step(5)
     torch.testing.assert_close(ours, exact)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         step(5)
 
+
+def test_too_little_memory_is_not_a_reason(compiling, monkeypatch):
     def fill(*args):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(one_pass, "_compiled", lambda function: fill)
-    monkeypatch.setattr(one_pass, "_compiles", True)
+    monkeypatch.setattr(kernels, "_compiled", lambda function: fill)
     with pytest.raises(torch.OutOfMemoryError):
         step(5)
+
+
+def test_small_tensors_are_not_worth_a_kernel(compiling, monkeypatch):
+    monkeypatch.setattr(kernels, "_compiled", lambda function: fail)
+    monkeypatch.setattr(kernels, "_LARGE", 1000)
+    step(5)
+    assert kernels._compiles

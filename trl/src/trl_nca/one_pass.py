@@ -2,7 +2,7 @@ r"""Gated feed-forward layers and rotary positions that read and write their act
 
 transformers writes \(\mathrm{act}(g)\), the product with u, and up to four more tensors of the queries' size for a
 rotation; autograd writes as many again, and keeps act(g). Here each is a function with a backward pass of its own, and
-torch.compile makes both passes one kernel each on a GPU. What is not kept is made again. The numbers are transformers'
+`kernels` makes both passes one kernel each on a GPU. What is not kept is made again. The numbers are transformers'
 but for rounding.
 
 Legend: N tokens, H heads, D head dimension, F width of the feed-forward layer.
@@ -10,7 +10,6 @@ Legend: N tokens, H heads, D head dimension, F width of the feed-forward layer.
 
 import functools
 import types
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +20,8 @@ from torch.nn.functional import gelu, silu
 from transformers.activations import GELUTanh, SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP, apply_rotary_pos_emb, rotate_half
 
+from trl_nca import kernels
+
 #: An activation, and its gradient with respect to its input, of the output's gradient and the input.
 Activation = tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]
 _SILU: Activation = (silu, torch.ops.aten.silu_backward)
@@ -30,8 +31,6 @@ _GELU_TANH: Activation = (
 )
 _ACTIVATIONS: dict[type, Activation] = {nn.SiLU: _SILU, SiLUActivation: _SILU, GELUTanh: _GELU_TANH}
 _ROTATION = apply_rotary_pos_emb.__name__
-
-_compiles = True  # until compiling has failed once
 
 
 def fuse_passes(module: nn.Module) -> None:
@@ -129,16 +128,12 @@ def _rotates_whole(query: Tensor, key: Tensor, cos: Tensor) -> bool:
     """Whether it is as in all of Llama's kind. (On a CPU transformers' operations were the faster ones.)"""
     same_type, same_size = query.dtype == key.dtype, query.shape[-1] == key.shape[-1] == cos.shape[-1]
     is_fixed = cos.dim() == 3 and not cos.requires_grad
-    return _on_gpu(query) and query.dim() == 4 and same_type and same_size and is_fixed
+    return kernels.on_gpu(query) and query.dim() == 4 and same_type and same_size and is_fixed
 
 
 def _is_worth_it(length: int) -> bool:
     """Not for a token at a time, as in sampling with a cache, and not in a compiled model, which does it itself."""
-    return length > 1 and not torch.compiler.is_compiling()
-
-
-def _on_gpu(x: Tensor) -> bool:
-    return x.is_cuda
+    return not torch.compiler.is_compiling() and length > 1
 
 
 class Gate(torch.autograd.Function):
@@ -153,14 +148,14 @@ class Gate(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
-        return _run(_gate, gate.flatten(0, -2), up.flatten(0, -2), activation[0]).view_as(gate)
+        return kernels.run(_gate, gate.flatten(0, -2), up.flatten(0, -2), activation[0]).view_as(gate)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         shape = gradient.shape
         rows = (t.flatten(0, -2) for t in (gradient, *ctx.saved_tensors))  # (N, F)
-        d_gate, d_up = _run(_gate_gradients, *rows, *ctx.activation)
+        d_gate, d_up = kernels.run(_gate_gradients, *rows, *ctx.activation)
         return d_gate.view(shape), d_up.view(shape), None
 
 
@@ -179,12 +174,12 @@ class Rotation(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
         ctx.dtype = query.dtype
-        return _run(_rotate, query, key, cos, sin, dtype)
+        return kernels.run(_rotate, query, key, cos, sin, dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_query: Tensor, d_key: Tensor) -> tuple[Tensor | None, ...]:
-        return *_run(_rotate_back, d_query, d_key, *ctx.saved_tensors, ctx.dtype), None, None, None
+        return *kernels.run(_rotate_back, d_query, d_key, *ctx.saved_tensors, ctx.dtype), None, None, None
 
 
 def _gate(gate: Tensor, up: Tensor, activate: Callable[[Tensor], Tensor]) -> Tensor:
@@ -233,33 +228,3 @@ def _halves(x: Tensor) -> Tensor:
 def _signs(like: Tensor) -> Tensor:
     """-1 of the first half and 1 of the second, made where it is used. Shape (2, 1)."""
     return torch.arange(-1, 2, 2, device=like.device)[:, None]
-
-
-def _run(function: Callable[..., Any], *args: Any) -> Any:
-    """Calls a function of elementwise operations: one kernel on a GPU, if it can be compiled there.
-
-    Only the first size of its tensors changes, and that is compiled once for all.
-    """
-    if _compiles and _on_gpu(args[0]):
-        for tensor in (arg for arg in args if isinstance(arg, Tensor)):
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        try:
-            with torch.autocast(args[0].device.type, enabled=False):  # one state, so that it is compiled once
-                return _compiled(function)(*args)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # no compiler, no Triton, a GPU that it does not know
-            _give_up(error)
-    return function(*args)
-
-
-@functools.cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function)
-
-
-def _give_up(error: Exception) -> None:
-    global _compiles
-    _compiles = False
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    warnings.warn(f"Feed-forward layers and rotary positions run uncompiled, which is slower: {line}", stacklevel=2)

@@ -1,0 +1,68 @@
+"""Functions of elementwise operations as one kernel each, by torch.compile, on a GPU."""
+
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+#: Numbers in a tensor from which on a kernel is worth its call, which costs the CPU more than two operations do.
+_LARGE = 2**22
+_compiles = True  # until compiling has failed once
+_checked: set[Callable[..., Any]] = set()  # compiled functions whose first results were right
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether kernels can run where a tensor is."""
+    return x.is_cuda
+
+
+def run(function: Callable[..., Any], *args: Any) -> Any:
+    """Calls a function of elementwise operations: for large tensors one kernel on a GPU, if it can be compiled there.
+
+    Only the first size of its tensors changes, and that is compiled once for all.
+    """
+    if _compiles and on_gpu(args[0]) and args[0].numel() >= _LARGE:
+        try:
+            return _run_compiled(function, args)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # no compiler, no Triton, a GPU that it does not know
+            _give_up(error)
+    return function(*args)
+
+
+def _run_compiled(function: Callable[..., Any], args: Sequence[Any]) -> Any:
+    # Detached: it would be compiled once for the policy and once for the reference, which has no gradient.
+    args = [arg.detach() if isinstance(arg, Tensor) else arg for arg in args]
+    for tensor in filter(torch.is_tensor, args):
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    with torch.autocast(args[0].device.type, enabled=False):  # and once in and once outside of it
+        result = _compiled(function)(*args)
+        if function not in _checked:
+            _check(function, args, result)
+            _checked.add(function)
+    return result
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function)
+
+
+def _check(function: Callable[..., Any], args: Sequence[Any], result: Any) -> None:
+    """Holds the first rows of a compiled function's result against the function itself. Each row is by itself."""
+    expected = function(*(arg[:64] if isinstance(arg, Tensor) else arg for arg in args))
+    for ours, exact in zip(tree_leaves(result), tree_leaves(expected), strict=True):
+        if not (ours[:64].float() - exact.float()).norm() <= 0.01 * exact.float().norm():  # NaN is not
+            raise ValueError("what was compiled gives other numbers")
+
+
+def _give_up(error: Exception) -> None:
+    global _compiles
+    _compiles = False
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    warnings.warn(f"Feed-forward layers and rotary positions run uncompiled, which is slower: {reason}", stacklevel=2)
