@@ -134,10 +134,11 @@ def test_in_bfloat16(on_gpu, monkeypatch, weights):
     assert all(mine < 1.2 * other for mine, other in zip(ours, theirs, strict=True)), (ours, theirs)
 
 
-def test_under_autocast_a_rotation_has_its_type(on_gpu):
+@pytest.mark.parametrize("length", [5, 1])
+def test_under_autocast_a_rotation_has_its_type(on_gpu, length):
     """Where weights are float32, queries normalized or cos and sin wide; attention would cast them."""
-    query, key, cos, sin = (x.detach().requires_grad_() for x in rotation_inputs(dtype=torch.float32))
-    cos, sin = cos.detach(), sin.detach()
+    query, key, cos, sin = (x.detach().float() for x in rotation_inputs(length))
+    query.requires_grad_(), key.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         turned = one_pass.rotate(query, key, cos, sin)
     assert {t.dtype for t in turned} == {torch.bfloat16}

@@ -107,12 +107,16 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: 
         cos, sin: Shape (B, L, D) or (1, L, D), without gradient.
         unsqueeze_dim: Where cos and sin get the axis of the heads.
     """
-    if not (unsqueeze_dim == 1 and _rotates_whole(query, key, cos) and _is_worth_it(query.shape[2])):
+    if unsqueeze_dim != 1 or not _rotates_whole(query, key, cos):
         return apply_rotary_pos_emb(query, key, cos, sin, unsqueeze_dim)
+    dtype = rotated_type(query, cos)
+    if not _is_worth_it(query.shape[2]):
+        query, key = (t.to(dtype) for t in apply_rotary_pos_emb(query, key, cos, sin))  # a cache has one type
+        return query, key
     batch, _, length, size = query.shape
     cos, sin = (t.expand(batch, length, size).flatten(0, 1) for t in (cos, sin))  # (N, D)
     rows = (t.transpose(1, 2).flatten(0, 1) for t in (query, key))  # (N, H, D)
-    turned = Rotation.apply(*rows, cos, sin, rotated_type(query, cos))
+    turned = Rotation.apply(*rows, cos, sin, dtype)
     query, key = (t.unflatten(0, (batch, length)).transpose(1, 2) for t in turned)
     return query, key
 
