@@ -206,6 +206,13 @@ def test_pair_losses_refuse_more_than_two(loss):
         loss(torch.zeros(1, 3), torch.ones(1, 3) / 3, torch.ones(1, 3, dtype=torch.bool))
 
 
+@pytest.mark.parametrize("loss", PAIR_LOSSES)
+def test_pairs_are_told_by_their_shape(loss):
+    """Tensors without storage refuse to say what is in them, as a GPU does before its queue is done."""
+    pair = torch.zeros(4, 2, device="meta")
+    assert loss(pair, pair, torch.ones_like(pair, dtype=torch.bool)).shape == (4,)
+
+
 @pytest.mark.parametrize("loss", K_LOSSES + PAIR_LOSSES)
 @pytest.mark.parametrize("size", [1e2, 1e4, 1e30])
 def test_extremes_stay_finite(loss, size):

@@ -116,7 +116,7 @@ def dpo_loss(rewards: Tensor, targets: Tensor, response_mask: Tensor | None = No
         Loss of each pair. Shape (B,). At step 0 (policy == reference) it is log 2.
 
     Raises:
-        ValueError: A prompt has not exactly two responses.
+        ValueError: A prompt has more than two responses.
 
     References:
         Rafailov et al., Direct Preference Optimization, arXiv 2305.18290, equation 7.
@@ -142,7 +142,7 @@ def biased_nca_loss(rewards: Tensor, targets: Tensor, response_mask: Tensor | No
         Loss of each pair. Shape (B,). At step 0 (policy == reference) it is 2 log 2.
 
     Raises:
-        ValueError: A prompt has not exactly two responses.
+        ValueError: A prompt has more than two responses.
 
     References:
         The pairwise variant of the training scripts of arXiv 2402.05369.
@@ -161,9 +161,8 @@ def _real_rewards(rewards: Tensor, response_mask: Tensor | None) -> tuple[Tensor
 
 
 def _check_pairs(name: str, rewards: Tensor, response_mask: Tensor | None) -> None:
-    if response_mask is None:
-        pairs = rewards.shape[-1] == 2
-    else:
+    pairs = rewards.shape[-1] == 2  # as wide as the longest row: to look into the mask would wait for the device
+    if response_mask is not None and not pairs:
         pairs = bool((response_mask.sum(dim=-1) == 2).all())
     if not pairs:
         raise ValueError(f"{name} compares two responses a prompt; for more use NCA or InfoNCA")
