@@ -5,19 +5,21 @@ V vocabulary. The batch is that of `GroupCollator`.
 """
 
 import contextlib
+import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from trl_nca.head import fuse_head
 from trl_nca.layers import fuse_layers
 from trl_nca.layout import GroupLayout, padded_inputs
 from trl_nca.router import RouterLoss
 from trl_nca.self_check import Probe, evaluating
-from trl_nca.shared_prompt import CannotShare
+from trl_nca.shared_prompt import NAME, CannotShare
 from trl_nca.sharing import Attention, base_model, share_prompts, unshare_prompts
 
 Batch = dict[str, Any]  # tensors, the layout, and the rows' locations
@@ -114,13 +116,33 @@ def response_logps(model: nn.Module, batch: Batch, shared_prompt: bool, router: 
     inputs = model_inputs(batch, shared_prompt)
     if router is not None and router.enabled:
         inputs["output_router_logits"] = True
-    per_token_logps = model(**inputs)  # (R,)
+    with _without_padding_masks():
+        per_token_logps = model(**inputs)  # (R,)
     if router is not None and router.enabled:
         per_token_logps, balance = per_token_logps
         router.add(batch, balance)
     response_index = _layout(batch).response_index  # (R,)
     logps = per_token_logps.new_zeros(batch["scores"].numel()).index_add(0, response_index, per_token_logps)
     return logps.view(batch["scores"].shape)
+
+
+@contextlib.contextmanager
+def _without_padding_masks() -> Iterator[None]:
+    """Masks are made without a look at the padding, for which transformers would wait for the device.
+
+    Rows are padded on the right, where no real token of a causal model looks.
+    """
+    before = {name: ALL_MASK_ATTENTION_FUNCTIONS[name] for name in (NAME, "sdpa")}
+    try:
+        for name, make_mask in before.items():
+            ALL_MASK_ATTENTION_FUNCTIONS[name] = functools.partial(_unpadded, make_mask)
+        yield
+    finally:
+        ALL_MASK_ATTENTION_FUNCTIONS.update(before)
+
+
+def _unpadded(make_mask: Callable[..., Tensor | None], *args: Any, **kwargs: Any) -> Tensor | None:
+    return make_mask(*args, **kwargs | {"attention_mask": None})
 
 
 def model_inputs(batch: Batch, shared_prompt: bool) -> dict[str, Any]:
