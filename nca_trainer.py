@@ -9,7 +9,6 @@ The trainers override named seams of trl 1.16's `DPOTrainer` only; tests/test_up
 import contextlib
 import functools
 import logging
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -158,7 +157,8 @@ class NCATrainer(AtomicCheckpoints, DPOTrainer):
         def score(rows: list[dict[str, Any]]) -> list[list[float]]:
             batch = self._prepare_inputs(self.data_collator(rows))
             logps = self.compute_ref_log_probs(model, batch)
-            return [values[mask].tolist() for values, mask in zip(logps, batch["response_mask"], strict=True)]
+            pairs = zip(logps.tolist(), rows, strict=True)
+            return [values[: len(row["response_ids"])] for values, row in pairs]
 
         reference = self.accelerator.unwrap_model(model)
         settings = {"precision": self.accelerator.mixed_precision, "shared_prompt": self._shared_prompt}
@@ -175,7 +175,7 @@ class NCATrainer(AtomicCheckpoints, DPOTrainer):
     ) -> tuple[list[Any], Tensor]:
         """The micro-batches of one optimizer step, and the number of prompts in them over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        num_prompts = torch.tensor(sum(len(batch["scores"]) for batch in batches), device=device)
+        num_prompts = torch.full((), sum(len(batch["scores"]) for batch in batches), device=device)  # not copied there
         return batches, self.accelerator.reduce(num_prompts, reduction="sum")
 
     def compute_loss(
@@ -268,11 +268,8 @@ class NCATrainer(AtomicCheckpoints, DPOTrainer):
         """Does nothing, where upstream would wait for all processes: `StepMetrics` counts, once a step."""
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        grad_norm = super()._get_grad_norm(model, grad_norm)
-        # (The scaler of float16 looks for such gradients itself, and skips the step.)
-        if grad_norm is not None and self.accelerator.scaler is None and not math.isfinite(grad_norm):
-            self.nonfinite.mark_non_finite([])
-        return grad_norm
+        """The norm as a number. It is read together with the step's metrics, which comes next."""
+        return self.step_metrics.gather(super()._get_grad_norm(model, grad_norm))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         with self.preemption.listening():

@@ -33,6 +33,21 @@ def test_a_step_that_is_not_finite_is_skipped_and_its_row_named(tmp_path, caplog
     assert logged(trainer, "rewards/chosen")[2] != 0, "the other steps count"
 
 
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_the_logged_loss_is_that_of_the_other_steps(tmp_path, accumulation):
+    settings = {"max_steps": 6, "train_sampling_strategy": "sequential", "gradient_accumulation_steps": accumulation}
+    settings |= {"per_device_train_batch_size": 4 // accumulation}
+    each = make_trainer(tmp_path, bad_rows(5), **settings)
+    each.train()
+    first, skipped, third, *_ = logged(each)
+    assert skipped == 0, "there is no other since the last log"
+    for in_threes in (each.args.logging_nan_inf_filter, True):
+        trainer = make_trainer(tmp_path, bad_rows(5), logging_steps=3, logging_nan_inf_filter=in_threes, **settings)
+        trainer.train()
+        assert logged(trainer)[0] == pytest.approx((first + first + third) / 3, abs=1e-6)
+        assert logged(trainer, "train_loss")[0] == pytest.approx(sum(logged(trainer)) / 2, abs=1e-6)
+
+
 def test_only_steps_in_a_row_are_too_many(tmp_path):
     trainer = make_trainer(tmp_path, bad_rows(1, 9), max_nan_steps=2, max_steps=3, train_sampling_strategy="sequential")
     trainer.train()

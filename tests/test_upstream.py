@@ -1,6 +1,7 @@
 """What the trainers rely on in the installed packages. A failure here means: read upstream's change before going on."""
 
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,9 @@ def test_upstream_calls_the_seams():
         assert f"self.{name}(" in calls
     for attribute in ("_tr_loss", "_globalstep_last_logged", "_total_loss_scalar", "current_flos"):
         assert f"self.{attribute}" in calls
+    assert re.search(
+        r"grad_norm = self._get_grad_norm\(.*\)\s*self.control = self.callback_handler.on_pre_optimizer_step\(", calls
+    ), "metrics are gathered with the one, and looked at in the other"
     calls = inspect.getsource(DPOTrainer)
     for name in ("_prepare_dataset", "_precompute_ref_logps", "compute_ref_log_probs"):
         assert f"self.{name}(" in calls

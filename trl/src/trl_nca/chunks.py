@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from trl_nca.layout import GroupLayout
+from trl_nca.layout import GroupLayout, to_device
 from trl_nca.logps import Batch
 
 #: Log-probs of a chunk, shape (B, K), 0 for responses that are in another chunk.
@@ -88,7 +88,7 @@ def _select(batch: Batch, chosen: set[tuple[int, int]]) -> Batch:
     mask = torch.tensor([[length > 0 for length in row] for row in lengths])  # (B, K)
     contexts = [length if b in prompts else 0 for b, length in enumerate(layout.context_lengths)]
     return batch | {
-        "response_mask": mask.to(batch["response_mask"].device, non_blocking=True),
+        "response_mask": to_device(mask, batch["response_mask"].device),
         "input_ids": torch.cat([batch["input_ids"][:, part] for part in tokens], dim=1),
         "position_ids": torch.cat([batch["position_ids"][:, part] for part in tokens], dim=1),
         "targets": torch.cat([batch["targets"][part] for part in targets]),

@@ -104,6 +104,13 @@ class NCAConfig(DPOConfig):
             "skipped, and its rows are named; the last good checkpoint stays."
         },
     )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={
+            "help": "Upstream's own filter of losses that are not finite, which waits for the GPU at each micro-batch. "
+            "Without it too, the steps that max_nan_steps counts are left out of the logged loss."
+        },
+    )
     include_num_input_tokens_seen: str = field(
         default="true", metadata={"help": "Count the tokens that were trained on, and log them: true or false."}
     )
@@ -151,6 +158,8 @@ class NCAConfig(DPOConfig):
             self.use_cpu, self.bf16, self.dataloader_pin_memory = True, bool(self.bf16), False
         if self.ddp_find_unused_parameters is None:  # each step uses all that is trained: no need to look
             self.ddp_find_unused_parameters = False
+        if self.accelerator_config is None or isinstance(self.accelerator_config, dict):  # batches are pinned: no wait
+            self.accelerator_config = {"non_blocking": self.dataloader_pin_memory, **(self.accelerator_config or {})}
         super().__post_init__()
         self.loss_type = by_lower[str(self.loss_type[0]).lower()]  # upstream makes a list of it
         for tracker in set(self.report_to) - set(get_available_reporting_integrations()):

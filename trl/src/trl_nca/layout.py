@@ -116,7 +116,7 @@ class GroupLayout:
 
     def _on_device(self, parts: list[Tensor]) -> Tensor:
         joined = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long)
-        return joined.to(self.device, non_blocking=True)
+        return to_device(joined, self.device)
 
 
 def padded_inputs(tokens: Tensor, layout: GroupLayout) -> dict[str, Any]:
@@ -151,5 +151,10 @@ def padded_inputs(tokens: Tensor, layout: GroupLayout) -> dict[str, Any]:
         "input_ids": input_ids.clamp(min=0),
         "attention_mask": (input_ids >= 0).long(),
         "row_length": longest,
-        "positions": torch.cat(spans).to(tokens.device, non_blocking=True),
+        "positions": to_device(torch.cat(spans), tokens.device),
     }
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on the device, without waiting for it: from pinned memory alone are copies of any size so."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)

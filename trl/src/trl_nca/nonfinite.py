@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 class SkipNonFiniteSteps(TrainerCallback):
     """Skips optimizer steps that are not finite, names their rows, and ends the run after `max_nan_steps` in a row.
 
+    In the loss that is logged, such a step counts as the mean of the steps before it.
+
     Args:
         trainer: The trainer that this is a callback of.
 
@@ -37,15 +39,20 @@ class SkipNonFiniteSteps(TrainerCallback):
         self._is_non_finite = True
         self._rows += rows
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Notes the sum of the losses since the last log."""
+        self._loss_before = self.trainer._tr_loss.clone()
+
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Gathers the step's metrics, and skips the step if it is not finite.
+        """Skips the step if it is not finite, as its metrics have shown (`StepMetrics`).
 
         Raises:
             RunStopped: It is the `max_nan_steps`-th in a row.
         """
-        self.trainer.step_metrics.gather()
         is_non_finite, rows = self._is_non_finite, self._rows
         self._is_non_finite, self._rows = False, []
         if not is_non_finite:
@@ -60,6 +67,9 @@ class SkipNonFiniteSteps(TrainerCallback):
                 f"{step}, for {self.num_skipped} steps in a row (max_nan_steps {args.max_nan_steps}). Look at these "
                 f"rows, or lower learning_rate; {RESUME_HINT}"
             )
+        # Upstream's `logging_nan_inf_filter` would look at each micro-batch's loss, and wait for the device each time.
+        num_steps = state.global_step - self.trainer._globalstep_last_logged
+        self.trainer._tr_loss.copy_(self._loss_before * (1 + 1 / num_steps if num_steps else 1))
         logger.warning(
             "!!! %s; the step is skipped (%d of max_nan_steps %d)", step, self.num_skipped, args.max_nan_steps
         )

@@ -4,9 +4,12 @@ import logging
 import math
 from typing import Any
 
+import pyarrow.compute as pc
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.functional import pad
 
 from trl_nca.logps import Batch
 from trl_nca.metrics import stack_metrics
@@ -21,8 +24,8 @@ class StepMetrics:
     """Collects the metrics of micro-batches, and gathers them into `trainer._metrics`, whose lists upstream averages.
 
     What else the processes must know of each other comes with them: whether one was asked to stop, how many tokens it
-    ran, and which rows have a loss that is not finite. A training step has one exchange, just before the optimizer's
-    step (`SkipNonFiniteSteps`).
+    ran, the gradient's norm, and which rows have a loss that is not finite. A training step has one exchange, just
+    before the optimizer's step, and waits for the device there and nowhere else.
 
     Args:
         trainer: An `NCATrainer`.
@@ -47,20 +50,31 @@ class StepMetrics:
         if not self.trainer.model.training:
             self.gather()
 
-    def gather(self) -> None:
-        """Gathers what was kept, so that each prompt of all processes counts once in the mean that is logged."""
+    def gather(self, grad_norm: Tensor | float | None = None) -> float | None:
+        """Gathers what was kept, so that each prompt of all processes counts once in the mean that is logged.
+
+        Args:
+            grad_norm: Norm of the step's gradient, on the device or not. One that is not finite marks the step.
+
+        Returns:
+            The norm as a number.
+        """
         trainer, mode = self.trainer, "train" if self.trainer.model.training else "eval"
-        names, table = stack_metrics(self._batches)
-        stop, tokens = torch.zeros_like(table[:, :2]).split(1, dim=1)  # both are read as sums over the prompts
-        stop[0], tokens[0] = trainer.preemption.stop_requested, self._num_tokens
-        table = torch.cat([stop, tokens, table], dim=1)  # (prompts, 2 + metrics), the ranks last
+        most = _most_responses(getattr(trainer.callback_handler, f"{mode}_dataloader"))
+        names, table = _with_all_ranks(*stack_metrics(self._batches), most)
+        norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
+        once = torch.zeros_like(table[:, :3])  # of a process, and not of a prompt: in its first row
+        for i, value in enumerate((trainer.preemption.stop_requested, self._num_tokens, 0 if norm is None else norm)):
+            once[:1, i] = value
+        table = torch.cat([once, table], dim=1)  # (prompts, 3 + metrics)
         locations, self._batches, self._locations, self._num_tokens = self._locations, [], [], 0
-        table = trainer.accelerator.pad_across_processes(table, dim=1, pad_index=float("nan"))  # to the largest K
-        names += [f"rewards/rank_{k}" for k in range(table.shape[1] - 2 - len(names))]
         # Evaluation fills the last batch up with prompts it has seen: gather_for_metrics drops those.
         gather = trainer.accelerator.gather if mode == "train" else trainer.accelerator.gather_for_metrics
-        stops, tokens, *columns = gather(table).T.tolist()
+        stops, tokens, norms, *columns = gather(table).T.tolist()
         trainer.preemption.stopped |= any(stops)
+        # (The scaler of float16 looks for such gradients itself, and skips the step.)
+        if trainer.accelerator.scaler is None and not all(map(math.isfinite, norms)):
+            trainer.nonfinite.mark_non_finite([])
         if mode == "train" and trainer.args.include_num_input_tokens_seen != "no":
             trainer.state.num_input_tokens_seen += int(sum(tokens))
         if mode == "train" and trainer.state.global_step == 0:
@@ -72,6 +86,7 @@ class StepMetrics:
                     trainer.nonfinite.mark_non_finite([row for row, value in rows if not math.isfinite(value)])
             elif finite := [value for value in values if math.isfinite(value)]:
                 trainer._metrics[mode][name] += finite
+        return None if grad_norm is None else norms[0]
 
     def _check_start(self, metrics: dict[str, list[float]]) -> None:
         """Warns where the first step's rewards are not 0: the reference is another model than training starts from."""
@@ -83,3 +98,23 @@ class StepMetrics:
                 "dropout or noise, or the reference is not the model that training starts from",
                 largest,
             )
+
+
+def _with_all_ranks(names: list[str], table: Tensor, most: int) -> tuple[list[str], Tensor]:
+    """The table with a column for each rank that a row of any process may have, so that all are of one width.
+
+    Args:
+        names: Names of the columns before `rewards/rank_0`.
+        table: Shape (prompts, metrics).
+        most: The largest K of all rows.
+    """
+    num_ranks = max(most, table.shape[1] - len(names))
+    names = names + [f"rewards/rank_{k}" for k in range(num_ranks)]
+    return names, pad(table, (0, len(names) - table.shape[1]), value=math.nan)
+
+
+def _most_responses(loader: Any) -> int:
+    """The largest K of the rows that a data loader reads, which all processes know; 0 without one."""
+    if loader is None:
+        return 0
+    return pc.max(pc.list_value_length(loader.dataset.data.column("scores"))).as_py()
