@@ -1,0 +1,107 @@
+"""A step runs ahead of the device: it waits where its metrics are read, once, and nowhere else."""
+
+import warnings
+
+import pytest
+import torch
+
+import nca_trainer
+from benchmarks.waits import waits_by_step, watch
+from nca_trainer import NCAConfig, NCATrainer, PairwiseNCATrainer
+from tests.trainers import DEFAULTS, make_trainer, pair_rows, reward_rows
+
+#: Two steps of two micro-batches. On a CPU batches are not pinned, and so not copied as on a GPU: see the last test.
+SETTINGS = {
+    "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 2, "logging_steps": 2,
+    "optim": "adamw_torch", "accelerator_config": {"non_blocking": True},
+}  # fmt: skip
+
+
+def waits(tmp_path, loss_type="NCA", **settings):
+    pairs = loss_type == "DPO"
+    rows, trainer_class = (pair_rows(8), PairwiseNCATrainer) if pairs else (reward_rows(8), NCATrainer)
+    return waits_by_step(make_trainer(tmp_path, rows, trainer_class, loss_type=loss_type, **SETTINGS | settings))
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "settings"),
+    [
+        ("NCA", {}),
+        ("NCA", {"max_tokens_per_forward": 25, "gradient_checkpointing": True}),
+        ("InfoNCA", {"max_tokens_per_forward": 25}),
+        ("DPO", {}),
+        ("NCA", {"shared_prompt": "false", "max_tokens_per_forward": 25}),
+        ("DPO", {"shared_prompt": "false"}),
+    ],
+    ids=["packed", "chunks", "chunks that are run twice", "pairs", "padded chunks", "padded pairs"],
+)
+def test_a_step_waits_for_its_metrics_alone(tmp_path, loss_type, settings):
+    first, second = waits(tmp_path, loss_type, **settings)
+    ((place, times),) = first.items()
+    assert place.startswith("_to_copy at trl/src/trl_nca/step_metrics.py:") and place.endswith(" gather")
+    assert times == 1
+    assert second[place] == 1
+    ((place, times),) = (second - first).items()
+    assert "_maybe_log_save_evaluate" in place and times == 1, "the loss that the Trainer logs"
+
+
+def test_a_wait_anywhere_is_seen(tmp_path, monkeypatch):
+    """Of each kind, in each micro-batch, by the line that it is at."""
+
+    def wait(losses, *args):
+        losses.mean().item()
+        if losses.sum() > 0:
+            losses[losses > 0].mean()
+        losses.cpu()
+        torch.tensor([1.0], device=losses.device)
+        return metrics(losses, *args)
+
+    metrics = nca_trainer.group_metrics
+    monkeypatch.setattr(nca_trainer, "group_metrics", wait)
+    first, _ = waits(tmp_path)
+    found = sorted(place.partition(" ")[0] for place in first if place.endswith(" wait") for _ in range(first[place]))
+    assert found == 2 * ["_local_scalar_dense"] * 2 + ["_to_copy"] * 4 + ["index"] * 2
+    assert all(f"tests/{__name__.partition('.')[2]}.py:" in place for place in first if place.endswith(" wait"))
+
+
+def test_what_upstream_does_by_itself_is_seen(tmp_path):
+    settings = {"logging_nan_inf_filter": True, "accelerator_config": {"non_blocking": False}}
+    first, _ = waits(tmp_path, **settings)
+    times = {place.split(" < ")[0].split()[-1]: n for place, n in first.items()}
+    assert times == {"gather": 1, "send_to_device": 2 * 5, "_run_epoch": 2 * 2}
+
+
+def test_an_evaluation_waits_once_a_batch(tmp_path):
+    """And upstream once for the losses of them all."""
+    settings = {"eval_rows": reward_rows(6), "per_device_eval_batch_size": 2, "eval_strategy": "steps", "eval_steps": 2}
+    _, second = waits(tmp_path, **settings)
+    times = {place.split(" < ")[0].split()[-1]: n for place, n in second.items()}
+    assert times == {"gather": 1 + 3, "_maybe_log_save_evaluate": 1, "nested_numpify": 1}, (
+        "the last: of all losses, once"
+    )
+
+
+def test_torchs_warnings_are_counted_each_time(monkeypatch):
+    """What a GPU would do, by what torch says there: a line that waits twice counts twice, and the rest is shown."""
+    modes = [0]
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    with pytest.warns(UserWarning) as shown, watch("cuda") as places:
+        assert modes[-1] == "warn"
+        for _ in range(2):
+            warnings.warn("called a synchronizing CUDA operation (Triggered internally at a.cpp:1.)", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+    assert modes[-1] == 0
+    assert [str(w.message) for w in shown] == ["something else"]
+    assert len(places) == 2 and len(set(places)) == 1
+    assert places[0].endswith(" test_torchs_warnings_are_counted_each_time")
+
+
+def test_batches_are_copied_without_a_wait_where_there_is_a_gpu(tmp_path, monkeypatch):
+    assert not NCAConfig(output_dir=str(tmp_path), **DEFAULTS).accelerator_config.non_blocking
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    make = lambda **settings: NCAConfig(output_dir=str(tmp_path), **DEFAULTS | settings).accelerator_config  # noqa: E731
+    assert make().non_blocking
+    assert make(accelerator_config={"split_batches": True}).non_blocking
+    assert not make(accelerator_config={"non_blocking": False}).non_blocking
+    assert not make(dataloader_pin_memory=False).non_blocking
