@@ -9,7 +9,7 @@ The trainers override named seams of trl 1.16's `DPOTrainer` only; tests/test_up
 import contextlib
 import functools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,11 +24,11 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl_nca import paper
 from trl_nca.adapter_reference import AdapterReference
 from trl_nca.checkpoints import AtomicCheckpoints, RunStopped
-from trl_nca.chunks import LogpsFn, logps_for_training, logps_without_gradient, split_batch
+from trl_nca.chunks import NumForwards, count_forwards, logps_for_training, logps_without_gradient, split_batch
 from trl_nca.collate import GroupCollator
 from trl_nca.columns import checked_rows, is_tokenized, scored_pairs, scored_responses, with_locations
 from trl_nca.config import NCAConfig
-from trl_nca.distributed import max_over_ranks, no_sync
+from trl_nca.distributed import most_forwards, no_sync
 from trl_nca.layers import cast_adapter_to_float32, keep_4bit_weights
 from trl_nca.logps import Batch, prepare, response_logps
 from trl_nca.losses import LOSSES, SEPARABLE, reward_targets
@@ -136,7 +136,7 @@ class NCATrainer(AtomicCheckpoints, DPOTrainer):
         checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
         weights = self._adapter_reference.weights() if self._adapter_reference else contextlib.nullcontext()
         with checkpointing, evaluating(model), weights:
-            return logps_without_gradient(self._logps_fn(model), self._chunks(inputs), self._max_over_ranks)
+            return logps_without_gradient(self._logps_fn(model), *self._chunks(inputs))
 
     @functools.cached_property
     def _adapter_reference(self) -> AdapterReference | None:
@@ -157,8 +157,7 @@ class NCATrainer(AtomicCheckpoints, DPOTrainer):
         def score(rows: list[dict[str, Any]]) -> list[list[float]]:
             batch = self._prepare_inputs(self.data_collator(rows))
             logps = self.compute_ref_log_probs(model, batch)
-            pairs = zip(logps.tolist(), rows, strict=True)
-            return [values[: len(row["response_ids"])] for values, row in pairs]
+            return [values[: len(row["response_ids"])] for values, row in zip(logps.tolist(), rows, strict=True)]
 
         reference = self.accelerator.unwrap_model(model)
         settings = {"precision": self.accelerator.mixed_precision, "shared_prompt": self._shared_prompt}
@@ -175,6 +174,7 @@ class NCATrainer(AtomicCheckpoints, DPOTrainer):
     ) -> tuple[list[Any], Tensor]:
         """The micro-batches of one optimizer step, and the number of prompts in them over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = [b | {"num_forwards": n} for b, n in zip(batches, self._most_forwards(batches), strict=True)]
         num_prompts = torch.full((), sum(len(batch["scores"]) for batch in batches), device=device)  # not copied there
         return batches, self.accelerator.reduce(num_prompts, reduction="sum")
 
@@ -202,7 +202,7 @@ class NCATrainer(AtomicCheckpoints, DPOTrainer):
             # Gradients are averaged over processes; times their number, that is the sum over all prompts.
             return losses.sum() * self.accelerator.num_processes / num_items_in_batch
 
-        logps_fn, chunks = self._logps_fn(model, router), self._chunks(inputs)
+        logps_fn, (chunks, at_least) = self._logps_fn(model, router), self._chunks(inputs)
         if torch.is_grad_enabled():
             logps = logps_for_training(
                 logps_fn,
@@ -210,10 +210,10 @@ class NCATrainer(AtomicCheckpoints, DPOTrainer):
                 separable=self.args.loss_type in SEPARABLE,
                 backward=lambda logps: self._backward(average(losses_of(logps)[0])),
                 no_sync=lambda: no_sync(self.accelerator, model),
-                max_over_ranks=self._max_over_ranks,
+                at_least=at_least,
             )
         else:
-            logps = logps_without_gradient(logps_fn, chunks, self._max_over_ranks)
+            logps = logps_without_gradient(logps_fn, chunks, at_least)
         losses, rewards = losses_of(logps)
         loss = average(losses)
         self.step_metrics.record(router.metrics | group_metrics(losses, rewards, logps, scores, mask), inputs)
@@ -235,18 +235,22 @@ class NCATrainer(AtomicCheckpoints, DPOTrainer):
         except ValueError as error:
             raise (RunStopped(str(error)) if self.is_in_train else error) from error
 
-    def _logps_fn(self, model: nn.Module, router: RouterLoss | None = None) -> LogpsFn:
+    def _logps_fn(self, model: nn.Module, router: RouterLoss | None = None) -> Callable[[Batch], Tensor]:
         run = self.accelerator.autocast()(response_logps)
         return functools.partial(run, model, shared_prompt=self._shared_prompt, router=router)
 
-    def _chunks(self, inputs: Batch) -> list[Batch]:
-        return split_batch(inputs, self.args.max_tokens_per_forward, self._shared_prompt)
+    def _chunks(self, inputs: Batch) -> tuple[list[Batch], NumForwards]:
+        """The chunks, and the forwards to run at least: of a training step's batches they are known before it."""
+        num_forwards = inputs["num_forwards"] if "num_forwards" in inputs else self._most_forwards([inputs])[0]
+        return split_batch(inputs, self.args.max_tokens_per_forward, self._shared_prompt), num_forwards
 
-    def _max_over_ranks(self, number: int) -> int:
-        """The largest over all processes, where weights are sharded and each forward takes all of them."""
-        if self.args.max_tokens_per_forward is None or not self._is_sharded:
-            return number
-        return max_over_ranks(self.accelerator, number)
+    def _most_forwards(self, batches: list[Batch]) -> list[NumForwards]:
+        """Of all processes for each batch, where weights are sharded and each forward takes all of them; else none."""
+        most, separable = self.args.max_tokens_per_forward, self.args.loss_type in SEPARABLE
+        if most is None or not self._is_sharded:
+            return [NumForwards()] * len(batches)
+        counts = [count_forwards(batch, most, self._shared_prompt, separable) for batch in batches]
+        return most_forwards(self.accelerator, counts)
 
     def _backward(self, loss: Tensor) -> None:
         """As in `Trainer.training_step`, for the chunks whose gradient it does not see."""

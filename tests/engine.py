@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from tests.tiny import SIZES, tiny_config
-from trl_nca.chunks import logps_for_training, split_batch
+from trl_nca.chunks import NO_MORE, logps_for_training, split_batch
 from trl_nca.logps import prepare, response_logps
 from trl_nca.losses import LOSSES, SEPARABLE, reward_targets
 
@@ -57,7 +57,7 @@ def losses_of(loss_type, batch, beta=0.05):
     return lambda logps: LOSSES[loss_type](beta * (logps - ref_logps), targets, batch["response_mask"])
 
 
-def step(model, batch, loss_type, most, max_over_ranks=int, no_sync=contextlib.nullcontext, runs=None, beta=0.05):
+def step(model, batch, loss_type, most, at_least=NO_MORE, no_sync=contextlib.nullcontext, runs=None, beta=0.05):
     """Back-propagates a batch in chunks of `most` tokens; returns its log-probs."""
     loss = losses_of(loss_type, batch, beta)
 
@@ -72,7 +72,7 @@ def step(model, batch, loss_type, most, max_over_ranks=int, no_sync=contextlib.n
         separable=loss_type in SEPARABLE,
         backward=lambda logps: loss(logps).sum().backward(),
         no_sync=no_sync,
-        max_over_ranks=max_over_ranks,
+        at_least=at_least,
     )
     loss(logps).sum().backward()
     return logps.detach()

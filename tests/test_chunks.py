@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from tests.engine import losses_of, make_model, step
 from tests.tiny import SHAPES, rows_of
-from trl_nca.chunks import logps_without_gradient, split_batch
+from trl_nca.chunks import NumForwards, count_forwards, logps_without_gradient, split_batch
 from trl_nca.collate import GroupCollator
 from trl_nca.logps import response_logps
+from trl_nca.losses import SEPARABLE
 
 lengths = st.integers(1, 9)
 shapes = st.lists(st.tuples(lengths, st.lists(lengths, min_size=2, max_size=6)), min_size=1, max_size=5)
@@ -84,9 +85,11 @@ def test_idle_chunks_change_nothing(loss_type):
     model, batch = make_model(), GroupCollator()(rows_of(SHAPES))
     expected = gradients(model, batch, loss_type, 12)
     runs = []
-    found = gradients(model, batch, loss_type, 12, max_over_ranks=lambda n: n + 3, runs=runs)
+    own = count_forwards(batch, 12, shared_prompt=True, separable=loss_type in SEPARABLE)
+    found = gradients(model, batch, loss_type, 12, at_least=NumForwards(own.chunks + 3, own.before + 3), runs=runs)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
-    assert sum(with_gradient for with_gradient, _ in runs) == len(split_batch(batch, 12)) + 3
+    assert sum(with_gradient for with_gradient, _ in runs) == len(split_batch(batch, 12)) + 3 == own.chunks + 3
+    assert sum(not with_gradient for with_gradient, _ in runs) == own.before + 3
 
 
 def test_all_chunks_but_the_last_are_not_synchronised():

@@ -45,6 +45,15 @@ def test_a_step_waits_for_its_metrics_alone(tmp_path, loss_type, settings):
     assert "_maybe_log_save_evaluate" in place and times == 1, "the loss that the Trainer logs"
 
 
+def test_processes_with_sharded_weights_agree_on_their_forwards_before_the_step(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, reward_rows(8), loss_type="InfoNCA", max_tokens_per_forward=25, **SETTINGS)
+    monkeypatch.setattr(NCATrainer, "_is_sharded", True)
+    first, _ = waits_by_step(trainer)
+    assert sorted((place.split(" < ")[0].split()[-1], n) for place, n in first.items()) == [
+        ("gather", 1), ("most_forwards", 1),
+    ]  # fmt: skip
+
+
 def test_a_wait_anywhere_is_seen(tmp_path, monkeypatch):
     """Of each kind, in each micro-batch, by the line that it is at."""
 

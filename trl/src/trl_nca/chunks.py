@@ -3,8 +3,10 @@
 Legend: B prompts, K responses. A batch is that of `GroupCollator`, a chunk a part of it with the same keys and shapes.
 """
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,8 +16,23 @@ from trl_nca.logps import Batch
 
 #: Log-probs of a chunk, shape (B, K), 0 for responses that are in another chunk.
 LogpsFn = Callable[[Batch], Tensor]
-#: The largest of a number over all processes; `int` where there is one.
-MaxOverRanks = Callable[[int], int]
+
+
+@dataclass(frozen=True)
+class NumForwards:
+    """How many forwards a batch takes.
+
+    Args:
+        chunks: Those that are back-propagated.
+        before: Those of chunks that are run without gradient before.
+    """
+
+    chunks: int = 0
+    before: int = 0
+
+
+#: Where there is one process, or each takes its own time.
+NO_MORE = NumForwards()
 
 
 def split_batch(batch: Batch, max_tokens: int | None, shared_prompt: bool = True) -> list[Batch]:
@@ -42,28 +59,37 @@ def split_batch(batch: Batch, max_tokens: int | None, shared_prompt: bool = True
         >>> [chunk["input_ids"].tolist() for chunk in split_batch(batch, max_tokens=5)]
         [[[1, 2, 3, 4, 3]], [[1, 2, 3, 7]]]
     """
-    if max_tokens is None:
-        return [batch]
-    layout: GroupLayout = batch["layout"]
-    chunks: list[list[tuple[int, int]]] = [[]]  # the responses (b, k) of each chunk
+    chunks = _plan_chunks(batch["layout"], max_tokens, shared_prompt)
+    return [batch] if len(chunks) == 1 else [_select(batch, set(chunk)) for chunk in chunks]
+
+
+def count_forwards(batch: Batch, max_tokens: int | None, shared_prompt: bool, separable: bool) -> NumForwards:
+    """Forwards of a batch that `split_batch` cuts, as `logps_for_training` runs them. For the arguments see there."""
+    chunks = _plan_chunks(batch["layout"], max_tokens, shared_prompt)
+    before = [] if separable else _with_split_groups([{b for b, _ in chunk} for chunk in chunks])
+    return NumForwards(len(chunks), len(before))
+
+
+def _plan_chunks(layout: GroupLayout, max_tokens: int | None, shared_prompt: bool) -> list[list[tuple[int, int]]]:
+    """The responses (b, k) of each chunk."""
+    chunks: list[list[tuple[int, int]]] = [[]]
     used = 0
+    most = float("inf") if max_tokens is None else max_tokens
     for b, (context, lengths) in enumerate(zip(layout.context_lengths, layout.response_lengths, strict=True)):
         real = [k for k, length in enumerate(lengths) if length]
         whole = sum(lengths) + context * (1 if shared_prompt else len(real))
-        if used and used + whole > max_tokens:
+        if used and used + whole > most:
             chunks.append([])
             used = 0
         for k in real:
             has_prompt = shared_prompt and bool(chunks[-1]) and chunks[-1][-1][0] == b
             cost = lengths[k] + (0 if has_prompt else context)
-            if used and used + cost > max_tokens:
+            if used and used + cost > most:
                 chunks.append([])
                 used, cost = 0, lengths[k] + context
             chunks[-1].append((b, k))
             used += cost
-    if len(chunks) == 1:
-        return [batch]
-    return [_select(batch, set(chunk)) for chunk in chunks]
+    return chunks
 
 
 def _select(batch: Batch, chosen: set[tuple[int, int]]) -> Batch:
@@ -96,11 +122,15 @@ def _select(batch: Batch, chosen: set[tuple[int, int]]) -> Batch:
     }
 
 
-def logps_without_gradient(logps_fn: LogpsFn, chunks: list[Batch], max_over_ranks: MaxOverRanks = int) -> Tensor:
+def logps_without_gradient(
+    logps_fn: LogpsFn,
+    chunks: list[Batch],
+    at_least: NumForwards = NO_MORE,
+) -> Tensor:
     """Log-probs of a batch that is run in chunks. Shape (B, K). For the arguments see `logps_for_training`."""
     with torch.no_grad():
         logps = torch.zeros_like(chunks[0]["response_mask"], dtype=torch.float32)
-        for chunk in pad_num_chunks(chunks, max_over_ranks):
+        for chunk in _with_idle_chunks(chunks, at_least):
             logps = _fill(logps, logps_fn, chunk)
     return logps
 
@@ -111,7 +141,7 @@ def logps_for_training(
     separable: bool,
     backward: Callable[[Tensor], None],
     no_sync: Callable[[], AbstractContextManager[None]] = nullcontext,
-    max_over_ranks: MaxOverRanks = int,
+    at_least: NumForwards = NO_MORE,
 ) -> Tensor:
     r"""Log-probs of a batch that is run in chunks, all but the last of which have already been back-propagated.
 
@@ -126,16 +156,18 @@ def logps_for_training(
         separable: Whether the loss of a prompt is a sum over its responses.
         backward: Takes log-probs, shape (B, K), and back-propagates their loss.
         no_sync: A context in which gradients are accumulated and not exchanged between processes.
-        max_over_ranks: The largest of a number over all processes, where all must run the same number of forwards.
+        at_least: Forwards to run, idle ones if need be: those of the process that needs most, where weights are
+            sharded, which all processes gather or none.
 
     Returns:
         Log-probs of the whole batch, shape (B, K). Gradients flow to the last chunk: back-propagating the loss of these
         completes the gradient.
     """
-    first = [] if separable else _split_groups(chunks)
-    chunks = pad_num_chunks(chunks, max_over_ranks)
+    groups = [{b for b, row in enumerate(chunk["layout"].response_lengths) if any(row)} for chunk in chunks]
+    first = [] if separable else _with_split_groups(groups)
+    chunks = _with_idle_chunks(chunks, at_least)
     mask = chunks[0]["response_mask"]  # (B, K)
-    first += [len(chunks) - 1] * (max_over_ranks(len(first)) - len(first))
+    first += [len(chunks) - 1] * (at_least.before - len(first))
     states = {}
     with torch.no_grad():
         logps = mask.new_zeros(mask.shape, dtype=torch.float32)
@@ -157,20 +189,16 @@ def _fill(logps: Tensor, logps_fn: LogpsFn, chunk: Batch) -> Tensor:
     return torch.where(chunk["response_mask"], logps_fn(chunk), logps)
 
 
-def pad_num_chunks(chunks: list[Batch], max_over_ranks: MaxOverRanks) -> list[Batch]:
-    """Repeats the last chunk, with no response that counts, until all processes have the same number.
-
-    Sharded weights are gathered by all processes or by none.
-    """
+def _with_idle_chunks(chunks: list[Batch], at_least: NumForwards) -> list[Batch]:
+    """Repeats the last chunk, with no response that counts, until there are as many as on the other processes."""
     idle = chunks[-1] | {"response_mask": torch.zeros_like(chunks[-1]["response_mask"])}
-    return chunks + [idle] * (max_over_ranks(len(chunks)) - len(chunks))
+    return chunks + [idle] * (at_least.chunks - len(chunks))
 
 
-def _split_groups(chunks: list[Batch]) -> list[int]:
-    """Which chunks hold a part of a group whose other responses are in other chunks."""
-    counts = [[sum(map(bool, lengths)) for lengths in chunk["layout"].response_lengths] for chunk in chunks]
-    totals = [sum(counts_of_group) for counts_of_group in zip(*counts, strict=True)]
-    return [i for i, row in enumerate(counts) if any(0 < n < total for n, total in zip(row, totals, strict=True))]
+def _with_split_groups(groups: Sequence[set[int]]) -> list[int]:
+    """Which chunks hold a part of a group whose other responses are in other chunks, of the groups in each chunk."""
+    num_chunks = Counter(b for chunk in groups for b in chunk)
+    return [i for i, chunk in enumerate(groups) if any(num_chunks[b] > 1 for b in chunk)]
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:

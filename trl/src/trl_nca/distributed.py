@@ -1,16 +1,20 @@
 """What several processes need beside accelerate's own: agreed numbers, and gradients that stay on their process."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
+from trl_nca.chunks import NumForwards
+from trl_nca.layout import to_device
 
-def max_over_ranks(accelerator: Accelerator, number: int) -> int:
-    """The largest of a number over all processes. Called by all of them."""
-    return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())
+
+def most_forwards(accelerator: Accelerator, counts: Sequence[NumForwards]) -> list[NumForwards]:
+    """The most forwards of all processes for each of several batches. Called by all of them, for as many batches."""
+    table = to_device(torch.tensor([[c.chunks, c.before] for c in counts]), accelerator.device)
+    return [NumForwards(*row) for row in accelerator.gather(table[None]).amax(dim=0).tolist()]
 
 
 @contextlib.contextmanager
