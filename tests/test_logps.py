@@ -17,6 +17,7 @@ from tests.engine import FAMILIES, make
 from tests.tiny import SHAPES, SIZES, rows_of, tiny_config
 from trl_nca import shared_prompt
 from trl_nca.collate import GroupCollator
+from trl_nca.layout import GroupLayout
 from trl_nca.logps import prepare, response_logps
 from trl_nca.sharing import unsupported_reason
 
@@ -125,3 +126,10 @@ def test_models_that_cannot_share_say_why():
         LlamaForCausalLM(tiny_config()), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     )
     assert "virtual tokens" in unsupported_reason(virtual)
+
+
+def test_a_layout_is_derived_once_on_one_gpu(monkeypatch):
+    """accelerate calls it "cuda", and the batch's tensors say "cuda:0"."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    layout = GroupLayout([2], [[3, 1]]).to("cuda")
+    assert layout.to(torch.device("cuda", 0)) is layout

@@ -45,6 +45,8 @@ class GroupLayout:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "GroupLayout":
         """The layout for tokens on a device. accelerate moves it there with the tensors of its batch."""
         device = torch.device(device)
+        if device.type == "cuda" and device.index is None:  # accelerate's one GPU; its tensors say which it is
+            device = torch.device("cuda", torch.cuda.current_device())
         return self if device == self.device else replace(self, device=device)
 
     def repeat(self, times: int) -> "GroupLayout":
