@@ -69,7 +69,8 @@ def watch(device: str) -> Iterator[list[str]]:
     """A context that lists where Python waits for the device: a place for each time, innermost call first.
 
     Args:
-        device: "cuda", or "cpu": then what is on `PLAYED`, or brought there in the context, counts as on a GPU.
+        device: "cuda", where torch sees all but what the driver or NCCL waits for by itself. Or "cpu": then what is on
+            `PLAYED`, or brought there in the context, counts as on a GPU.
     """
     places: list[str] = []
     if device == "cuda":
@@ -172,11 +173,11 @@ def _waits(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
     on_device = [isinstance(tensor, _OnDevice) for tensor in read]
     if name in ("_to_copy", "copy_"):  # also to a GPU: torch waits for the copy, unless it is told not to
         to_device = on_device[0] if name == "copy_" else kwargs.get("device", read[0].device) == PLAYED
-        blocks = not (kwargs.get("non_blocking") or args[2:] == (True,))
-        return to_device != on_device[-1] and (blocks or not to_device)
+        return to_device != on_device[-1] and not (kwargs.get("non_blocking") or args[2:] == (True,))
     if name in ("index", "index_put_", "index_put"):
         return any(on_device) and any(i.dtype in (torch.bool, torch.uint8) for i in args[1] if i is not None)
-    return any(on_device) and (name in _READS or func is torch.ops.aten.repeat_interleave.Tensor)
+    unsized = func is torch.ops.aten.repeat_interleave.Tensor and kwargs.get("output_size") is None
+    return any(on_device) and (name in _READS or unsized)
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
