@@ -1,38 +1,71 @@
 """Where an optimizer step waits for the device, instead of running ahead of it.
 
-On a GPU torch says so itself. On a CPU there is nothing to wait for: there a GPU is played, by tensors that say they
-are on another device, hold their numbers on the CPU, and note whenever these must be known on the other side.
+    python -m benchmarks.waits                 steps of a tiny model, on a GPU if there is one
+    python -m benchmarks.waits --device cpu    the same without
+
+On a GPU torch says so itself. On a CPU there is nothing to wait for: there a GPU is played (`played_gpu`).
 """
 
+import argparse
 import contextlib
+import random
 import sys
+import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from accelerate import PartialState
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import LlamaForCausalLM
 
-#: The device that is played: one that autograd knows, that no library looks for, and that has no kernels to run by.
-PLAYED = torch.device("meta")
-#: Operations whose result, or its size, the CPU must know.
-_READS = (
-    "_local_scalar_dense nonzero masked_select equal _unique _unique2 unique_dim unique_consecutive bincount"
-).split()
+from benchmarks import played_gpu
+from benchmarks.played_gpu import PLAYED, PlayedGPU
+from benchmarks.tiny import tiny_config, tiny_tokenizer
+from nca_trainer import NCAConfig, NCATrainer
+
+#: The steps that are looked at, of four micro-batches each, by what is set.
+CASES: dict[str, dict[str, Any]] = {
+    "NCA": {},
+    "NCA in chunks": {"max_tokens_per_forward": 40, "gradient_checkpointing": True},
+    "InfoNCA in chunks": {"loss_type": "InfoNCA", "max_tokens_per_forward": 40},
+    "DPO": {"loss_type": "DPO"},
+    "NCA, padded rows in chunks": {"shared_prompt": "false", "max_tokens_per_forward": 40},
+    "DPO, padded rows": {"shared_prompt": "false", "loss_type": "DPO"},
+}
+
 #: What torch's warning begins with.
 _WARNING = "called a synchronizing CUDA operation"
-#: Random numbers are drawn on the CPU.
-_RANDOM = SimpleNamespace(
-    get_rng_state=lambda device: torch.get_rng_state(), set_rng_state=lambda state, device: torch.set_rng_state(state)
-)
-_ROOT, _PACKAGES = Path(__file__).resolve().parent.parent, f"{Path(torch.__file__).parent.parent}/"
+#: Of this project, of torch, and of any installed package.
+_ROOT, _TORCH, _PACKAGES = f"{Path(__file__).resolve().parent.parent}/", f"{Path(torch.__file__).parent}/", "-packages/"
+
+
+def tiny_trainer(folder: str, device: str, **settings: Any) -> NCATrainer:
+    """A trainer of a tiny model with an adapter, on random rows, for three steps, of which the last is logged."""
+    rng, num_responses = random.Random(0), (2,) if settings.get("loss_type") == "DPO" else (2, 3, 5)
+    ids = lambda: [rng.randrange(320) for _ in range(rng.randint(1, 12))]  # noqa: E731
+    rows = [
+        {"prompt_ids": ids(), "response_ids": [ids() for _ in range(k)], "scores": [rng.random() for _ in range(k)]}
+        for k in (rng.choice(num_responses) for _ in range(24))
+    ]
+    defaults = {
+        "max_steps": 3, "logging_steps": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4,
+        "gradient_checkpointing": False, "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
+        "optim": "adamw_torch", "use_cpu": device == "cpu", "bf16": device == "cuda",
+    }  # fmt: skip
+    if device == "cpu":  # batches are not pinned there, which is why they are not copied as they are on a GPU
+        defaults["accelerator_config"] = {"non_blocking": True}
+    torch.manual_seed(0)
+    return NCATrainer(
+        model=LlamaForCausalLM(tiny_config()), args=NCAConfig(output_dir=folder, **defaults | settings),
+        train_dataset=Dataset.from_list(rows), processing_class=tiny_tokenizer(), peft_config=LoraConfig(r=4),
+    )  # fmt: skip
 
 
 def waits_by_step(trainer: Any) -> list[Counter[str]]:
@@ -84,7 +117,7 @@ def watch(device: str) -> Iterator[list[str]]:
             finally:
                 torch.cuda.set_sync_debug_mode(before)
     else:
-        with _PlayedGPU(places):
+        with PlayedGPU(lambda operation: places.append(f"{operation} at {_place()}")):
             yield places
 
 
@@ -101,110 +134,15 @@ def _place() -> str:
     while frame is not None:
         frames.append(frame)
         frame = frame.f_back
-    outside = [f for f in frames if not f.f_code.co_filename.startswith((f"{_PACKAGES}torch/", __file__, "<"))]
-    ours = [f for f in outside if Path(f.f_code.co_filename).is_relative_to(_ROOT) and _PACKAGES not in _file(f)]
+    skipped = (_TORCH, __file__, played_gpu.__file__, "<")
+    outside = [frame for frame in frames if not frame.f_code.co_filename.startswith(skipped)]
+    ours = [f for f in outside if f.f_code.co_filename.startswith(_ROOT) and _PACKAGES not in f.f_code.co_filename]
     return " < ".join(dict.fromkeys(map(_line, [*outside[:1], *ours[:1]])))
 
 
-def _file(frame: Any) -> str:
-    return frame.f_code.co_filename
-
-
 def _line(frame: Any) -> str:
-    file = _file(frame).removeprefix(_PACKAGES).removeprefix(f"{_ROOT}/")
+    file = frame.f_code.co_filename.rpartition(_PACKAGES)[2].removeprefix(_ROOT)
     return f"{file}:{frame.f_lineno} {frame.f_code.co_name}"
-
-
-class _OnDevice(Tensor):
-    """A tensor that says it is on `PLAYED`, and holds its numbers on the CPU."""
-
-    @staticmethod
-    def __new__(cls, held: Tensor) -> "_OnDevice":
-        return Tensor._make_wrapper_subclass(
-            cls, held.shape, held.stride(), held.storage_offset(), dtype=held.dtype, device=PLAYED
-        )
-
-    def __init__(self, held: Tensor):
-        self.held = held
-
-    def tolist(self) -> Any:  # torch refuses it of a subclass
-        return self.cpu().tolist()
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _run(func, args, kwargs or {})
-
-
-class _PlayedGPU(TorchDispatchMode):
-    """Runs what is on `PLAYED` on the CPU, and notes the places at which a GPU's numbers would be waited for."""
-
-    def __init__(self, places: list[str]):
-        super().__init__()
-        self.places = places
-        self._patches = contextlib.ExitStack()
-
-    def __enter__(self) -> "_PlayedGPU":
-        # What torch asks of a device by its name, in Python or before any operation is dispatched.
-        autocast, enabled, tensor = torch.autocast, torch.is_autocast_enabled, torch.tensor
-        for name, played in {
-            "autocast": lambda d, *a, **k: contextlib.nullcontext() if d == PLAYED.type else autocast(d, *a, **k),
-            "is_autocast_enabled": lambda d=None: d != PLAYED.type and enabled(d or "cuda"),
-            "tensor": lambda data, *, device=None, **k: tensor(data, **k).to(device),
-            PLAYED.type: _RANDOM,
-        }.items():
-            self._patches.enter_context(patch.object(torch, name, played, create=True))
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._patches.close()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if _waits(func, args, kwargs):
-            self.places.append(f"{func.overloadpacket.__name__} at {_place()}")
-        return _run(func, args, kwargs)
-
-
-def _waits(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a GPU would have to be done with all it was told to do."""
-    name, read = func.overloadpacket.__name__, []
-    _each(read.append, (args, kwargs))
-    on_device = [isinstance(tensor, _OnDevice) for tensor in read]
-    if name in ("_to_copy", "copy_"):  # also to a GPU: torch waits for the copy, unless it is told not to
-        to_device = on_device[0] if name == "copy_" else kwargs.get("device", read[0].device) == PLAYED
-        return to_device != on_device[-1] and not (kwargs.get("non_blocking") or args[2:] == (True,))
-    if name in ("index", "index_put_", "index_put"):
-        return any(on_device) and any(i.dtype in (torch.bool, torch.uint8) for i in args[1] if i is not None)
-    unsized = func is torch.ops.aten.repeat_interleave.Tensor and kwargs.get("output_size") is None
-    return any(on_device) and (name in _READS or unsized)
-
-
-def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """What an operation returns: on `PLAYED`, if it is told to be there, or if what it reads is."""
-    known: dict[int, Tensor] = {}  # what is written in place stays the tensor that it was
-
-    def held(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, _OnDevice):
-            return tensor
-        known[id(tensor.held)] = tensor
-        return tensor.held
-
-    args, kwargs = _each(held, (args, kwargs))
-    device = kwargs.get("device")
-    out = func(*args, **kwargs | ({"device": torch.device("cpu")} if device else {}))
-    if (device or (PLAYED if known else None)) != PLAYED:
-        return out
-    return _each(lambda tensor: known[id(tensor)] if id(tensor) in known else _OnDevice(tensor), out)
-
-
-def _each(function: Any, value: Any) -> Any:
-    """The arguments or results of an operation, with a function applied to each tensor."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, dict):
-        return {key: _each(function, v) for key, v in value.items()}
-    return type(value)([_each(function, v) for v in value]) if isinstance(value, (list, tuple)) else value
 
 
 @contextlib.contextmanager
@@ -218,3 +156,29 @@ def _played_on(trainer: Any) -> Iterator[None]:
         for model in filter(None, (trainer.model, trainer.ref_model)):
             model.to(PLAYED)
         yield
+
+
+def count_waits(device: str) -> dict[str, Counter[str]]:
+    """For each of `CASES` where the second step waited, and how often: one that is not logged.
+
+    Args:
+        device: "cuda" or "cpu".
+    """
+    found = {}
+    for name, settings in CASES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            found[name] = waits_by_step(tiny_trainer(folder, device, **settings))[1]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
+    found = count_waits(parser.parse_args().device)
+    print("\n| step | waits | where |\n|---|---|---|")
+    for name, step in found.items():
+        print(f"| {name} | {sum(step.values())} | {'; '.join(f'{n}x {place}' for place, n in step.most_common())} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -7,21 +7,11 @@ import pytest
 import torch
 
 import nca_trainer
-from benchmarks.waits import waits_by_step, watch
-from nca_trainer import NCAConfig, NCATrainer, PairwiseNCATrainer
-from tests.trainers import DEFAULTS, make_trainer, pair_rows, reward_rows
+from benchmarks.waits import CASES, tiny_trainer, waits_by_step, watch
+from nca_trainer import NCAConfig, NCATrainer
+from tests.trainers import DEFAULTS, make_trainer, reward_rows
 
-#: Two steps of two micro-batches. On a CPU batches are not pinned, and so not copied as on a GPU: see the last test.
-SETTINGS = {
-    "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 2, "logging_steps": 2,
-    "optim": "adamw_torch", "accelerator_config": {"non_blocking": True},
-}  # fmt: skip
-
-
-def waits(tmp_path, loss_type="NCA", **settings):
-    pairs = loss_type == "DPO"
-    rows, trainer_class = (pair_rows(8), PairwiseNCATrainer) if pairs else (reward_rows(8), NCATrainer)
-    return waits_by_step(make_trainer(tmp_path, rows, trainer_class, loss_type=loss_type, **SETTINGS | settings))
+SHORT = {"gradient_accumulation_steps": 2, "max_steps": 2, "logging_steps": 2}
 
 
 def by_function(step):
@@ -32,26 +22,15 @@ def by_function(step):
     return times
 
 
-@pytest.mark.parametrize(
-    ("loss_type", "settings"),
-    [
-        ("NCA", {}),
-        ("NCA", {"max_tokens_per_forward": 25, "gradient_checkpointing": True}),
-        ("InfoNCA", {"max_tokens_per_forward": 25}),
-        ("DPO", {}),
-        ("NCA", {"shared_prompt": "false", "max_tokens_per_forward": 25}),
-        ("DPO", {"shared_prompt": "false"}),
-    ],
-    ids=["packed", "chunks", "chunks that are run twice", "pairs", "padded chunks", "padded pairs"],
-)
-def test_a_step_waits_for_its_metrics_alone(tmp_path, loss_type, settings):
-    first, second = waits(tmp_path, loss_type, **settings)
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_waits_for_its_metrics_alone(tmp_path, case):
+    first, second = waits_by_step(tiny_trainer(tmp_path, "cpu", **CASES[case] | SHORT))
     assert by_function(first) == {"gather": 1}, first
     assert by_function(second) == {"gather": 1, "_maybe_log_save_evaluate": 1}, second  # of the loss that is logged
 
 
 def test_processes_with_sharded_weights_agree_on_their_forwards_before_the_step(tmp_path, monkeypatch):
-    trainer = make_trainer(tmp_path, reward_rows(8), loss_type="InfoNCA", max_tokens_per_forward=25, **SETTINGS)
+    trainer = tiny_trainer(tmp_path, "cpu", **CASES["InfoNCA in chunks"] | SHORT)
     monkeypatch.setattr(NCATrainer, "_is_sharded", True)
     first, _ = waits_by_step(trainer)
     assert by_function(first) == {"most_forwards": 1, "gather": 1}, first
@@ -70,7 +49,7 @@ def test_a_wait_anywhere_is_seen(tmp_path, monkeypatch):
 
     metrics = nca_trainer.group_metrics
     monkeypatch.setattr(nca_trainer, "group_metrics", wait)
-    first, _ = waits(tmp_path)
+    first, _ = waits_by_step(tiny_trainer(tmp_path, "cpu", **SHORT))
     found = sorted(place.partition(" ")[0] for place in first if place.endswith(" wait") for _ in range(first[place]))
     assert found == 2 * ["_local_scalar_dense"] * 2 + ["_to_copy"] * 4 + ["index"] * 2
     assert all(f"tests/{__name__.partition('.')[2]}.py:" in place for place in first if place.endswith(" wait"))
@@ -78,14 +57,16 @@ def test_a_wait_anywhere_is_seen(tmp_path, monkeypatch):
 
 def test_what_upstream_does_by_itself_is_seen(tmp_path):
     settings = {"logging_nan_inf_filter": True, "accelerator_config": {"non_blocking": False}}
-    first, _ = waits(tmp_path, **settings)
+    first, _ = waits_by_step(tiny_trainer(tmp_path, "cpu", **SHORT | settings))
     assert by_function(first) == {"gather": 1, "send_to_device": 2 * 5, "_run_epoch": 2 * 2}, first
 
 
 def test_an_evaluation_waits_once_a_batch(tmp_path):
     """And upstream once for the losses of them all."""
-    settings = {"eval_rows": reward_rows(6), "per_device_eval_batch_size": 2, "eval_strategy": "steps", "eval_steps": 2}
-    _, second = waits(tmp_path, **settings)
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 2, "optim": "adamw_torch"}
+    settings |= {"accelerator_config": {"non_blocking": True}, "per_device_train_batch_size": 2, **SHORT}
+    trainer = make_trainer(tmp_path, reward_rows(8), eval_rows=reward_rows(6), **settings)
+    _, second = waits_by_step(trainer)
     assert by_function(second) == {"gather": 1 + 3, "_maybe_log_save_evaluate": 1, "nested_numpify": 1}, second
 
 
