@@ -132,10 +132,9 @@ def _without_padding_masks() -> Iterator[None]:
 
     Rows are padded on the right, where no real token of a causal model looks.
     """
-    before = {name: ALL_MASK_ATTENTION_FUNCTIONS[name] for name in (NAME, "sdpa")}
+    before = {name: ALL_MASK_ATTENTION_FUNCTIONS[name] for name in _UNPADDED}
     try:
-        for name, make_mask in before.items():
-            ALL_MASK_ATTENTION_FUNCTIONS[name] = functools.partial(_unpadded, make_mask)
+        ALL_MASK_ATTENTION_FUNCTIONS.update(_UNPADDED)
         yield
     finally:
         ALL_MASK_ATTENTION_FUNCTIONS.update(before)
@@ -143,6 +142,10 @@ def _without_padding_masks() -> Iterator[None]:
 
 def _unpadded(make_mask: Callable[..., Tensor | None], *args: Any, **kwargs: Any) -> Tensor | None:
     return make_mask(*args, **kwargs | {"attention_mask": None})
+
+
+#: The same functions at each step: for others a compiled model would be compiled again.
+_UNPADDED = {name: functools.partial(_unpadded, ALL_MASK_ATTENTION_FUNCTIONS[name]) for name in (NAME, "sdpa")}
 
 
 def model_inputs(batch: Batch, shared_prompt: bool) -> dict[str, Any]:

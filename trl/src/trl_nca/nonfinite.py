@@ -29,6 +29,7 @@ class SkipNonFiniteSteps(TrainerCallback):
         self.trainer = trainer
         self.num_skipped = 0
         self._is_non_finite, self._rows = False, []  # of the current step
+        self._loss_before = torch.zeros(())
 
     def mark_non_finite(self, rows: list[str]) -> None:
         """Marks the current step as not finite.
