@@ -190,6 +190,11 @@ def test_every_old_key_leads_to_a_known_key():
         (MINIMAL | {"load_in_4bit": True}, [], "set use_peft: true"),
         ({"model_name_or_path": "m", "output_dir": "o"}, [], "no training data"),
         ({"train_file": "t", "output_dir": "o"}, [], "no model given"),
+        (MINIMAL | {"activation_offloading": True}, [], "activation_offloading: True is not supported: .*max_tokens"),
+        (MINIMAL | {"gradient_checkpointing_kwargs": {"offload": True}}, [], "kwargs: offload is not supported"),
+        (MINIMAL, ['--activation_checkpointing_kwargs={"every_n_layers": 2}'], "kwargs: every_n_layers is not support"),
+        (MINIMAL | {"gradient_checkpointing": "maybe"}, [], "recipe.yaml: .*: true, false or auto; got 'maybe'"),
+        (MINIMAL, ["--gradient_checkpointing=2"], "command line: .*checkpointing: true, false or auto; got '2'"),
         ("a: [1", [], "not valid YAML"),
         ("- a\n- b", [], "a recipe is a mapping"),
         ("", [], "a recipe is a mapping"),
@@ -314,6 +319,38 @@ def test_resolved_recipe_parses_again(tmp_path):
     again = parse_recipe([str(Path(tmp_path) / "out" / "recipe.yaml")], TYPES)
     assert again[3].alpha == 0.3
     assert json.dumps(again[0].__dict__) == json.dumps(configs[0].__dict__)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags", "expected"),
+    [
+        ({"gradient_checkpointing": "auto"}, [], "auto"),
+        ({}, ["--gradient_checkpointing=Auto"], "auto"),
+        ({"gradient_checkpointing": "auto"}, ["--gradient_checkpointing"], True),
+        ({"gradient_checkpointing": "auto"}, ["--no_gradient_checkpointing"], False),
+        ({"gradient_checkpointing": "auto"}, ["--gradient_checkpointing=no"], False),
+        ({"gradient_checkpointing": "auto"}, ["--gradient_checkpointing="], True),
+        ({"gradient_checkpointing": False}, ["--gradient_checkpointing", "auto"], "auto"),
+        ({"gradient_checkpointing": "auto"}, ["--activation_checkpointing=false"], False),  # transformers' newer name
+        ({"gradient_checkpointing": None}, [], False),
+        ({}, [], True),
+    ],
+)  # fmt: skip
+def test_spellings_of_gradient_checkpointing(tmp_path, recipe, flags, expected):
+    configs = parse(tmp_path, MINIMAL | recipe, *flags)
+    assert configs[3].gradient_checkpointing == configs[3].activation_checkpointing == expected
+    resolved = resolve(configs)
+    assert resolved["gradient_checkpointing"] == expected
+    again = parse(tmp_path, resolved, "--gradient_checkpointing=auto")[3]
+    assert again.gradient_checkpointing == "auto", "a flag on a resolved recipe counts"
+
+
+def test_gradient_checkpointing_without_the_scripts():
+    """`auto` is true to all that reads it; words are as good as booleans."""
+    for given, expected in (("True", True), ("false", False), ("AUTO", "auto"), (False, False)):
+        assert NCAConfig("out", bf16=False, gradient_checkpointing=given).activation_checkpointing == expected
+    with pytest.raises(ValueError, match="gradient_checkpointing: true, false or auto; got 'of'"):
+        NCAConfig("out", bf16=False, gradient_checkpointing="of")
 
 
 PAGES = ROOT / "docs" / "scripts"

@@ -121,7 +121,10 @@ def resolve(configs: Sequence[Any]) -> dict[str, Any]:
         resolved |= {key: value for key, value in as_given.items() if value not in (None, [], {})}
     given = resolved.pop("given", ())
     launch_keys = ("overwrite_output_dir", "resume_from_checkpoint", "hub_token", *PLAN_KEYS)
-    for key in launch_keys:
+    # transformers' other names of gradient_checkpointing and its kwargs, which it sets to the same and then prefers: a
+    # `--gradient_checkpointing` on a recipe with both would do nothing.
+    same_twice = ("activation_checkpointing", "activation_checkpointing_kwargs")
+    for key in (*launch_keys, *same_twice):
         resolved.pop(key, None)
     if "global_batch_size" in resolved and "gradient_accumulation_steps" not in given:
         del resolved["gradient_accumulation_steps"]  # it follows, on another number of GPUs too

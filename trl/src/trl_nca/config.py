@@ -22,7 +22,15 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "padding_free": (False, _FORWARD + "; rows are packed without padding anyway"),
     "truncation_mode": ("keep_start", "prompts lose their beginning and responses their end"),
     "enable_jit_checkpoint": (False, "these trainers save a checkpoint on SIGTERM by themselves"),
+    "activation_offloading": (
+        False,
+        "upstream's keeps the books of one forward and its backward pass a step, and a step here has several, in "
+        "chunks; gradient_checkpointing and max_tokens_per_forward save memory",
+    ),
 }
+#: Keys of `gradient_checkpointing_kwargs` that transformers 5 takes out itself. trl 1.16 does not, when it switches
+#: checkpointing on again behind the reference (`disable_gradient_checkpointing`), and the layers are then handed them.
+_LOST_KWARGS = ("every_n_layers", "offload")
 
 
 @dataclass
@@ -81,6 +89,15 @@ class NCAConfig(DPOConfig):
         },
     )
 
+    gradient_checkpointing: bool | str = field(
+        default=True,
+        metadata={
+            "help": "Compute activations again in the backward pass in place of keeping them: less memory, and a step "
+            "that takes longer. true, false, or auto: the plan decides before the model is loaded, false where a step "
+            "fits the free memory without it, and the run's first lines say why. A trainer that is made without "
+            "run_reward.py or run_preference.py takes auto for true."
+        },
+    )
     max_tokens_per_forward: int | None = field(
         default=None,
         metadata={
@@ -149,6 +166,7 @@ class NCAConfig(DPOConfig):
         for key, (neutral, reason) in UNSUPPORTED.items():
             if getattr(self, key) != neutral:
                 raise ValueError(f"{key}: {getattr(self, key)!r} is not supported: {reason}; remove the key")
+        self.gradient_checkpointing = _true_false_or_auto("gradient_checkpointing", self.gradient_checkpointing)
         if self.report_to in (None, "false"):  # null, and no as YAML 1.1 reads it
             self.report_to = "none"
         self.shared_prompt = str(self.shared_prompt).lower()
@@ -161,6 +179,24 @@ class NCAConfig(DPOConfig):
         if self.accelerator_config is None or isinstance(self.accelerator_config, dict):  # batches are pinned: no wait
             self.accelerator_config = {"non_blocking": self.dataloader_pin_memory, **(self.accelerator_config or {})}
         super().__post_init__()
+        for key in _LOST_KWARGS:
+            if key in (self.gradient_checkpointing_kwargs or {}):
+                raise ValueError(
+                    f"gradient_checkpointing_kwargs: {key} is not supported: TRL switches checkpointing off for the "
+                    "reference and on again without it; remove it"
+                )
         self.loss_type = by_lower[str(self.loss_type[0]).lower()]  # upstream makes a list of it
         for tracker in set(self.report_to) - set(get_available_reporting_integrations()):
             raise ValueError(f"report_to: {tracker} is not installed; install it, or set report_to: none")
+
+
+def _true_false_or_auto(key: str, value: bool | str | None) -> bool | str | None:
+    """A switch that may also be left to the plan; words in any case.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    words = {"true": True, "false": False, "auto": "auto", "none": None}
+    if str(value).lower() not in words:
+        raise ValueError(f"{key}: true, false or auto; got {value!r}")
+    return words[str(value).lower()]

@@ -11,6 +11,7 @@ import typing
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from transformers.hf_argparser import string_to_bool
 from trl import TrlParser
 
 from alignment.errors import UserError
@@ -81,6 +82,8 @@ class StrictParser(TrlParser):
         for action in self._actions:
             if action.dest in self._one_or_more:
                 action.nargs = "*"
+            if action.nargs == "?" and self._types.get(action.dest) == bool | str:
+                action.type = _bool_or_auto
 
     @property
     def keys(self) -> list[str]:
@@ -151,6 +154,14 @@ def _no_for_false(value: Any, action: argparse.Action) -> Any:
     if value is not False or "false" in choices:
         return value
     return next((name for name in ("no", "none") if name in choices), value)
+
+
+def _bool_or_auto(word: str) -> bool | str:
+    """The value of a switch that may also be left to the plan. (Upstream's parser knows no switch of three values.)"""
+    try:
+        return "auto" if word.lower() == "auto" else string_to_bool(word)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"true, false or auto; got {word!r}") from error
 
 
 def _check_known(key: str, known: Sequence[str], source: str) -> None:
