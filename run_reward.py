@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from accelerate import PartialState
 
 from alignment import errors, output
@@ -34,6 +35,11 @@ from alignment.report.callback import ReportCallback
 from alignment.report.card import write_card
 from nca_trainer import NCATrainer
 from trl_nca.checkpoints import RunStopped
+
+_LESS_MEMORY = (
+    "The step does not fit the memory of the device. What takes less: --gradient_checkpointing=true, then a smaller "
+    "--max_tokens_per_forward; --plan=true says how much it would be."
+)
 
 
 def align(argv: Sequence[str], trainer_class: type[NCATrainer]) -> None:
@@ -54,7 +60,8 @@ def align(argv: Sequence[str], trainer_class: type[NCATrainer]) -> None:
     if configs.run.show_batch:
         return print(describe_group(job.rows["train"][0], job.tokenizer))
     if PartialState().is_main_process:
-        print(summary("train", job.data_report), job.plan, sep="\n", flush=True)
+        lines = [summary("train", job.data_report), job.plan, job.checkpointing]
+        print(*(line for line in lines if line is not None), sep="\n", flush=True)
     trainer = build_trainer(job, trainer_class)
     start_output(job)
     before = sample_held_out(job, trainer, "before")
@@ -62,6 +69,9 @@ def align(argv: Sequence[str], trainer_class: type[NCATrainer]) -> None:
         train_metrics = trainer.train(resume_from_checkpoint=job.checkpoint).metrics
     except RunStopped as stopped:
         raise UserError(str(stopped)) from stopped
+    except torch.OutOfMemoryError as error:
+        error.add_note(_LESS_MEMORY)  # the last line of the traceback
+        raise
     trainer.save_model()
     trainer.save_state()
     eval_metrics = trainer.evaluate() if "eval" in job.rows else None
@@ -94,6 +104,8 @@ def build_trainer(job: Job, trainer_class: type[NCATrainer]) -> NCATrainer:
     if "eval" not in job.rows:
         args.eval_strategy = "no"
     args.recipe = output.resolve(job.configs)
+    if job.checkpointing is not None:  # the recipe keeps `auto`: another machine may decide otherwise
+        args.gradient_checkpointing = args.activation_checkpointing = job.checkpointing.on
     args.model_init_kwargs = {**model_init_kwargs(policy), **(args.model_init_kwargs or {})}
 
     class Trainer(trainer_class):

@@ -20,6 +20,7 @@ from alignment.evaluation.held_out import check_prompts, sample_and_score
 from alignment.files import read_json, write_json
 from alignment.launch import enable_cpu_sharding
 from alignment.models import load_config, load_tokenizer
+from alignment.plan.checkpointing import Checkpointing, decide
 from alignment.plan.compatibility import check_layout
 from alignment.plan.steps import Plan, plan_run, set_global_batch
 from alignment.report.callback import write_report
@@ -39,6 +40,7 @@ class Job(NamedTuple):
         rows: The same as token ids.
         data_report: What became of the rows and what they look like, for data_report.json.
         plan: The arithmetic of the batch and the steps.
+        checkpointing: What `gradient_checkpointing: auto` came to; None where the recipe says true or false.
         checkpoint: What the run resumes from; None for a run from the start.
         reward_function: Scores samples before and after training; None: nothing is sampled.
     """
@@ -49,6 +51,7 @@ class Job(NamedTuple):
     rows: dict[str, Dataset]
     data_report: dict[str, Any]
     plan: Plan
+    checkpointing: Checkpointing | None
     checkpoint: str | None
     reward_function: RewardFunction | None
 
@@ -83,15 +86,19 @@ def prepare_job(configs: Configs, pairs: bool) -> Job:
     if without := keys_without_effect(configs, pairs, "eval" in rows):
         logger.warning("Without effect in this run: %s", "; ".join(without))
     plan = plan_run(args, args.world_size, len(rows["train"]), sum(rows["train"]["length"][:]))
-    return Job(configs, tokenizer, raw, rows, report, plan, checkpoint, reward_function)
+    checkpointing = decide(configs, model_config, rows["train"], plan) if not run.show_batch else None
+    return Job(configs, tokenizer, raw, rows, report, plan, checkpointing, checkpoint, reward_function)
 
 
 def start_output(job: Job) -> None:
     """Writes the resolved recipe, the plan and the data report, unless the run resumes and has them."""
     args = job.configs.trainer
     if PartialState().is_main_process and (job.checkpoint is None or not output.has_started(args.output_dir)):
-        overwrite = job.configs.run.overwrite_output_dir
-        output.start(args.output_dir, args.recipe, job.plan.as_dict(), job.data_report, overwrite)
+        overwrite, plan = job.configs.run.overwrite_output_dir, job.plan.as_dict()
+        if job.checkpointing is not None:
+            plan["gradient_checkpointing"] = job.checkpointing.as_dict()
+        notes = [str(job.checkpointing)] if job.checkpointing else []
+        output.start(args.output_dir, args.recipe, plan, job.data_report, overwrite, notes)
 
 
 def sample_held_out(job: Job, trainer: DPOTrainer, when: str) -> list[dict[str, Any]] | None:

@@ -6,7 +6,7 @@ import sys
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, get_int_from_env
 
 
 def launched_layout(num_processes: int) -> str:
@@ -40,6 +40,17 @@ def enable_cpu_sharding() -> None:
         from deepspeed import ops
 
         ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def processes_here() -> int:
+    """How many processes of the launch run on this machine."""
+    names = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
+    return max(get_int_from_env(names, 1), 1)
+
+
+def launch_checkpoints() -> bool:
+    """Whether accelerate launched FSDP with activation checkpointing of its own."""
+    return _asked_for("FSDP") and os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "false").lower() == "true"
 
 
 def peak_memory_gb() -> float:

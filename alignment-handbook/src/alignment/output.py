@@ -142,9 +142,17 @@ def _without_secrets(value: Any) -> Any:
 
 
 def start(
-    output_dir: str, recipe: dict[str, Any], plan: dict[str, Any], data_report: dict[str, Any], overwrite: bool
+    output_dir: str,
+    recipe: dict[str, Any],
+    plan: dict[str, Any],
+    data_report: dict[str, Any],
+    overwrite: bool,
+    notes: Sequence[str] = (),
 ) -> None:
-    """Makes the folder, clears an earlier run's files if asked, and writes resolved recipe, plan and data report."""
+    """Makes the folder, clears an earlier run's files if asked, and writes resolved recipe, plan and data report.
+
+    `notes` are comments above the recipe: what its `auto` came to.
+    """
     folder = Path(output_dir)
     if overwrite and folder.is_dir():
         for checkpoint in list_checkpoints(folder):
@@ -155,7 +163,8 @@ def start(
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "plan.json", plan)
     write_json(folder / "data_report.json", data_report)
-    write_text(folder / STARTED, yaml.safe_dump(recipe, sort_keys=False))
+    comments = "".join(f"# {' '.join(note.split())}\n" for note in notes)
+    write_text(folder / STARTED, comments + yaml.safe_dump(recipe, sort_keys=False))
 
 
 def finish(output_dir: str, results: dict[str, Any]) -> None:

@@ -1,9 +1,11 @@
 """The memory of a recipe on one process, traced once for all layouts and all token budgets."""
 
 import dataclasses
+from collections.abc import Sequence
 from functools import cache
 
 import torch
+from datasets import Dataset
 from transformers import PretrainedConfig
 from trl import get_peft_config
 
@@ -19,8 +21,24 @@ _GRAIN = 64
 GroupLengths = tuple[int, list[int]]
 
 
+def longest_rows(rows: Dataset, lengths: Sequence[int], count: int) -> list[GroupLengths]:
+    """Tokens of prompt and responses of the longest rows: the micro-batch that takes the most.
+
+    Args:
+        rows: Tokenized rows.
+        lengths: The tokens of each.
+        count: Rows of a micro-batch.
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)[:count]
+    return [(len(row["prompt_ids"]), [len(r) for r in row["response_ids"]]) for row in map(rows.__getitem__, order)]
+
+
 class MemoryEstimator:
     """The memory of a recipe on one process. Each question is traced once.
+
+    Attributes:
+        tokens: Tokens of the largest forward.
+        checkpointing: Whether the answers are those with gradient checkpointing; may be changed between questions.
 
     Args:
         configs: The settings of the run.
@@ -42,6 +60,10 @@ class MemoryEstimator:
         policy, args = configs.policy, configs.trainer
         self.batch, num_chunks = largest_forward(groups, args.max_tokens_per_forward, args.shared_prompt != "false")
         self.longest_response = max(prompt + max(responses) for prompt, responses in groups)  # with its prompt
+        self.tokens = self.batch["input_ids"].shape[1]
+        if num_chunks > 1:  # shorter rows may fill a forward where the longest leave a rest
+            self.tokens = max(self.tokens, args.max_tokens_per_forward)
+        self.checkpointing = bool(args.gradient_checkpointing)
         self.spec = StepSpec(
             config=model_config,
             dtype=_dtype(policy.dtype, model_config),
@@ -49,7 +71,7 @@ class MemoryEstimator:
             quantization="4bit" if policy.load_in_4bit else "8bit" if policy.load_in_8bit else None,
             double_quantized=policy.use_bnb_nested_quant,
             autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
-            checkpointing=dict(args.gradient_checkpointing_kwargs or {}) if args.gradient_checkpointing else None,
+            checkpointing=dict(args.gradient_checkpointing_kwargs or {}),
             shared_prompt=args.shared_prompt,
             device="cuda" if on_gpu else "cpu",
             accumulates=accumulates or num_chunks > 1,
@@ -57,10 +79,13 @@ class MemoryEstimator:
         self.step, self.weights = cache(self._step), cache(self._weights)
 
     def footprint(self, layout: str, tokens: float | None = None) -> Footprint:
-        """The memory that a layout shards, at the batch's tokens or at another number of them."""
+        """The memory that a layout shards, at the tokens of the largest forward or at another number of them."""
         full, policy, args = not self.policy.use_peft, self.policy, self.args
         dtype = self._gathered_dtype(layout)
-        phases = self.step(dtype).phases if tokens is None else self._phases(dtype, tokens)
+        if tokens is None and self.tokens == self.batch["input_ids"].shape[1]:
+            phases = self.step(dtype, self.checkpointing).phases
+        else:
+            phases = self._phases(dtype, self.tokens if tokens is None else tokens)
         return Footprint(
             weights=self.weights(dtype if layout.startswith("zero") else self.spec.dtype),
             phases=phases,
@@ -74,11 +99,9 @@ class MemoryEstimator:
 
     def activations(self, checkpointing: bool) -> int:
         """Bytes of the activations at the end of a forward, with gradient checkpointing or without."""
-        is_on = self.spec.checkpointing is not None
-        if checkpointing == is_on:
-            return self.step(self.spec.dtype).activations
-        spec = dataclasses.replace(self.spec, checkpointing=None if is_on else {})
-        return trace_step(spec, self.batch, backward=False).activations
+        if checkpointing == self.checkpointing or self.args.gradient_checkpointing == "auto":  # both are traced
+            return self.step(self.spec.dtype, checkpointing).activations
+        return trace_step(self._spec(checkpointing), self.batch, backward=False).activations
 
     @property
     def notes(self) -> list[str]:
@@ -116,9 +139,14 @@ class MemoryEstimator:
     def _weights(self, dtype: torch.dtype) -> WeightSizes:
         return weight_sizes(dataclasses.replace(self.spec, dtype=dtype))
 
-    def _step(self, dtype: torch.dtype, times: int = 1, accumulates: bool | None = None) -> StepMemory:
+    def _spec(self, checkpointing: bool) -> StepSpec:
+        return self.spec if checkpointing else dataclasses.replace(self.spec, checkpointing=None)
+
+    def _step(
+        self, dtype: torch.dtype, checkpointing: bool, times: int = 1, accumulates: bool | None = None
+    ) -> StepMemory:
         accumulates = self.spec.accumulates if accumulates is None else accumulates
-        spec = dataclasses.replace(self.spec, dtype=dtype, accumulates=accumulates)
+        spec = dataclasses.replace(self._spec(checkpointing), dtype=dtype, accumulates=accumulates)
         return trace_step(spec, repeat_batch(self.batch, times) if times > 1 else self.batch)
 
     def _phases(self, dtype: torch.dtype, tokens: float) -> dict[str, dict[str, float]]:
@@ -126,8 +154,9 @@ class MemoryEstimator:
 
         It is one of several forwards, as where `max_tokens_per_forward` cuts a micro-batch.
         """
-        less = self.step(dtype) if self.spec.accumulates else self.step(dtype, accumulates=True)
-        more = self.step(dtype, times=2, accumulates=True)
+        once = {} if self.spec.accumulates else {"accumulates": True}
+        less = self.step(dtype, self.checkpointing, **once)
+        more = self.step(dtype, self.checkpointing, times=2, accumulates=True)
         share = (tokens - less.tokens) / (more.tokens - less.tokens)
         return {
             phase: {kind: max(low + share * (more.phases[phase][kind] - low), 0) for kind, low in parts.items()}

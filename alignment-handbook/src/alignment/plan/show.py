@@ -30,8 +30,9 @@ from alignment.launch import launched_layout
 from alignment.models import load_config, load_tokenizer
 from alignment.plan import layouts
 from alignment.plan.check import check_model
+from alignment.plan.checkpointing import Checkpointing, choose, free_memory_gb
 from alignment.plan.compatibility import incompatibilities
-from alignment.plan.estimate import GroupLengths, MemoryEstimator
+from alignment.plan.estimate import GroupLengths, MemoryEstimator, longest_rows
 from alignment.plan.steps import Plan, plan_run, set_global_batch
 from alignment.recipe import RunConfig
 
@@ -92,7 +93,7 @@ def make_plan(configs: Configs, pairs: bool) -> tuple[Plan, dict[str, Any], list
     notes += [checked] if checked else []
     plan = plan_run(args, num_processes, num_prompts, sum(lengths) if lengths else None)
     if lengths:
-        groups = _longest(rows, lengths, plan.per_device_train_batch_size)
+        groups = longest_rows(rows, lengths, plan.per_device_train_batch_size)
     else:
         groups = _assumed(configs, model_config, pairs, notes) * plan.per_device_train_batch_size
     return plan, _memory(configs, model_config, groups, plan, notes), notes
@@ -117,12 +118,6 @@ def _rows(configs: Configs, pairs: bool, notes: list[str]) -> Dataset | None:
         return None
 
 
-def _longest(rows: Dataset, lengths: Sequence[int], count: int) -> list[GroupLengths]:
-    """Tokens of prompt and responses of the longest rows: the micro-batch that takes the most."""
-    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)[:count]
-    return [(len(row["prompt_ids"]), [len(r) for r in row["response_ids"]]) for row in map(rows.__getitem__, order)]
-
-
 def _assumed(configs: Configs, model_config: PretrainedConfig, pairs: bool, notes: list[str]) -> list[GroupLengths]:
     """A row as long as the recipe lets it be: tokens of its prompt and of each response."""
     args = configs.trainer
@@ -145,22 +140,30 @@ def _memory(
     limit = _gpu_memory_gb(run, notes)
     estimator = MemoryEstimator(configs, model_config, groups, plan.gradient_accumulation_steps > 1, _on_gpu(run))
     notes += estimator.notes
+    free = _free_gb(configs, limit) if args.gradient_checkpointing == "auto" else None
+
+    def checkpointing(layout: str) -> Checkpointing | None:
+        """What `auto` comes to in a layout; the estimator is left there."""
+        return choose(estimator, layout, num_processes, free) if free is not None else None
+
     table = {}
     for name in layouts.LAYOUTS:
+        checkpointing(name)
         total = layouts.in_gb(layouts.peak_memory(estimator.footprint(name), name, num_processes)[1])["total"]
         refused = incompatibilities(policy, args, name)
         reasons = "; ".join(f"{r['what']}: {r['reason']}" for r in refused) or None
         table[name] = {"total_gb": total, "fits": total <= limit and not refused, "refused": reasons}
-    refused = incompatibilities(policy, args, layout)
+    refused, chosen = incompatibilities(policy, args, layout), checkpointing(layout)
     phase, held = layouts.peak_memory(estimator.footprint(layout), layout, num_processes)
     parts = layouts.in_gb(held)
     activations = {name: round(estimator.activations(on) / layouts.GB, 3) for name, on in _CHECKPOINTING.items()}
     return {
         "parallel": layout,
+        "gradient_checkpointing": chosen.as_dict() if chosen else args.gradient_checkpointing,
         "memory_per_gpu_gb": parts,
         "fullest_moment": phase,
         "activations_gb": activations,
-        "tokens_per_forward": estimator.batch["input_ids"].shape[1],
+        "tokens_per_forward": estimator.tokens,
         "gpu_memory_gb": limit,
         "fits": parts["total"] <= limit and not refused,
         "largest_max_tokens_per_forward": estimator.largest_budget(layout, num_processes, limit),
@@ -189,6 +192,12 @@ def _gpu_memory_gb(run: RunConfig, notes: list[str]) -> float:
     return DEFAULT_GPU_GB
 
 
+def _free_gb(configs: Configs, limit: float) -> float:
+    """Memory that a run here would find free, in GB; that of the GPU to plan for where it is another."""
+    here = configs.trainer.device.type == ("cuda" if _on_gpu(configs.run) else "cpu")
+    return free_memory_gb(configs.trainer.device) if here and configs.run.gpu_memory_gb is None else limit
+
+
 def describe(plan: Plan, facts: Mapping[str, Any], notes: Sequence[str]) -> str:
     """The plan as it is printed."""
     parts = facts["memory_per_gpu_gb"]
@@ -197,13 +206,17 @@ def describe(plan: Plan, facts: Mapping[str, Any], notes: Sequence[str]) -> str:
     verdict = "fits" if facts["fits"] else "DOES NOT FIT" if not facts["refused"] else "REFUSED"
     budget = facts["largest_max_tokens_per_forward"]
     with_checkpointing, without = activations["with_checkpointing"], activations["without_checkpointing"]
+    checkpointing = facts["gradient_checkpointing"]
+    is_auto = isinstance(checkpointing, Mapping)
+    so = f", with checkpointing {'on' if checkpointing['on'] else 'off'}" if is_auto else ""
     lines = [
         str(plan),
+        *([checkpointing["summary"]] if is_auto else []),
         f"Memory per process ({facts['parallel']}): {parts['total']:.2f} GB of {facts['gpu_memory_gb']:g}: {verdict}.",
         f"  peak ({facts['fullest_moment']}): {listed}",
         f"  {facts['tokens_per_forward']} tokens a forward; activations {with_checkpointing:.2f} GB with "
         f"checkpointing, {without:.2f} without; "
-        + (f"largest max_tokens_per_forward that fits: {budget}" if budget else "no max_tokens_per_forward fits"),
+        + (f"largest max_tokens_per_forward that fits{so}: {budget}" if budget else "no max_tokens_per_forward fits"),
     ]
     for name, layout in facts["layouts"].items():
         fits = "refused: " + layout["refused"] if layout["refused"] else "fits" if layout["fits"] else "does not fit"
