@@ -132,8 +132,11 @@ def shell(arguments, **env):
 
 
 def write_runs(work, launch, folder):
-    """A file for launch_runs.py: LoRA as it is, full fine-tuning with checkpointing and in chunks; with DDP, pairs."""
-    runs = [command(work, folder / "lora"), command(work, folder / "full", *RUNS["full"], *MIXED)]
+    """A file for launch_runs.py: LoRA by `auto`, full fine-tuning with checkpointing and in chunks; with DDP, pairs."""
+    runs = [
+        command(work, folder / "lora", "--gradient_checkpointing=auto"),
+        command(work, folder / "full", *RUNS["full"], *MIXED),
+    ]
     if launch == "multi_gpu":
         cached = ["--precompute_ref_log_probs=true", f"--ref_logps_dir={folder}/ref"]
         runs.append(command(work, folder / "pairs", *RUNS["pairs"], *cached))
@@ -149,6 +152,8 @@ def assert_launched(launch, folder, expected, processes, sharded):
         assert facts[0]["type"] == kind.get(launch.split()[0], "MULTI_CPU")
         for fact in facts:
             assert (fact["local"] < 0.7 * fact["whole"]) == sharded, "a process holds all weights"
+        plan = json.loads((folder / run / "plan.json").read_text())
+        assert plan.get("gradient_checkpointing", {"on": False})["on"] is False, "the tiny model fits without"
         assert_same(f"{launch}, {processes} processes", folder / run, expected[run])
 
 
