@@ -38,6 +38,7 @@ CASES = [
     *(Case(kind, checkpointing, **SHORT) for kind in ("full", "lora", "4bit") for checkpointing in (False, True)),
     Case("full", True, "bf16", lengths=(30, 20)),
     Case("lora", False, "bf16", lengths=(12, 6)),
+    Case("4bit", False, "bf16", lengths=(30, 20)),
     Case("full", False, prompts=2, **SHORT),
     Case("lora", False, max_tokens=200, **SHORT),
 ]

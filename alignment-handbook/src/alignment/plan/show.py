@@ -1,7 +1,7 @@
 """`--plan`: what a run would take, in steps and in memory, before anything is loaded and on any machine.
 
-A real run prints and writes the arithmetic of steps alone: tracing memory takes a few seconds, and a run that starts
-will soon know.
+A real run prints and writes the arithmetic of steps, and traces memory only where the recipe says
+`gradient_checkpointing: auto`: that takes a few seconds, and a run that starts will soon know.
 """
 
 import contextlib

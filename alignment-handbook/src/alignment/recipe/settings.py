@@ -50,7 +50,7 @@ class RunConfig:
         default=None,
         metadata={
             "help": "With plan: memory of a GPU, in GB (1e9 bytes). None: that of the GPU here, of this machine where "
-            "the recipe says use_cpu, else 80."
+            "the recipe says use_cpu, else 80; for gradient_checkpointing: auto, what is free of it."
         },
     )
     parallel: str | None = field(
