@@ -12,6 +12,7 @@ from transformers.integrations import deepspeed
 
 from alignment.configs import parse_configs
 from alignment.plan import checkpointing, estimate
+from alignment.plan import show as planning
 from alignment.plan.checkpointing import SHARE, Checkpointing, choose, decide, free_memory_gb
 from alignment.plan.estimate import MemoryEstimator, longest_rows
 from alignment.plan.show import describe, make_plan
@@ -164,19 +165,33 @@ def test_free_memory_is_that_of_the_device(monkeypatch):
         assert free_memory_gb(torch.device("cpu")) == 12 / processes
 
 
-@pytest.mark.parametrize(("gigabytes", "on"), [(24, True), (40, False)])
-def test_a_plan_chooses_for_the_gpu_it_is_asked_about(gigabytes, on, monkeypatch):
+def test_a_plan_chooses_for_the_gpu_it_is_asked_about(monkeypatch):
     """Mistral-7B, QLoRA, four responses of 512 tokens."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(checkpointing.layouts, "LAYOUTS", ())  # one is enough
-    flags = ["--plan", "--num_prompts=1000", f"--gpu_memory_gb={gigabytes}", "--gradient_checkpointing=auto"]
-    plan, facts, notes = make_plan(parse_configs([QLORA, *flags]), pairs=False)
+    plan, facts, notes = make_plan(
+        parse_configs([QLORA, "--plan", "--num_prompts=1000", "--gpu_memory_gb=24"]), pairs=False
+    )
     chosen = facts["gradient_checkpointing"]
-    assert chosen["on"] is on and facts["fits"]
-    assert facts["memory_per_gpu_gb"]["total"] == (chosen["with_gb"] if on else chosen["without_gb"])
+    assert (chosen["asked"], chosen["on"], facts["fits"]) == ("auto", True, True)
+    assert SHARE * 24 < chosen["without_gb"] < SHARE * 40, "off with 40 GB, on with 24"
+    assert facts["memory_per_gpu_gb"]["total"] == chosen["with_gb"] < chosen["without_gb"] / 2
     text = describe(plan, facts, notes).splitlines()
     assert text[1] == chosen["summary"]
-    assert text[4].endswith(f"checkpointing {'on' if on else 'off'}: {facts['largest_max_tokens_per_forward']}")
+    assert text[4].endswith(f"that fits, with checkpointing on: {facts['largest_max_tokens_per_forward']}")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags", "free"),
+    [("reward_cpu", [], 7), ("reward_cpu", ["--gpu_memory_gb=3"], 3), ("reward_qlora", [], planning.DEFAULT_GPU_GB)],
+)
+def test_a_plan_looks_at_the_memory_that_the_run_would_have(monkeypatch, recipe, flags, free):
+    """That of the machine, unless the plan is for another: there is no GPU here."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(planning, "free_memory_gb", lambda device: 7)
+    configs = parse_configs([f"yamls/{recipe}.yaml", "--plan", *flags])
+    assert planning._free_gb(configs, planning._gpu_memory_gb(configs.run, [])) == free
 
 
 def test_a_micro_batch_in_chunks_is_planned_for_full_ones():
