@@ -120,10 +120,12 @@ def test_a_rotation_takes_no_more_than_its_result():
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_memory_grows_with_the_tokens_and_not_their_square(device):
+    """In one kernel; part by part, a mask grows with the square."""
     kept = []
     for length in (200, 800):
         batch, _ = largest_forward([(length, [length] * 4)], None)
-        kept.append(trace_step(small_spec(device=device), batch, backward=False).activations / batch["targets"].numel())
+        spec = small_spec(device=device, autocast=torch.bfloat16)
+        kept.append(trace_step(spec, batch, backward=False).activations / batch["targets"].numel())
     assert kept[1] < 1.01 * kept[0]
 
 
@@ -134,6 +136,24 @@ def test_logits_are_held_as_on_the_runs_device(device, tokens):
     size = tokens * 2**17 * 4  # of 600 tokens
     assert forward["logits"] == 2 * size, "logits, and their gradient"
     assert forward["working"] < 0.1 * size, "no other tensor of that size"
+
+
+def test_what_flash_attention_does_not_take_is_planned_part_by_part(monkeypatch):
+    """A prompt's keys and values are then copied for each of its responses, and for each head."""
+    batch, _ = largest_forward([(200, [200] * 4)], None)
+    spec = small_spec(device="cuda", peft_config=LORA, autocast=torch.bfloat16)
+
+    def kept():
+        return trace_step(spec, batch, backward=False).activations
+
+    flash = kept()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 0))
+    heads, layers, size = 6 * 64, 2, 2
+    copied = 2 * heads * size * (200 + 4 * 400) * layers  # keys and values that each part attends to, for all heads
+    assert copied / 2 < kept() - flash < 2 * copied
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    assert kept() == flash
 
 
 def test_a_budget_cuts_the_batch():

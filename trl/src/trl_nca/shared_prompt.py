@@ -128,15 +128,21 @@ def gpu_attention(
     scaling: float | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """What `shared_prompt_attention` does on a GPU, on any device: for a plan to trace."""
+    """What `shared_prompt_attention` does on the GPU here, or on a recent one: for a plan to trace on any device."""
     query, key, window = query.to(value.dtype), key.to(value.dtype), _window(attention_mask, key)
-    return _attend_by_flash(query, key, value, scaling, window, group_layout), None
+    is_recent = not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0)
+    if value.shape[-1] == key.shape[-1] and _fits_flash(query) and is_recent:
+        return _attend_by_flash(query, key, value, scaling, window, group_layout), None
+    return _attend_by_parts(query, key, value, 0.0, scaling, window, group_layout).contiguous(), None
 
 
 def _has_flash(query: Tensor) -> bool:
     """Whether torch's own FlashAttention for sequences of any lengths takes these queries."""
-    fits = query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
-    return query.is_cuda and fits and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    return query.is_cuda and _fits_flash(query) and torch.cuda.get_device_capability(query.device) >= (8, 0)
+
+
+def _fits_flash(query: Tensor) -> bool:
+    return query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
 
 
 def _attend_by_flash(

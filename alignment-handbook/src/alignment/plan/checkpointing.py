@@ -1,7 +1,6 @@
 """`gradient_checkpointing: auto`: off where a step fits the free memory without it, else on."""
 
 import contextlib
-import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,8 +18,6 @@ from alignment.launch import launch_checkpoints, launched_layout, processes_here
 from alignment.plan import layouts
 from alignment.plan.estimate import MemoryEstimator, longest_rows
 from alignment.plan.steps import Plan
-
-logger = logging.getLogger(__name__)
 
 #: Share of the free memory that a step may be planned to take. The plan is held to 15 % of measured peaks, so that a
 #: peak is at most the plan / 0.85. What is in doubt is recomputed: that costs a part of each step, and a step that does
@@ -92,12 +89,12 @@ def _planned(
     groups = longest_rows(rows, rows["length"][:], plan.per_device_train_batch_size)
     accumulates, on_gpu = plan.gradient_accumulation_steps > 1, args.device.type == "cuda"
     try:
-        with _outside_zero3(), torch.random.fork_rng(devices=[]):
+        with _outside_zero3():
             estimator = MemoryEstimator(configs, model_config, groups, accumulates, on_gpu)
             return choose(estimator, launched_layout(plan.num_processes), plan.num_processes, free_gb)
     except Exception as error:  # a model that only its own code can build, say: it can be trained all the same
-        logger.debug("The plan failed", exc_info=True)
-        return Checkpointing(True, reason=f"the memory cannot be planned ({type(error).__name__}: {error})")
+        words = " ".join(f"{type(error).__name__}: {error}".split())
+        return Checkpointing(True, reason=f"the memory cannot be planned ({words})")
 
 
 def choose(estimator: MemoryEstimator, layout: str, num_processes: int, free_gb: float) -> Checkpointing:
@@ -111,10 +108,8 @@ def choose(estimator: MemoryEstimator, layout: str, num_processes: int, free_gb:
     """
     peaks = {}
     for estimator.checkpointing in (True, False):
-        footprint = estimator.footprint(layout)
-        peaks[estimator.checkpointing] = layouts.in_gb(layouts.peak_memory(footprint, layout, num_processes)[1])[
-            "total"
-        ]
+        _, parts = layouts.peak_memory(estimator.footprint(layout), layout, num_processes)
+        peaks[estimator.checkpointing] = layouts.in_gb(parts)["total"]
     estimator.checkpointing = peaks[False] > SHARE * free_gb
     return Checkpointing(estimator.checkpointing, round(free_gb, 3), peaks[False], peaks[True])
 
