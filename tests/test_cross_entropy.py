@@ -1,6 +1,5 @@
 """Cross-entropy and its gradient, plain and compiled, against float64."""
 
-import functools
 import math
 
 import pytest
@@ -9,7 +8,7 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
-from trl_nca import cross_entropy as module
+from trl_nca import kernels
 from trl_nca.cross_entropy import CrossEntropy, cross_entropy, fused_cross_entropy
 
 TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -19,10 +18,13 @@ TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 def compiler(monkeypatch):
     """Counts the graphs that are compiled, and runs them as they are: a C compiler takes a minute."""
     counter = CompileCounter()
-    monkeypatch.setattr(module, "_fused", None)
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    compiled = torch.compile(cross_entropy, backend=counter)
     torch._dynamo.reset()
-    return counter
+    for name, played in {"on_gpu": lambda x: True, "_compiles": True, "_LARGE": 0, "_checked": set()}.items():
+        monkeypatch.setattr(kernels, name, played)
+    monkeypatch.setattr(kernels, "_compiled", lambda function: compiled)
+    yield counter
+    assert kernels._compiles, "nothing failed"
 
 
 def case(dtype=torch.bfloat16, n=5, vocabulary=1000):
@@ -82,37 +84,14 @@ def test_a_plan_sees_what_is_held(needs_gradient, compiler):
     assert gradient.dtype == torch.bfloat16 and gradient.numel() == needs_gradient * logits.numel()
 
 
-def test_where_nothing_compiles_it_warns_once(monkeypatch, recwarn):
-    def fails(*args):
-        raise RuntimeError("no C compiler\nand a long trace")
-
-    monkeypatch.setattr(module, "_fused", fails)
-    logits, targets = case()
-    for _ in range(2):
-        results = fused_cross_entropy(logits, targets, True)
-        torch.testing.assert_close(results, cross_entropy(logits, targets, True), rtol=0, atol=0)
-    (warning,) = recwarn
-    assert str(warning.message).endswith("takes longer: RuntimeError: no C compiler")
-
-
-def test_a_full_gpu_is_no_reason_to_run_plain(monkeypatch):
-    def fails(*args):
-        raise torch.OutOfMemoryError
-
-    monkeypatch.setattr(module, "_fused", fails)
-    with pytest.raises(torch.OutOfMemoryError):
-        fused_cross_entropy(*case(), True)
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="compiles for a GPU: needs one")
-def test_on_a_gpu_nothing_of_the_logits_size_is_made_but_their_gradient(monkeypatch):
-    monkeypatch.setattr(module, "_fused", None)
+def test_on_a_gpu_nothing_of_the_logits_size_is_made_but_their_gradient():
     logits, targets = (t.cuda() for t in case(n=64, vocabulary=152_000))
     fused_cross_entropy(logits, targets, True)
     held = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     results = fused_cross_entropy(logits, targets, True)
     assert torch.cuda.max_memory_allocated() - held < 1.1 * logits.nbytes
-    assert module._fused is not cross_entropy
+    assert kernels._compiles, "nothing failed"
     torch.testing.assert_close(results, cross_entropy(logits, targets, True))

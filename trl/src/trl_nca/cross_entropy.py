@@ -3,13 +3,14 @@ r"""Cross-entropy of logits with its gradient, in as few passes over the logits 
 Legend: n tokens, V vocabulary, p probabilities, t the target.
 """
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from trl_nca import kernels
 
 Loss = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]]
 
@@ -36,29 +37,13 @@ def cross_entropy(logits: Tensor, targets: Tensor, needs_gradient: bool) -> tupl
     return loss.squeeze(1), gradient
 
 
-_fused: Loss | None = None  # compiled where it is first needed
-
-
 @torch.library.custom_op("trl_nca::cross_entropy", mutates_args=())
 def fused_cross_entropy(logits: Tensor, targets: Tensor, needs_gradient: bool) -> tuple[Tensor, Tensor]:
     """`cross_entropy` for GPUs, compiled: logits are read and gradients written, and nothing of their size between.
 
-    An operation of its own, because a plan runs no kernels and is to count what these hold. Where nothing can be
-    compiled (no C compiler, an old GPU) it warns once, and is `cross_entropy`.
+    An operation of its own, because a plan runs no kernels and is to count what these hold.
     """
-    global _fused
-    try:
-        _fused = _fused or torch.compile(cross_entropy, dynamic=True)
-        return _fused(logits, targets, needs_gradient)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        if _fused is cross_entropy:
-            raise
-        _fused = cross_entropy
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        warnings.warn(f"The LM head's log-softmax is not compiled, and takes longer: {reason}", stacklevel=2)
-        return cross_entropy(logits, targets, needs_gradient)
+    return kernels.run(cross_entropy, logits, targets, needs_gradient)
 
 
 @fused_cross_entropy.register_fake

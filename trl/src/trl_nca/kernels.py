@@ -1,4 +1,4 @@
-"""Functions of elementwise operations as one kernel each, by torch.compile, on a GPU."""
+"""Functions that treat each row of their tensors by itself as one kernel each, by torch.compile, on a GPU."""
 
 import functools
 import warnings
@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 #: Numbers in a tensor from which on a kernel is worth its call, which costs the CPU more than two operations do.
 _LARGE = 2**22
 _compiles = True  # until compiling has failed once
-_checked: set[Callable[..., Any]] = set()  # compiled functions whose first results were right
+_checked: set[tuple[Any, ...]] = set()  # compiled functions, and their settings, whose first results were right
 
 
 def on_gpu(x: Tensor) -> bool:
@@ -21,7 +21,7 @@ def on_gpu(x: Tensor) -> bool:
 
 
 def run(function: Callable[..., Any], *args: Any) -> Any:
-    """Calls a function of elementwise operations: for large tensors one kernel on a GPU, if it can be compiled there.
+    """Calls a function of rows: for large tensors as one kernel on a GPU, if it can be compiled there.
 
     Only the first size of its tensors changes, and that is compiled once for all.
     """
@@ -42,9 +42,10 @@ def _run_compiled(function: Callable[..., Any], args: Sequence[Any]) -> Any:
         torch._dynamo.maybe_mark_dynamic(tensor, 0)
     with torch.autocast(args[0].device.type, enabled=False):  # and once in and once outside of it
         result = _compiled(function)(*args)
-        if function not in _checked:
+        settings = tuple(arg for arg in args if not isinstance(arg, Tensor))
+        if (function, *settings) not in _checked:
             _check(function, args, result)
-            _checked.add(function)
+            _checked.add((function, *settings))
     return result
 
 
@@ -65,4 +66,4 @@ def _give_up(error: Exception) -> None:
     global _compiles
     _compiles = False
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    warnings.warn(f"Feed-forward layers and rotary positions run uncompiled, which is slower: {reason}", stacklevel=2)
+    warnings.warn(f"Some kernels are not compiled, and steps take longer: {reason}", stacklevel=2)
