@@ -72,6 +72,9 @@ def test_one_graph_for_any_number_of_tokens(dtype, compiler):
         results = fused_cross_entropy(logits, targets, needs_gradient)
         torch.testing.assert_close(results, cross_entropy(logits, targets, needs_gradient))
     assert compiler.frame_count == 2, "with a gradient and without"
+    fused_cross_entropy(*case(dtype, 5, vocabulary=500), True)
+    fused_cross_entropy(*case(dtype, 7, vocabulary=400), True)
+    assert compiler.frame_count == 4, "the vocabulary is known to the compiler"
 
 
 @pytest.mark.parametrize("needs_gradient", [True, False])

@@ -40,6 +40,7 @@ def _run_compiled(function: Callable[..., Any], args: Sequence[Any]) -> Any:
     args = [arg.detach() if isinstance(arg, Tensor) else arg for arg in args]
     for tensor in filter(torch.is_tensor, args):
         torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        torch._dynamo.mark_static(tensor, list(range(1, tensor.dim())))
     with torch.autocast(args[0].device.type, enabled=False):  # and once in and once outside of it
         result = _compiled(function)(*args)
         settings = tuple(arg for arg in args if not isinstance(arg, Tensor))
@@ -51,7 +52,8 @@ def _run_compiled(function: Callable[..., Any], args: Sequence[Any]) -> Any:
 
 @functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function)
+    # A row in one piece, however many there are at first: else torch sums it up in passes of their own.
+    return torch.compile(function, options={"split_reductions": False})
 
 
 def _check(function: Callable[..., Any], args: Sequence[Any], result: Any) -> None:
