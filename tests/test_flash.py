@@ -3,12 +3,15 @@
 import logging
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaForCausalLM
 
 from tests.tiny import SIZES, tiny_config
-from trl_nca import flash
+from trl_nca import flash, shared_prompt
+from trl_nca.layout import GroupLayout
 from trl_nca.logps import prepare
-from trl_nca.shared_prompt import _attend_by_parts
+from trl_nca.shared_prompt import _attend_by_flash, _attend_by_parts
 
 
 @pytest.fixture
@@ -100,6 +103,23 @@ def test_flash_attention_2_is_not_4(machine, caplog):
 def test_kernels_that_have_no_dropout_are_not_used_with_it(machine):
     flash.use_newer_flash([llama(attention_dropout=0.1)])
     assert machine.active is None and not machine.calls
+
+
+def test_no_gradient_is_written_twice(monkeypatch):
+    """Around the kernel there are views, and the keys' copies: a slice's gradient would be one more tensor of zeros."""
+    monkeypatch.setattr(shared_prompt, "varlen_attn", lambda q, k, v, *args, **kwargs: q * (k.mean() + v.mean()))
+    inputs = [torch.randn(1, heads, 12, 8, requires_grad=True) for heads in (4, 2, 2)]
+    names = []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    out = _attend_by_flash(*inputs, None, None, GroupLayout([5], [[4, 3]]))
+    with Names():
+        torch.autograd.grad(out, inputs, torch.ones_like(out))
+    assert "select_backward" not in names and names.count("index_put") == 2
 
 
 def test_an_older_torch_has_no_switch(machine, monkeypatch):

@@ -150,7 +150,8 @@ def _attend_by_flash(
 ) -> Tensor:
     """All contexts and responses in one kernel. Shape (1, T, H, D)."""
     keys, query_starts, key_starts, max_queries, max_keys = layout.to(query.device).sequences
-    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # (T, H, D)
+    # Not t[0], whose gradient would be written into zeros, and would have to be copied for the projection before it.
+    q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))  # (T, H, D)
     return varlen_attn(
         q, k[keys], v[keys], query_starts, key_starts, max_queries, max_keys,
         scale=scaling, window_size=(window - 1 if window else -1, 0), **_GROUPED,
