@@ -51,6 +51,7 @@ from benchmarks.systems import (
 from benchmarks.targets import targets_table
 from benchmarks.tiny import save_tiny_model
 from benchmarks.variants import VARIANTS
+from benchmarks.waits import count_waits
 from benchmarks.work import BY_K, LORA4, OURS, PAIRS, QLORA, plan
 from trl_nca.collate import GroupCollator
 from trl_nca.logps import prepare, response_logps
@@ -219,11 +220,17 @@ def job(tiny: bool, device: str) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - started, "report": str(folder / "report.html"), **results["samples"]}
 
 
+def waits(tiny: bool, device: str) -> dict[str, dict[str, int]]:
+    """Where steps of a tiny model wait for the device, and how often."""
+    return {name: dict(places) for name, places in count_waits(device).items()}
+
+
 LORA_SYSTEMS, QLORA_SYSTEMS = ("padded", CACHED, BEST, OURS), ("padded", CACHED, OURS)
 PAIR_SYSTEMS = ("padded", UPSTREAM_BEST, f"{BEST}, reference cached", BEST)
 #: By value, the most telling first.
 PARTS: dict[str, Part] = {
     "equality": equality,
+    "waits": waits,
     "planned": planned,
     "job": job,
     "lora": partial(speed, LORA4, MISTRAL_BF16, LORA_SYSTEMS),
@@ -233,7 +240,7 @@ PARTS: dict[str, Part] = {
     "profile": profiled,
     "variants": variants,
 }
-UNTIMED = ("equality", "planned", "job")
+UNTIMED = ("equality", "waits", "planned", "job")
 
 
 def main() -> None:

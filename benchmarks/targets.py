@@ -28,6 +28,7 @@ TARGETS: list[tuple[str, str, Callable[[Any], float], str, float]] = [
     ("by_k", "peak at K=32, over that at K=4", lambda r: _of_k(r, 32) / _of_k(r, 4), "<=", 1.15),
     ("planned", "plan over measured: furthest from 1", lambda r: max(abs(x["plan_over_measured"] - 1) for x in r),
      "<=", 0.15),
+    ("waits", "waits for the device, of a step", lambda r: max(sum(places.values()) for places in r.values()), "<=", 1),
     ("job", "SmolLM2 job: gain in held-out score, lower end", lambda r: r["score_difference_interval"][0], ">", 0),
 ]  # fmt: skip
 COMPARE = {"<=": operator.le, ">=": operator.ge, ">": operator.gt}

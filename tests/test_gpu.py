@@ -48,7 +48,8 @@ def test_ours_equals_padded_rows():
 @pytest.mark.slow
 def test_the_other_parts_have_figures():
     by_k, planned, seconds = (list(PARTS[part](True, "cpu"))[-1] for part in ("by_k", "planned", "variants"))
-    profile, job = (PARTS[part](True, "cpu") for part in ("profile", "job"))
+    profile, job, waits = (PARTS[part](True, "cpu") for part in ("profile", "job", "waits"))
+    assert all(sum(places.values()) == 1 for places in waits.values())
     assert [row["num_responses"] for row in by_k] == [2, 4, 8, 16, 32]
     assert all(row["response_tokens_per_second"] > 0 for row in by_k)
     assert [row["case"] for row in planned] == ["QLoRA, K=4", "LoRA, K=4", "LoRA, K=4, no checkpointing"]
