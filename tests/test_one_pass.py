@@ -257,6 +257,19 @@ def test_compiled_once_for_all_lengths(compiling, monkeypatch):
     assert kernels._compiles and {function for function, *_ in kernels._checked} == compiled.keys()
 
 
+def test_a_compiled_model_makes_its_own_kernels(on_gpu, monkeypatch):
+    model = LlamaForCausalLM(tiny_config()).eval()
+    ids = torch.arange(1, 8)[None]
+    exact = model(ids).logits
+    for module in model.modules():
+        one_pass.fuse_passes(module)
+    model.compile(backend="eager", fullgraph=True)
+    monkeypatch.setattr(one_pass, "Gate", None)
+    monkeypatch.setattr(one_pass, "Rotation", None)
+    for _ in range(2):
+        torch.testing.assert_close(model(ids).logits, exact)
+
+
 @pytest.mark.slow  # compiling C++ takes half a minute
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_what_is_compiled_is_the_same(compiling, activation):
