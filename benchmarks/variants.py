@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from alignment.plan.trace import decoder_layers
-from trl_nca import layers, one_pass, shared_prompt
+from trl_nca import layers, norms, one_pass, shared_prompt
 from trl_nca.layout import GroupLayout
 from trl_nca.sharing import base_model
 
@@ -21,7 +21,7 @@ _ONE_PASS = (one_pass.gated_forward, one_pass.rotating_forward)
 
 def unfused_layers(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     """LoRA layers, norms, gates and rotations are PEFT's and transformers' own."""
-    return _without(model, layers._lora_forward, layers._norm_forward, *_ONE_PASS)
+    return _without(model, layers._lora_forward, layers._norm_forward, norms.centered_norm_forward, *_ONE_PASS)
 
 
 def more_passes(model: nn.Module) -> contextlib.AbstractContextManager[None]:

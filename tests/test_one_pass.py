@@ -79,6 +79,7 @@ def plain(monkeypatch, *args, **kwargs):
     with monkeypatch.context() as patch:
         patch.setattr(one_pass, "fuse_passes", lambda module: None)
         patch.setattr("trl_nca.layers.fuse_passes", lambda module: None)
+        patch.setattr("trl_nca.layers.is_centered_norm", lambda kind: False)
         return outcome(*args, **kwargs)
 
 
@@ -116,7 +117,7 @@ def test_the_numbers_are_transformers(on_gpu, monkeypatch, name, lora):
     model = tiny_model(CONFIGS[name], lora).double()
     exact = plain(monkeypatch, copy.deepcopy(model))
     assert not any(on_gpu.values())
-    bound = 1e-8 if name == "gemma3" else 1e-12  # its norms compute in float32
+    bound = 1e-6 if name == "gemma3" else 1e-12  # transformers computes its norms in float32
     assert max(distances(exact, outcome(model))) < bound
     assert on_gpu == {"Gate": 2, "Rotation": 2}, "once in each of two layers"
     model.float()

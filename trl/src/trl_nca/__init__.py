@@ -4,8 +4,8 @@ In the order in which rows meet the files: `columns` takes them, `responses` mak
 (chat templates), `splitting` (prompt and responses) and `fitting` (lengths), `sampler` orders rows, `collate` packs
 them into a batch with its `layout`, `chunks` cuts the batch to the memory there is, `logps` runs it through a model
 that is patched by `shared_prompt` (attention; `sharing` says for which models, `flash` by which kernels), `rotary`,
-`head` (with its `cross_entropy`), `layers` and `one_pass` (by `kernels`), once `self_check` has held the result against
-the model's own; `router` balances the experts of a mixture.
+`head` (with its `cross_entropy`), `layers`, `norms` and `one_pass` (by `kernels`), once `self_check` has held the
+result against the model's own; `router` balances the experts of a mixture.
 `adapter_reference` gives a policy the reference's weights, and `reference` keeps the reference's log-probs on disk.
 `losses` and `metrics` take log-probs and know no model.
 

@@ -57,10 +57,12 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _check(function: Callable[..., Any], args: Sequence[Any], result: Any) -> None:
-    """Holds the first rows of a compiled function's result against the function itself. Each row is by itself."""
+    """Holds the first rows of a compiled function's result against the function itself."""
     expected = function(*(arg[:64] if isinstance(arg, Tensor) else arg for arg in args))
     for ours, exact in zip(tree_leaves(result), tree_leaves(expected), strict=True):
-        if not (ours[:64].float() - exact.float()).norm() <= 0.01 * exact.float().norm():  # NaN is not
+        distance = (ours[:64].float() - exact.float()).norm()
+        # A NaN of ours is one too many, unless the function gives it too, of a model that has gone wrong.
+        if not distance <= 0.01 * exact.float().norm() and exact.isfinite().all():
             raise ValueError("what was compiled gives other numbers")
 
 

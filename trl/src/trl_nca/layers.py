@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import rms_norm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from trl_nca.norms import centered_norm_forward, is_centered_norm
 from trl_nca.one_pass import fuse_passes, same_code
 
 
@@ -33,6 +34,8 @@ def fuse_layers(model: nn.Module) -> None:
             module.forward = types.MethodType(_lora_forward, module)
         elif is_llama_norm(type(module)):
             module.forward = types.MethodType(_norm_forward, module)
+        elif is_centered_norm(type(module)):
+            module.forward = types.MethodType(centered_norm_forward, module)
         else:
             fuse_passes(module)
 

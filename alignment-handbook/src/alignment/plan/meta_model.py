@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from trl_nca.layers import is_llama_norm
+from trl_nca.norms import is_centered_norm
 from trl_nca.one_pass import is_gated, rotated_type, rotates, with_rotation
 
 
@@ -113,7 +114,7 @@ def use_meta_norms(model: nn.Module) -> None:
     Besides norms these are gated feed-forward layers and rotations.
     """
     for module in model.modules():
-        if is_llama_norm(type(module)):
+        if is_llama_norm(type(module)) or is_centered_norm(type(module)):
             module.forward = types.MethodType(lambda self, x: _MetaNorm.apply(x, self.weight), module)
         elif is_gated(module):
             module.forward = types.MethodType(_meta_gated_forward, module)
