@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from alignment import errors, output
@@ -166,13 +167,15 @@ def finish_all(arms: Iterable[Arm], seeds: Sequence[int], steps: int, runs: Path
     prepare_rows(found, runs)
     pairs = [(arm, seed) for seed in seeds for arm in found]
     num_threads = max(1, (os.cpu_count() or 1) // jobs)
-    pool = ThreadPoolExecutor(jobs)
+    pool, failed = ThreadPoolExecutor(jobs), Event()
 
     def one(arm: Arm, seed: int) -> Run:
+        if failed.is_set():  # runs are begun in this order: the one that failed is named first
+            raise RuntimeError("a run before this one failed")
         try:
             return finish(arm, seed, steps, runs, num_threads)
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # here, before this thread takes the next run
+            failed.set()
             raise
 
     try:

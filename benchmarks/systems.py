@@ -173,8 +173,8 @@ def _recomputed_or_not(case: Case) -> list[Setting]:
 
 
 def _any(case: Case) -> list[Setting]:
-    """With checkpointing and without, the step in one micro-batch, in two, in four."""
-    sizes = [case.prompts // parts for parts in (1, 2, 4) if case.prompts % parts == 0]
+    """With checkpointing and without, the step in one micro-batch, in two, in four, in eight."""
+    sizes = [case.prompts // parts for parts in (1, 2, 4, 8) if case.prompts % parts == 0]
     return [Setting(checkpointing, size) for checkpointing in (True, False) for size in sizes]
 
 
