@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.bench import draw_rows, table
+from benchmarks.kernels import compare_kernels
 from benchmarks.measure import Memory, measure, stepper
 from benchmarks.padded import padded_logps
 from benchmarks.parts import Part, run_parts
@@ -230,6 +231,7 @@ PAIR_SYSTEMS = ("padded", UPSTREAM_BEST, f"{BEST}, reference cached", BEST)
 #: By value, the most telling first.
 PARTS: dict[str, Part] = {
     "equality": equality,
+    "kernels": compare_kernels,
     "waits": waits,
     "planned": planned,
     "job": job,
@@ -240,7 +242,7 @@ PARTS: dict[str, Part] = {
     "profile": profiled,
     "variants": variants,
 }
-UNTIMED = ("equality", "waits", "planned", "job")
+UNTIMED = ("equality", "kernels", "waits", "planned", "job")
 
 
 def main() -> None:

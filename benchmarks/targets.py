@@ -12,6 +12,7 @@ from benchmarks.work import OURS
 TARGETS: list[tuple[str, str, Callable[[Any], float], str, float]] = [
     ("equality", "fp32: furthest of ours from padded", lambda r: _furthest(r, "fp32", "ours"), "<=", 1e-4),
     ("equality", "bf16: ours from fp32, over padded from fp32", lambda r: _rounding(r), "<=", 1.5),
+    ("kernels", "compiled kernels: furthest from fp32, over the plain ones", lambda r: _kernels(r), "<=", 1.5),
     ("lora", "LoRA, K=4: times as fast as padded", lambda r: _times(r, "padded", OURS), ">=", 2),
     ("lora", "LoRA, K=4, reference cached: times as fast as padded", lambda r: _times(r, "padded", CACHED), ">=", 2.5),
     ("lora", "LoRA, K=4: memory, over padded's", lambda r: _of(r, "padded", "memory_of_ours"), "<=", 1),
@@ -41,6 +42,13 @@ def _furthest(found: list[dict[str, Any]], precision: str, system: str) -> float
 
 def _rounding(found: list[dict[str, Any]]) -> float:
     return _furthest(found, "bf16", "ours") / _furthest(found, "bf16", "padded")
+
+
+def _kernels(found: dict[str, Any]) -> float:
+    if not found["compiled"]:
+        raise ValueError("they could not be compiled")
+    functions = [figures for name, figures in found.items() if name != "compiled"]
+    return max(f["distance"] / f["plain_distance"] for f in functions)
 
 
 def _of(found: dict[str, Any], system: str, figure: str) -> float:

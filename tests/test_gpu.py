@@ -9,6 +9,7 @@ import torch
 from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch.utils._pytree import tree_map
 from transformers import LlamaForCausalLM
 
 from benchmarks import gpu
@@ -31,7 +32,7 @@ from benchmarks.variants import VARIANTS
 from benchmarks.work import LORA4, PAIRS
 from tests.conftest import ROOT
 from tests.tiny import SHAPES, rows_of, tiny_config
-from trl_nca import layers
+from trl_nca import kernels, layers
 from trl_nca.collate import GroupCollator
 from trl_nca.logps import prepare, response_logps
 
@@ -43,6 +44,20 @@ def test_ours_equals_padded_rows():
     ]  # fmt: skip
     assert max(found[0][figure] for figure in ("logps", "loss", "gradient")) < 1e-4
     assert all(0 < row[figure] < 0.1 for row in found[1:] for figure in ("logps", "gradient"))
+
+
+def test_kernels_are_held_against_float32(monkeypatch):
+    found = PARTS["kernels"](True, "cpu")
+    assert not found.pop("compiled"), "nothing is compiled on a CPU"
+    assert len(found) == 7
+    for figures in found.values():
+        assert 0 < figures["distance"] == figures["plain_distance"] < 0.01
+    (target,) = [figure for part, _, figure, *_ in TARGETS if part == "kernels"]
+    assert target(found | {"compiled": True}) == 1
+    with pytest.raises(ValueError, match="could not be compiled"):
+        target(found | {"compiled": False})
+    monkeypatch.setattr(kernels, "run", lambda function, *args: tree_map(lambda x: x.float() * 1.1, function(*args)))
+    assert target(PARTS["kernels"](True, "cpu") | {"compiled": True}) > 10
 
 
 @pytest.mark.slow
