@@ -1,6 +1,7 @@
 """Fused LoRA layers and norms against PEFT's and transformers' own, and adapters that small steps move."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -268,7 +269,7 @@ def test_a_small_learning_rate_moves_a_quantized_models_adapter(tmp_path):
 
 def test_a_compiled_model_is_not_compiled_again_for_every_layout(monkeypatch):
     monkeypatch.setattr(kernels, "on_gpu", lambda x: True)
-    monkeypatch.setattr(kernels, "_compiles", False)  # what is not in the compiled model is left as it is
+    monkeypatch.setattr(kernels, "_LARGE", math.inf)  # what is not in the compiled model is left as it is
     compiled = CompileCounter()
     model = lora_model(base=LlamaForCausalLM(tiny_config(num_hidden_layers=1)))
     plain, shared = copy.deepcopy(model), prepare([model])

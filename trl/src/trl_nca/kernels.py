@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 #: Numbers in a tensor from which on a kernel is worth its call, which costs the CPU more than two operations do.
 _LARGE = 2**22
-_compiles = True  # until compiling has failed once
+_failed: set[Callable[..., Any]] = set()  # functions that could not be compiled
 _checked: set[tuple[Any, ...]] = set()  # compiled functions, and their settings, whose first results were right
 
 
@@ -25,13 +25,13 @@ def run(function: Callable[..., Any], *args: Any) -> Any:
 
     Only the first size of its tensors changes, and that is compiled once for all.
     """
-    if _compiles and on_gpu(args[0]) and args[0].numel() >= _LARGE:
+    if on_gpu(args[0]) and args[0].numel() >= _LARGE and function not in _failed:
         try:
             return _run_compiled(function, args)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # no compiler, no Triton, a GPU that it does not know
-            _give_up(error)
+            _give_up(function, error)
     return function(*args)
 
 
@@ -66,8 +66,9 @@ def _check(function: Callable[..., Any], args: Sequence[Any], result: Any) -> No
             raise ValueError("what was compiled gives other numbers")
 
 
-def _give_up(error: Exception) -> None:
-    global _compiles
-    _compiles = False
+def _give_up(function: Callable[..., Any], error: Exception) -> None:
+    _failed.add(function)
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    warnings.warn(f"Some kernels are not compiled, and steps take longer: {reason}", stacklevel=2)
+    warnings.warn(
+        f"{function.__name__.strip('_')} is not compiled, and steps take longer and more memory: {reason}", stacklevel=2
+    )
