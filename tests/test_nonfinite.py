@@ -33,6 +33,21 @@ def test_a_step_that_is_not_finite_is_skipped_and_its_row_named(tmp_path, caplog
     assert logged(trainer, "rewards/chosen")[2] != 0, "the other steps count"
 
 
+def test_a_gradient_that_is_not_finite_is_enough(tmp_path, caplog):
+    trainer, gradients = make_trainer(tmp_path, reward_rows(12), max_steps=3), []
+
+    def spoil(gradient):
+        gradients.append(trainer.state.global_step)
+        return gradient * (torch.inf if trainer.state.global_step == 1 else 1)
+
+    next(p for p in trainer.model.parameters() if p.requires_grad).register_hook(spoil)
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    assert "Step 2: the gradient, of finite losses, is not finite; the step is skipped" in caplog.text
+    assert 1 in gradients and all(torch.isfinite(p).all() for p in trainer.model.parameters())
+    assert all(loss > 0 for loss in logged(trainer)), "the losses are"
+
+
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_the_logged_loss_is_that_of_the_other_steps(tmp_path, accumulation):
     settings = {"max_steps": 6, "train_sampling_strategy": "sequential", "gradient_accumulation_steps": accumulation}

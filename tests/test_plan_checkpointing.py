@@ -165,6 +165,12 @@ def test_free_memory_is_that_of_the_device(monkeypatch):
         assert free_memory_gb(torch.device("cpu")) == 12 / processes
 
 
+def test_the_fullest_of_the_gpus_decides(monkeypatch):
+    monkeypatch.setattr(checkpointing, "gather_object", lambda mine: [80.0, 20.0, 40.0])
+    monkeypatch.setattr(checkpointing, "_planned", lambda configs, model_config, rows, plan, free_gb: free_gb)
+    assert decide(*prepared()) == 20
+
+
 def test_a_plan_chooses_for_the_gpu_it_is_asked_about(monkeypatch):
     """Mistral-7B, QLoRA, four responses of 512 tokens."""
     monkeypatch.chdir(ROOT)

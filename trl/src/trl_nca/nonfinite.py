@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 class SkipNonFiniteSteps(TrainerCallback):
     """Skips optimizer steps that are not finite, names their rows, and ends the run after `max_nan_steps` in a row.
 
-    In the loss that is logged, such a step counts as the mean of the steps before it.
+    In the loss that is logged, a step whose loss is not finite counts as the mean of the steps before it.
 
     Args:
         trainer: The trainer that this is a callback of.
@@ -68,9 +68,10 @@ class SkipNonFiniteSteps(TrainerCallback):
                 f"{step}, for {self.num_skipped} steps in a row (max_nan_steps {args.max_nan_steps}). Look at these "
                 f"rows, or lower learning_rate; {RESUME_HINT}"
             )
-        # Upstream's `logging_nan_inf_filter` would look at each micro-batch's loss, and wait for the device each time.
-        num_steps = state.global_step - self.trainer._globalstep_last_logged
-        self.trainer._tr_loss.copy_(self._loss_before * (1 + 1 / num_steps if num_steps else 1))
+        if rows:
+            # Upstream's `logging_nan_inf_filter` would look at each micro-batch's, and wait for the device each time.
+            num_steps = state.global_step - self.trainer._globalstep_last_logged
+            self.trainer._tr_loss.copy_(self._loss_before * (1 + 1 / num_steps if num_steps else 1))
         logger.warning(
             "!!! %s; the step is skipped (%d of max_nan_steps %d)", step, self.num_skipped, args.max_nan_steps
         )
