@@ -16,15 +16,23 @@ LAST_START, LAST_END = 90, 30
 
 
 class Running:
-    """A part that runs."""
+    """A part's process, which imports what it needs and waits to be told to begin."""
 
     def __init__(self, part: Part, device: str):
         context = mp.get_context("spawn")
-        self.began = time.monotonic()
         self.pipe, there = context.Pipe()
         self.process = context.Process(target=serve, args=(part, device == "cpu", device, there))
         self.process.start()
         there.close()
+
+    def begin(self) -> None:
+        self.began = time.monotonic()
+        with contextlib.suppress(BrokenPipeError):  # it has ended: `finish` says so
+            self.pipe.send("begin")
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.join()
 
     def finish(self, end: float) -> dict[str, Any]:
         """What it has found by its end or at the time `end`, when it is stopped; or why there is nothing."""
@@ -36,15 +44,15 @@ class Running:
         self.process.join(max(end - time.monotonic(), 0))
         if self.process.exitcode is not None:
             reason = "its process was killed, as for its memory"
-        self.process.kill()
-        self.process.join()
+        self.stop()
         if self.process.exitcode != 0:
             found["cut" if "result" in found else "not_run"] = reason
         return {"seconds": time.monotonic() - self.began} | found
 
 
 def serve(part: Part, tiny: bool, device: str, pipe: Connection) -> None:
-    """In its process: sends what a part finds."""
+    """In its process: sends what a part finds, once it is told to begin."""
+    pipe.recv()
     began = time.monotonic()
     try:
         found = part(tiny, device)
@@ -74,11 +82,17 @@ def run_parts(
     """
     started = time.monotonic()
     together = [name for name in parts if name in untimed]
-    for names in [together, *([name] for name in parts if name not in untimed)]:
+    waves = [together, *([name] for name in parts if name not in untimed)]
+    waiting: dict[str, Running] = {}
+    for names, later in zip(waves, [*waves[1:], []], strict=True):
+        running = waiting or {name: Running(parts[name], device) for name in names}
+        waiting = {name: Running(parts[name], device) for name in later}  # they import meanwhile
         if time.monotonic() - started > seconds - LAST_START:
-            for name in names:
+            for name, part in running.items():
+                part.stop()
                 done(name, {"not_run": "no time was left"})
             continue
-        running = {name: Running(parts[name], device) for name in names}
+        for part in running.values():
+            part.begin()
         for name, part in running.items():
             done(name, part.finish(started + seconds - LAST_END))

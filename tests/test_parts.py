@@ -1,5 +1,6 @@
 """Parts of a benchmark run in processes of their own: what one has found stays, whatever becomes of it."""
 
+import multiprocessing
 import os
 import signal
 import time
@@ -40,13 +41,22 @@ def test_a_part_that_fails_leaves_the_others_and_what_it_had():
 
 def test_a_part_that_takes_too_long_is_stopped():
     running = Running(hangs, "cpu")
+    running.begin()
     assert running.pipe.poll(100)
     found = running.finish(time.monotonic())
     assert (found["result"], found["cut"]) == ([1], "it took too long")
     assert not running.process.is_alive()
 
 
+def test_a_part_does_nothing_before_it_is_told_to():
+    running = Running(grows, "cpu")
+    assert not running.pipe.poll(1)
+    running.stop()
+    assert not running.process.is_alive()
+
+
 def test_no_part_is_begun_near_the_end():
     found = {}
-    run_parts({"grows": grows}, (), "cpu", found.__setitem__, seconds=60)
-    assert found == {"grows": {"not_run": "no time was left"}}
+    run_parts({"grows": grows, "hangs": hangs}, (), "cpu", found.__setitem__, seconds=60)
+    assert found == dict.fromkeys(("grows", "hangs"), {"not_run": "no time was left"})
+    assert not multiprocessing.active_children()
