@@ -56,7 +56,7 @@ def test_a_part_does_nothing_before_it_is_told_to():
 
 
 def test_no_part_is_begun_near_the_end():
-    found = {}
+    found, others = {}, multiprocessing.active_children()  # of tests before this one
     run_parts({"grows": grows, "hangs": hangs}, (), "cpu", found.__setitem__, seconds=60)
     assert found == dict.fromkeys(("grows", "hangs"), {"not_run": "no time was left"})
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= set(others)
