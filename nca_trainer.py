@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from trl import DPOTrainer
 from trl.models import prepare_deepspeed
-from trl.models.utils import disable_gradient_checkpointing
 
 from trl_nca import paper
 from trl_nca.adapter_reference import AdapterReference
@@ -133,9 +132,8 @@ class NCATrainer(AtomicCheckpoints, DPOTrainer):
 
     def compute_ref_log_probs(self, model: nn.Module, inputs: Batch) -> Tensor:
         """Summed log-probs of the responses under the reference. Shape (B, K), no gradient."""
-        checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
         weights = self._adapter_reference.weights() if self._adapter_reference else contextlib.nullcontext()
-        with checkpointing, evaluating(model), weights:
+        with evaluating(model), weights:  # what does not train is not checkpointed either
             return logps_without_gradient(self._logps_fn(model), *self._chunks(inputs))
 
     @functools.cached_property

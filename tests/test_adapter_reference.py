@@ -8,11 +8,13 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, VBLoRAConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
+from trl.trainer.utils import use_adapter
 
 from benchmarks.systems import mistral_config, random_mistral_4bit
 from nca_trainer import NCAConfig, NCATrainer
 from tests.tiny import rows_of, tiny_config, tiny_tokenizer
 from tests.trainers import DEFAULTS, logged
+from trl_nca.adapter_reference import AdapterSwitch
 from trl_nca.collate import GroupCollator
 from trl_nca.logps import prepare, response_logps
 
@@ -179,3 +181,25 @@ def test_an_adapter_that_was_trained_before_starts_from_itself(tmp_path):
     trainer = make_trainer(tmp_path, model)
     trainer.train()
     assert logged(trainer, "rewards/rank_0")[0] == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("adapter", [None, "ref"])
+def test_the_switch_does_what_pefts_context_does(adapter):
+    config = lora(init_lora_weights=False, modules_to_save=["lm_head"])
+    model = get_peft_model(llama(), config)
+    if adapter:
+        model.add_adapter(adapter, config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter += "modules_to_save" in name  # what is trained beside the adapter is no longer the base's
+    ids, before = torch.arange(3, 20)[None], [p.requires_grad for p in model.parameters()]
+    with torch.no_grad():
+        policy = model(ids).logits
+        with use_adapter(model, adapter):
+            expected = model(ids).logits
+        with AdapterSwitch(model).off():
+            assert torch.equal(model(ids).logits, expected)
+        assert torch.equal(model(ids).logits, policy)
+    assert not torch.allclose(policy, expected)
+    assert [p.requires_grad for p in model.parameters()] == before
+    assert model.active_adapter == "default"

@@ -10,6 +10,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from peft import PeftModel, PeftType
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from trl.trainer.utils import use_adapter
 
 from trl_nca.self_check import evaluating, probe_logits
@@ -35,8 +37,8 @@ class AdapterReference:
     """
 
     def __init__(self, policy: PeftModel, sharded: bool = False, precomputed: bool = False):
-        self._policy = policy
-        reason = None if "ref" in policy.peft_config else _moves_base(policy) or _changes_base(policy, sharded)
+        self._policy, self._switch = policy, AdapterSwitch(policy)
+        reason = None if "ref" in policy.peft_config else _moves_base(policy) or self._changes_base(sharded)
         if reason and sharded and not precomputed:
             raise ValueError(
                 f"the reference is the model that training starts from, and {reason}: no copy of sharded weights is "
@@ -50,7 +52,7 @@ class AdapterReference:
         """A context in which the policy has the reference's weights."""
         if self.switched_off is None:
             return self._restored()
-        return _switched_off(self._policy)
+        return self._switch.off()
 
     @contextmanager
     def _restored(self) -> Iterator[None]:
@@ -63,9 +65,20 @@ class AdapterReference:
             for (p, _), data in zip(self._start, today, strict=True):
                 p.data = data
 
-
-def _switched_off(policy: PeftModel) -> AbstractContextManager[None]:
-    return use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None)
+    def _changes_base(self, sharded: bool) -> str | None:
+        """Why the model with its adapter off is another one than training starts from."""
+        config = self._policy.active_peft_config
+        if config.is_prompt_learning:
+            return "virtual tokens are random at first"
+        if sharded:
+            init = getattr(config, "init_lora_weights", getattr(config, "init_weights", True))
+            return None if init in _NEUTRAL else f"init_lora_weights: {init} changes the model at first"
+        with torch.no_grad(), evaluating(self._policy):
+            logits = []
+            for weights in (nullcontext(), self._switch.off()):
+                with weights:
+                    logits.append(probe_logits(self._policy))
+        return None if torch.allclose(*logits, rtol=1e-5, atol=1e-4) else "the adapter changes the model at first"
 
 
 def _moves_base(policy: PeftModel) -> str | None:
@@ -78,17 +91,33 @@ def _moves_base(policy: PeftModel) -> str | None:
     return None
 
 
-def _changes_base(policy: PeftModel, sharded: bool) -> str | None:
-    """Why the model with its adapter off is another one than training starts from."""
-    config = policy.active_peft_config
-    if config.is_prompt_learning:
-        return "virtual tokens are random at first"
-    if sharded:
-        init = getattr(config, "init_lora_weights", getattr(config, "init_weights", True))
-        return None if init in _NEUTRAL else f"init_lora_weights: {init} changes the model at first"
-    with torch.no_grad(), evaluating(policy):
-        logits = []
-        for weights in (nullcontext(), _switched_off(policy)):
-            with weights:
-                logits.append(probe_logits(policy))
-    return None if torch.allclose(*logits, rtol=1e-5, atol=1e-4) else "the adapter changes the model at first"
+class AdapterSwitch:
+    """Switches a policy to its reference's adapter, "ref" where there is one, else to none, and back.
+
+    PEFT's own context looks through all modules and prints their names first, which takes longer than a GPU takes for
+    the reference of a few thousand tokens. Weights keep `requires_grad`: the reference is run without gradient.
+    """
+
+    def __init__(self, policy: PeftModel):
+        self._policy, self._adapter = policy, "ref" if "ref" in policy.peft_config else None
+        kinds = BaseTunerLayer, AuxiliaryTrainingWrapper
+        self._layers = [module for module in policy.modules() if isinstance(module, kinds)]
+
+    def off(self) -> AbstractContextManager[None]:
+        """A context in which the model is the reference's."""
+        if self._policy.peft_type != PeftType.LORA:
+            return use_adapter(self._policy, self._adapter)
+        if self._adapter:
+            return self._changed("_active_adapter", [self._adapter])
+        return self._changed("_disable_adapters", True)
+
+    @contextmanager
+    def _changed(self, attribute: str, value: object) -> Iterator[None]:
+        before = [getattr(layer, attribute) for layer in self._layers]
+        try:
+            for layer in self._layers:
+                setattr(layer, attribute, value)
+            yield
+        finally:
+            for layer, old in zip(self._layers, before, strict=True):
+                setattr(layer, attribute, old)

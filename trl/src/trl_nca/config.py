@@ -29,7 +29,7 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
     ),
 }
 #: Keys of `gradient_checkpointing_kwargs` that transformers 5 takes out itself. trl 1.16 does not, when it switches
-#: checkpointing on again behind the reference (`disable_gradient_checkpointing`), and the layers are then handed them.
+#: checkpointing on again, and the layers are then handed them.
 _LOST_KWARGS = ("every_n_layers", "offload")
 
 
