@@ -17,7 +17,8 @@ LAUNCHES = ROOT / "alignment-handbook" / "recipes" / "accelerate_configs"
 def make_args(per_device=1, accumulation=1, **changes):
     settings = {
         "per_device_train_batch_size": per_device, "gradient_accumulation_steps": accumulation,
-        "dataloader_drop_last": False, "max_steps": -1, "num_train_epochs": 1, "get_warmup_steps": lambda n: n // 10,
+        "dataloader_drop_last": False, "max_tokens_per_forward": None, "max_steps": -1, "num_train_epochs": 1,
+        "get_warmup_steps": lambda n: n // 10,
     }  # fmt: skip
     return SimpleNamespace(**settings | changes)
 
@@ -63,6 +64,22 @@ def test_by_hand_wins_and_is_loud(caplog):
     args = make_args(accumulation=4)
     set_global_batch(args, run_config(32, "gradient_accumulation_steps"), 8)
     assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("processes", "given", "per_device", "accumulation"),
+    [
+        (8, {}, 4, 1),
+        (1, {}, 32, 1),
+        (8, {"gradient_accumulation_steps": 4}, 1, 4),
+        (1, {"gradient_accumulation_steps": 4}, 8, 4),
+        (8, {"per_device_train_batch_size": 2}, 2, 2),
+    ],
+)
+def test_with_a_bound_on_tokens_a_process_gets_its_prompts_at_once(processes, given, per_device, accumulation):
+    args = make_args(max_tokens_per_forward=4096, **given)
+    set_global_batch(args, run_config(32, *given), processes)
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (per_device, accumulation)
 
 
 def test_without_a_global_batch_nothing_changes():

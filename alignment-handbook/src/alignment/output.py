@@ -126,8 +126,9 @@ def resolve(configs: Sequence[Any]) -> dict[str, Any]:
     same_twice = ("activation_checkpointing", "activation_checkpointing_kwargs")
     for key in (*launch_keys, *same_twice):
         resolved.pop(key, None)
-    if "global_batch_size" in resolved and "gradient_accumulation_steps" not in given:
-        del resolved["gradient_accumulation_steps"]  # it follows, on another number of GPUs too
+    for key in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        if "global_batch_size" in resolved and key not in given:
+            del resolved[key]  # it follows, on another number of GPUs too
     return _without_secrets(json.loads(json.dumps(resolved, default=str)))
 
 

@@ -103,7 +103,7 @@ class NCAConfig(DPOConfig):
         metadata={
             "help": "Most tokens that a forward runs, prompts and responses: a micro-batch of more is run and "
             "back-propagated in chunks, with the same gradient. Bounds memory whatever K and "
-            "per_device_train_batch_size are. None: no bound."
+            "per_device_train_batch_size are; forwards of several thousand keep a GPU busy. None: no bound."
         },
     )
     ref_logps_dir: str | None = field(

@@ -50,24 +50,30 @@ class Plan:
 
 
 def set_global_batch(args: TrainingArguments, config: RunConfig, num_processes: int) -> None:
-    """Sets `args.gradient_accumulation_steps` so that a step sees `config.global_batch_size` prompts.
+    """Sets micro-batch and accumulation so that a step sees `config.global_batch_size` prompts.
 
-    A `gradient_accumulation_steps` that was given stays, and a line says what global batch it makes.
+    Where the tokens of a forward are bounded, a process gets its prompts in one micro-batch, unless a key says
+    otherwise: forwards are then as full as the bound lets them be, and a GPU takes as long for a small one. A
+    `gradient_accumulation_steps` that was given stays, and a line says what global batch it makes.
 
     Args:
-        args: Training arguments.
+        args: Training arguments, those of `NCAConfig`.
         config: `global_batch_size`, and which keys were given.
         num_processes: Processes of the run.
 
     Raises:
         UserError: The prompts cannot be split evenly; names the nearest numbers that can.
     """
-    wanted, at_once = config.global_batch_size, args.per_device_train_batch_size * num_processes
+    wanted, accumulates = config.global_batch_size, "gradient_accumulation_steps" in config.given
     if wanted is None:
         return
     if wanted < 1:
         raise UserError(f"global_batch_size: must be at least 1, got {wanted}")
-    if "gradient_accumulation_steps" in config.given:
+    if args.max_tokens_per_forward and "per_device_train_batch_size" not in config.given:
+        shares = num_processes * (args.gradient_accumulation_steps if accumulates else 1)
+        args.per_device_train_batch_size = 1 if wanted % shares else wanted // shares
+    at_once = args.per_device_train_batch_size * num_processes
+    if accumulates:
         made = at_once * args.gradient_accumulation_steps
         if made != wanted:
             logger.warning(

@@ -15,7 +15,7 @@ class RunConfig:
         default=None,
         metadata={
             "help": "Prompts of one optimizer step, over all processes. gradient_accumulation_steps follows from it, "
-            "unless that key is set too."
+            "and with max_tokens_per_forward per_device_train_batch_size too, unless that key is set as well."
         },
     )
     show_batch: bool = field(
