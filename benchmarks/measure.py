@@ -60,7 +60,7 @@ def serve(pipe: Connection, system: str, case: Case, model_name: str, device: st
         tried = choose_setting(runner, step, longest, typical)
         gc.collect()
         memory, setting = Memory(device), runner.setting
-        given = {"given": str(setting), "checkpointing": setting.checkpointing, "tried": tried}
+        given = {"given": runner.given, "checkpointing": setting.checkpointing, "tried": tried}
         pipe.send({"flops": count_flops(runner.model), "base": memory.base} | given)
         while (rows := pipe.recv()) is not None:
             rows = runner.ready(rows)
@@ -73,8 +73,12 @@ def serve(pipe: Connection, system: str, case: Case, model_name: str, device: st
 
 
 def choose_setting(runner: System, step: Callable[[Rows], None], longest: Rows, typical: Rows) -> dict[str, Any]:
-    """Gives a system the fastest of its settings in which the longest rows fit; returns the seconds of each."""
+    """Gives a system the fastest of its settings in which the longest rows fit; returns the seconds of each.
+
+    The longest rows are run whatever there is to choose: the steps that are timed then find the allocator's memory.
+    """
     if len(runner.settings) == 1:
+        step(runner.ready(longest))
         return {}
     seconds = {}
     for setting in runner.settings:

@@ -75,6 +75,11 @@ class System(ABC):
             base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
             base.enable_input_require_grads()
 
+    @property
+    def given(self) -> str:
+        """What it is given, for the table."""
+        return str(self.setting)
+
     def ready(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """What is done before the clock starts."""
         return rows
@@ -120,6 +125,11 @@ class Ours(System):
         )
         rows = Dataset.from_list([tiny_row(self.case)])
         return NCATrainer(base, args=args, train_dataset=rows, processing_class=tokenizer(), peft_config=LORA)
+
+    @property
+    def given(self) -> str:
+        bound = self.case.max_tokens
+        return f"{super().given}, at most {bound} tokens a forward" if bound else super().given
 
     def backward(self, rows: list[dict[str, Any]]) -> None:
         trainer, batches = self.trainer, self.batches(rows)
@@ -173,8 +183,8 @@ def _recomputed_or_not(case: Case) -> list[Setting]:
 
 
 def _any(case: Case) -> list[Setting]:
-    """With checkpointing and without, the step in one micro-batch, in two, in four, in eight."""
-    sizes = [case.prompts // parts for parts in (1, 2, 4, 8) if case.prompts % parts == 0]
+    """With checkpointing and without, the step in one micro-batch, in two, in four."""
+    sizes = [case.prompts // parts for parts in (1, 2, 4) if case.prompts % parts == 0]
     return [Setting(checkpointing, size) for checkpointing in (True, False) for size in sizes]
 
 

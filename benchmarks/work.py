@@ -34,7 +34,8 @@ from trl_nca import head, logps
 from trl_nca.collate import GroupCollator
 
 OURS, UNFUSED = "ours, one micro-batch", "ours with PEFT's layers"
-TOKENS = 8192  # of a forward, where it is bounded
+TOKENS = 8192  # of a forward, by K
+LESS = 7168  # of a forward, with which a step takes no more memory than padded rows: most steps are one forward
 #: Forwards of a step: reference, policy, policy again under checkpointing. FlashAttention's backward is 2.5 of them.
 FORWARDS, BACKWARD = 3, 2.5
 DEPTHS = (2, 3)
@@ -45,8 +46,8 @@ def _case(name: str, num_responses: int, prompts: int, systems: tuple[str, ...],
                 text=True, systems=systems, **settings)  # fmt: skip
 
 
-QLORA = _case("QLoRA, K=4", 4, 4, ("padded", OURS), paged=True)
-LORA4 = _case("LoRA, K=4", 4, 4, ("padded", OURS))
+QLORA = _case("QLoRA, K=4", 4, 4, ("padded", OURS), max_tokens=LESS, paged=True)
+LORA4 = _case("LoRA, K=4", 4, 4, ("padded", OURS), max_tokens=LESS)
 PAIRS = _case("LoRA, pairs", 2, 8, ("padded", "upstream", OURS))
 BY_K = [_case(f"K={k}", k, 64 // k, (OURS,), max_tokens=TOKENS) for k in (2, 4, 8, 16, 32)]
 
