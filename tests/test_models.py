@@ -1,9 +1,14 @@
 """Models and adapters by name: which of them can be trained, and what is said of those that cannot be loaded."""
 
 import json
+from pathlib import Path
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
+from alignment import models
 from alignment.errors import UserError
 from alignment.merge import merge_adapter
 from alignment.models import (
@@ -14,6 +19,10 @@ from alignment.models import (
     load_trained_model,
     load_trained_tokenizer,
 )
+from tests.scripts import script
+from tests.tiny import SIZES, save_tiny_model, tiny_tokenizer
+
+IDS = torch.arange(3, 40)[None]
 
 
 def adapter(folder, base, *others):
@@ -47,7 +56,7 @@ def test_an_adapter_beside_weights_is_neither(tmp_path, tiny_model, weights):
     [
         (
             "models/elsewhere",
-            r"is an adapter on 'models/elsewhere', which is neither a folder seen from .*correct base",
+            r"is an adapter on 'models/elsewhere', which is neither a folder seen from .*--base FOLDER .*correct base",
         ),
         ("", r"adapter_config.json: names no base .base_model_name_or_path is null"),
         ("[1", r"adapter_config.json: is no JSON object"),
@@ -65,3 +74,48 @@ def test_anything_else_is_no_adapter(tmp_path, tiny_model):
     assert adapter_base(tiny_model) is None
     assert adapter_base(str(tmp_path / "nowhere")) is None
     assert adapter_base(adapter(tmp_path / "adapter", "org/base", "config.json")) == "org/base"
+
+
+@pytest.fixture
+def moved(tmp_path):
+    """An adapter, and its base where it is now; and what the adapter says on it."""
+    base = save_tiny_model(tmp_path / "base")
+    torch.manual_seed(1)
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False, target_modules=["q_proj"])
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with torch.inference_mode():
+        return str(tmp_path / "adapter"), str(tmp_path / "moved"), model(IDS).logits
+
+
+def test_a_base_that_has_moved_is_named(moved, tmp_path, monkeypatch, capsys):
+    name, base, expected = moved
+    with pytest.raises(UserError, match=f"adapter is an adapter on '{tmp_path}/base', .* --base FOLDER"):
+        load_trained_model(name)
+    tokenizer, longest = load_trained_tokenizer(name, base)
+    assert (len(tokenizer), longest) == (len(tiny_tokenizer()), SIZES["max_position_embeddings"])
+    with torch.inference_mode():
+        assert torch.equal(load_trained_model(name, base=base).eval()(IDS).logits, expected)
+    assert script(monkeypatch, "merge.py", name, "--output", tmp_path / "merged", "--base", base, "--modelfile") == 0
+    with torch.inference_mode():
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(IDS).logits
+    torch.testing.assert_close(merged, expected, rtol=0, atol=1e-5)
+    assert (tmp_path / "merged" / "Modelfile").read_text().startswith("# ollama create")
+    assert script(monkeypatch, "merge.py", name, "--output", tmp_path / "other", "--base", "4bit") == 2
+    assert "give --base_weights 4bit" in capsys.readouterr().err
+    (tmp_path / "prompts.txt").write_text("What is Rome?\n")
+    given = ["--model_name_or_path", name, "--num_samples", "1", "--max_new_tokens", "2", "--engine", "transformers"]
+    for more, code in ([], 2), (["--base", base], 0):
+        samples = ["--output", tmp_path / "samples.jsonl", *given, *more]
+        assert script(monkeypatch, "sample.py", tmp_path / "prompts.txt", *samples) == code
+
+
+def test_an_adapter_is_found_by_its_name_on_the_hub(moved, monkeypatch):
+    name, base, expected = moved
+    monkeypatch.setattr(models, "find_adapter_config_file", lambda repo: repo == "me/adapter" or None)
+    monkeypatch.setattr(models, "snapshot_download", lambda repo, allow_patterns: name)
+    assert adapter_base("me/adapter") == str(Path(base).with_name("base"))
+    with torch.inference_mode():
+        assert torch.equal(load_trained_model("me/adapter", base=base).eval()(IDS).logits, expected)
+    assert adapter_base("me/model") is None

@@ -34,7 +34,7 @@ def main() -> None:
     """Reads the command line and talks."""
     parser = errors.ArgumentParser(__doc__.splitlines()[0])
     parser.add_argument("model", help="folder of a model or an adapter, or a Hub id")
-    parser.add_argument("--base", help="the model that MODEL was made of, where it is not an adapter")
+    parser.add_argument("--base", help="the model that MODEL was made of, where it is no adapter or has moved")
     parser.add_argument("--both", action="store_true", help="base and aligned answer from the start on")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer, in tokens")
     parser.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token at every step")

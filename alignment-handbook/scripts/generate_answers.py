@@ -39,7 +39,7 @@ def main() -> None:
     else:
         answer, output = answer_alpaca_eval, Path(args.output_dir) / model_id / "model_outputs.json"
     model = args.model_name_or_path
-    print(answer(args.questions, model, str(output), model_id, config, args.dtype, args.overwrite))
+    print(answer(args.questions, model, str(output), model_id, config, args.dtype, args.overwrite, args.base))
 
 
 def _parse() -> argparse.Namespace:
@@ -58,6 +58,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="batch i has the seed SEED + i")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
                         help="type of the weights; auto: as they were saved")  # fmt: skip
+    parser.add_argument("--base", help="the base of an adapter, where the one that it names has moved")
     parser.add_argument("--overwrite", action="store_true", help="replace the answers if they exist")
     return parser.parse_args()
 

@@ -34,6 +34,7 @@ def main() -> None:
                         help="auto: vLLM where it is installed")  # fmt: skip
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
                         help="type of the weights; auto: as they were saved")  # fmt: skip
+    parser.add_argument("--base", help="the base of adapters, where the one that they name has moved")
     parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it exists")
     args = parser.parse_args()
     engine = choose_engine(args.engine)
@@ -53,6 +54,7 @@ def main() -> None:
         finished_only=args.finished_only,
         engine=engine,
         dtype=args.dtype,
+        base=args.base,
         overwrite=args.overwrite,
     )
     print(written)

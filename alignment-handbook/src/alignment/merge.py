@@ -19,8 +19,9 @@ from transformers import (
 
 from alignment.errors import UserError
 from alignment.files import atomic_path
-from alignment.models import adapter_base, load_trained_model, load_trained_tokenizer
+from alignment.models import adapter_base, load_trained_model, load_trained_tokenizer, local_adapter
 from alignment.report.card import write_card
+from alignment.serving.modelfile import write_modelfile
 from trl_nca.layers import keep_4bit_weights
 from trl_nca.portable import make_portable
 from trl_nca.stops import set_stops
@@ -31,7 +32,14 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _PROBE = "Numbers: 1, 2, 3. The quick brown fox"
 
 
-def merge_adapter(adapter: str, output: str, dtype: str = "auto", quantized: bool | None = None) -> float:
+def merge_adapter(
+    adapter: str,
+    output: str,
+    dtype: str = "auto",
+    quantized: bool | None = None,
+    base: str | None = None,
+    modelfile: bool = False,
+) -> float:
     """Writes base + adapter as one model, with its tokenizer and a model card, and reads it back to see it is the same.
 
     An adapter of a QLoRA run was trained on a base in 4 bits, and corrects that base's errors too. So the base is taken
@@ -39,10 +47,12 @@ def merge_adapter(adapter: str, output: str, dtype: str = "auto", quantized: boo
     into 4-bit weights quantizes the sum again.) The sum is made in float32.
 
     Args:
-        adapter: Folder of the adapter.
+        adapter: Folder or Hub id of the adapter.
         output: Folder to write; it must not exist, or be empty.
         dtype: Type to keep the weights in; "auto" is the one that the base was saved in.
         quantized: Whether the base is taken as it is in 4 bits. None: as the adapter's recipe says.
+        base: The base, in place of the one that the adapter names.
+        modelfile: Whether an Ollama Modelfile is written too.
 
     Returns:
         The largest difference of a logit between the adapter on its base and what was written, in parts of the largest.
@@ -50,20 +60,21 @@ def merge_adapter(adapter: str, output: str, dtype: str = "auto", quantized: boo
     Raises:
         UserError: `adapter` is no adapter, `output` is not empty, or the difference is above `TOLERANCE`.
     """
-    base = adapter_base(adapter)
-    if base is None:
+    adapter, named = local_adapter(adapter), adapter_base(adapter)
+    if named is None:
         raise UserError(f"{adapter}: no adapter_config.json; give the folder of a PEFT adapter")
     folder = Path(output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--output: {output} is not empty; name a new folder")
-    tokenizer, _ = load_trained_tokenizer(adapter)
+    base = base or named
+    tokenizer, _ = load_trained_tokenizer(adapter, base)
     probe = tokenizer(_PROBE, return_tensors="pt")["input_ids"]  # (1, L)
     recipe = read_recipe(adapter)
     if quantized or (quantized is None and recipe.get("load_in_4bit")):
         model = _dequantized(adapter, base, recipe)
         expected = _logits(_in_4_bits(base, recipe, adapter), probe)
     else:
-        model = load_trained_model(adapter, "float32")
+        model = load_trained_model(adapter, "float32", base)
         expected = _logits(model, probe)
     merged = model.merge_and_unload()
 
@@ -81,6 +92,8 @@ def merge_adapter(adapter: str, output: str, dtype: str = "auto", quantized: boo
     kept = _dtype(dtype, base)
     with atomic_path(folder) as partial:
         _save(merged.to(kept), tokenizer, partial)
+        if modelfile:
+            write_modelfile(partial)
         write_card(partial, base, run=adapter, name=folder.resolve().name)
         read_back = AutoModelForCausalLM.from_pretrained(partial, dtype="float32", use_safetensors=True)
         return check(f"merged and kept as {kept}", read_back, TOLERANCE[kept])

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import yaml
+from huggingface_hub import snapshot_download
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -29,6 +30,8 @@ _JINJA = re.compile("{[{%]")
 
 #: Files with a whole model's weights, or their index.
 _WEIGHTS = ("model.safetensors*", "pytorch_model.bin*")
+#: Files of an adapter on the Hub: itself, its tokenizer, what tells that it is no model. No pickles.
+_ADAPTER_FILES = ("*.json", "*.jinja", "*.model", "*.safetensors")
 
 
 @dataclass
@@ -163,13 +166,24 @@ def _check_is_no_adapter(config: PolicyConfig) -> None:
         )
 
 
+def local_adapter(name: str) -> str:
+    """The folder of an adapter that the Hub has, downloaded; anything else as it is."""
+    if Path(name).exists():
+        return name
+    try:
+        is_adapter = find_adapter_config_file(name) is not None
+        return snapshot_download(name, allow_patterns=_ADAPTER_FILES) if is_adapter else name
+    except (OSError, ValueError):  # no such model, as its loading says
+        return name
+
+
 def adapter_base(name: str) -> str | None:
-    """The model that a PEFT adapter's folder was trained on; None for anything else.
+    """The model that a PEFT adapter was trained on; None for anything else.
 
     Raises:
         UserError: The adapter names no base, or a model's weights lie beside it: which of the two is meant?
     """
-    file = Path(name) / "adapter_config.json"
+    file = Path(local_adapter(name)) / "adapter_config.json"
     if not file.is_file():
         return None
     weights = [path.name for pattern in _WEIGHTS for path in file.parent.glob(pattern)]
@@ -201,18 +215,23 @@ def _cannot_be_loaded(name: str, base: str | None, error: Exception) -> UserErro
         return no_such_model(name, error)
     return UserError(
         f"{name} is an adapter on {base!r}, which is neither a folder seen from {Path.cwd()} nor a Hub id that can be "
-        f"loaded; run from the folder that it is relative to, or correct base_model_name_or_path in "
+        f"loaded; --base FOLDER names the base where it is now, or correct base_model_name_or_path in "
         f"{Path(name) / 'adapter_config.json'}"
     )
 
 
-def load_trained_tokenizer(name: str) -> tuple[PreTrainedTokenizerBase, int | None]:
+def load_trained_tokenizer(name: str, base: str | None = None) -> tuple[PreTrainedTokenizerBase, int | None]:
     """The tokenizer of a model or adapter, and the most tokens that the model can read (None: no bound).
+
+    Args:
+        name: A model's or an adapter's folder or Hub id.
+        base: The base of an adapter, in place of the one that it names.
 
     Raises:
         UserError: There is no such model.
     """
-    base = adapter_base(name)
+    name, named = local_adapter(name), adapter_base(name)
+    base = base if named and base else named
     has_own = base is None or (Path(name) / "tokenizer_config.json").is_file()
     try:
         config = AutoConfig.from_pretrained(base or name)
@@ -222,25 +241,31 @@ def load_trained_tokenizer(name: str) -> tuple[PreTrainedTokenizerBase, int | No
     return tokenizer, getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def load_trained_model(name: str, dtype: str = "auto") -> PreTrainedModel:
+def load_trained_model(name: str, dtype: str = "auto", base: str | None = None) -> PreTrainedModel:
     """A causal language model, or an adapter on its base, on the GPUs where there are some.
 
     Args:
-        name: A model's folder or Hub id, or an adapter's folder.
+        name: A model's or an adapter's folder or Hub id.
         dtype: Type of the weights; "auto" is the one they were saved in.
+        base: The base of an adapter, in place of the one that it names.
 
     Raises:
         UserError: It cannot be loaded.
     """
-    auto = AutoModelForCausalLM
     kwargs = {"dtype": dtype, "device_map": "auto" if torch.cuda.is_available() else None, "use_safetensors": True}
-    base = adapter_base(name)
-    if base is not None:
-        from peft import AutoPeftModelForCausalLM as auto
-
+    name, named = local_adapter(name), adapter_base(name)
+    base = base if named and base else named
+    try:
+        if base is None:
+            return AutoModelForCausalLM.from_pretrained(name, **kwargs)
         if not (Path(name) / "adapter_model.safetensors").is_file():  # peft would unpickle an adapter_model.bin
             raise UserError(f"{name}: no adapter_model.safetensors; only safetensors are loaded")
-    try:
-        return auto.from_pretrained(name, **kwargs)
+        from peft import PeftModel
+
+        model = AutoModelForCausalLM.from_pretrained(base, **kwargs)
+        num_tokens = len(load_trained_tokenizer(name, base)[0])
+        if num_tokens > model.get_input_embeddings().num_embeddings:  # tokens were added to the adapter's
+            model.resize_token_embeddings(num_tokens)
+        return PeftModel.from_pretrained(model, name)
     except (OSError, ValueError) as error:
         raise _cannot_be_loaded(name, base, error) from error

@@ -46,7 +46,14 @@ class Answer:
 
 
 def answer_mt_bench(
-    questions: str, model: str, output: str, model_id: str, config: SamplingConfig, dtype: str, overwrite: bool
+    questions: str,
+    model: str,
+    output: str,
+    model_id: str,
+    config: SamplingConfig,
+    dtype: str,
+    overwrite: bool,
+    base: str | None = None,
 ) -> str:
     """Writes FastChat's file of a model's answers: a line a question, sorted by `question_id`.
 
@@ -58,6 +65,7 @@ def answer_mt_bench(
         config: How answers are sampled; the temperature is the category's.
         dtype: Type of the weights, "auto" as they were saved.
         overwrite: Replace `output`.
+        base: The base of an adapter, in place of the one that it names.
 
     Returns:
         What was written, in a sentence.
@@ -83,18 +91,25 @@ def answer_mt_bench(
                 "tstamp": answer.tstamp,
             }
 
-    _answer(part, tasks, model, config, dtype)
+    _answer(part, tasks, model, base, config, dtype)
     return _finish(part, lines())
 
 
 def answer_alpaca_eval(
-    instructions: str, model: str, output: str, model_id: str, config: SamplingConfig, dtype: str, overwrite: bool
+    instructions: str,
+    model: str,
+    output: str,
+    model_id: str,
+    config: SamplingConfig,
+    dtype: str,
+    overwrite: bool,
+    base: str | None = None,
 ) -> str:
     """Writes AlpacaEval's list of a model's outputs, in the order of the instructions.
 
     Args:
         instructions: Rows of `instruction` and, if known, `dataset`.
-        model, model_id, dtype, overwrite: See `answer_mt_bench`.
+        model, model_id, dtype, overwrite, base: See `answer_mt_bench`.
         output: A `.json`.
         config: How answers are sampled.
 
@@ -108,7 +123,7 @@ def answer_alpaca_eval(
     tasks = [Task(location, [instruction], config.temperature) for instruction, (location, _) in rows.items()]
     _check_suffix(output, ".json")
     part = _part_file(output, tasks, model, model_id, config, dtype, overwrite)
-    _answer(part, tasks, model, config, dtype)
+    _answer(part, tasks, model, base, config, dtype)
     return _finish(
         part,
         (
@@ -123,11 +138,11 @@ def answer_alpaca_eval(
     )
 
 
-def _answer(part: PartFile, tasks: list[Task], name: str, config: SamplingConfig, dtype: str) -> None:
+def _answer(part: PartFile, tasks: list[Task], name: str, base: str | None, config: SamplingConfig, dtype: str) -> None:
     """Samples the batches that `part` lacks; batch i, counted over all turns, has the seed `seed + i`."""
-    tokenizer, max_positions = load_trained_tokenizer(name)
+    tokenizer, max_positions = load_trained_tokenizer(name, base)
     _check_room(tasks, tokenizer, max_positions, name, config.max_new_tokens)
-    load_model = functools.cache(lambda: load_trained_model(name, dtype))  # not where all is done
+    load_model = functools.cache(lambda: load_trained_model(name, dtype, base))  # not where all is done
     done = {entry["batch"]: entry["samples"] for entry in part.entries}
     answers: list[list[str]] = [[] for _ in tasks]
     num_turns = sum(len(task.turns) for task in tasks)

@@ -10,9 +10,8 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from alignment.data.row import Messages
-from alignment.errors import UserError
 from alignment.input_limits import check_input, input_limits
-from alignment.models import adapter_base, load_trained_model, load_trained_tokenizer
+from alignment.models import load_trained_model, load_trained_tokenizer
 from alignment.sampling.sample import SamplingConfig, encode_prompt, generation_settings, read_sample
 
 HELP = "/both: base and aligned side by side, on and off; /new: a new conversation; /quit (or Ctrl-D): leave"
@@ -75,20 +74,16 @@ def speakers(name: str, base: str | None, dtype: str = "auto") -> tuple[list[Spe
 
     Args:
         name: A model's folder or Hub id, or an adapter's folder, whose base is known.
-        base: The model that `name` was made of; None where it is an adapter, or does not matter.
+        base: The model that `name` was made of; None where it is an adapter that names it, or does not matter.
         dtype: Type of the weights.
 
     Raises:
-        UserError: There is no such model, or a base is named for an adapter.
+        UserError: There is no such model.
     """
-    tokenizer, _ = load_trained_tokenizer(name)
-    model = load_trained_model(name, dtype).eval()
+    tokenizer, _ = load_trained_tokenizer(name, base)
+    model = load_trained_model(name, dtype, base).eval()
     aligned = Speaker("aligned", model)
     if isinstance(model, PeftModel):
-        if base is not None:
-            raise UserError(
-                f"--base: {name} is an adapter on {adapter_base(name)}, which is compared; leave --base out"
-            )
         return [Speaker("base", model, with_adapter=False), aligned], tokenizer
     if base is None:
         return [aligned], tokenizer

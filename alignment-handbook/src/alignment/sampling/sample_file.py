@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from alignment.data.row import Messages
 from alignment.errors import UserError
-from alignment.models import adapter_base, load_trained_model, load_trained_tokenizer
+from alignment.models import adapter_base, load_trained_model, load_trained_tokenizer, local_adapter
 from alignment.resumable import Entry, PartFile, content_hash, fingerprint
 from alignment.sampling.prompts import Row, read_prompts
 from alignment.sampling.sample import Sample, SamplingConfig, encode_prompt, sample_batch
@@ -32,6 +32,7 @@ def sample_file(
     finished_only: bool = False,
     engine: str = "transformers",
     dtype: str = "auto",
+    base: str | None = None,
     overwrite: bool = False,
 ) -> str:
     """Writes rows of prompt, responses and sources: S responses of each model to each prompt of a file.
@@ -46,6 +47,7 @@ def sample_file(
         finished_only: Leave out responses that ran into `max_new_tokens`; a row may then have fewer, or none.
         engine: "transformers" or "vllm".
         dtype: Type of the weights, "auto" as they were saved.
+        base: The base of adapters, in place of the one that they name.
         overwrite: Replace `output`.
 
     Returns:
@@ -57,7 +59,7 @@ def sample_file(
     rows, locations = read_prompts(path)
     header = {"prompts": content_hash(rows), "models": [[name, fingerprint(name)] for name in models]}
     part = PartFile(output, header | {"engine": engine, "dtype": dtype} | asdict(config), overwrite)
-    prompt_ids = [_encode_prompts(name, rows, locations, config.max_new_tokens) for name in models]
+    prompt_ids = [_encode_prompts(name, base, rows, locations, config.max_new_tokens) for name in models]
     done = {entry["batch"] for entry in part.entries}
     num_done = sum(len(entry["rows"]) for entry in part.entries)
     with tqdm(total=len(models) * len(rows), initial=num_done, desc="Sampling", unit="prompt") as progress:
@@ -65,7 +67,7 @@ def sample_file(
         for name, ids in zip(models, prompt_ids, strict=True):
             batches = dict(enumerate(config.batches(ids), start=first))
             first += len(batches)
-            for entry in _sample_batches(name, ids, batches, done, config, engine, dtype):
+            for entry in _sample_batches(name, base, ids, batches, done, config, engine, dtype):
                 part.add(entry)
                 progress.update(len(entry["rows"]))
     entries = sorted(part.entries, key=lambda entry: entry["batch"])  # model by model
@@ -85,7 +87,7 @@ def choose_engine(name: str) -> str:
     return name if name != "auto" else "vllm" if has_vllm else "transformers"
 
 
-def vllm_sampler(name: str, tokenizer, config: SamplingConfig, dtype: str) -> Sampler:
+def vllm_sampler(name: str, tokenizer, config: SamplingConfig, dtype: str, base: str | None = None) -> Sampler:
     """Loads a model, or an adapter on its base, into vLLM.
 
     Returns:
@@ -94,11 +96,12 @@ def vllm_sampler(name: str, tokenizer, config: SamplingConfig, dtype: str) -> Sa
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-    base = adapter_base(name)
+    named, folder = adapter_base(name), local_adapter(name)
     adapter, lora = None, {}
-    if base is not None:
-        adapter, lora = LoRARequest("adapter", 1, name), {"enable_lora": True, "max_lora_rank": _max_lora_rank(name)}
-    llm = LLM(model=base or name, tokenizer=tokenizer.name_or_path, dtype=dtype, **lora)
+    if named is not None:
+        adapter = LoRARequest("adapter", 1, folder)
+        lora = {"enable_lora": True, "max_lora_rank": _max_lora_rank(folder)}
+    llm = LLM(model=(base or named) if named else name, tokenizer=tokenizer.name_or_path, dtype=dtype, **lora)
     stops = stop_tokens(tokenizer)
     is_greedy = config.temperature == 0  # for which vLLM allows one sample only
 
@@ -139,8 +142,10 @@ def encode_row(tokenizer, prompt: Messages, location: str) -> list[int]:
         raise UserError(f"{location}: {error}") from error
 
 
-def _encode_prompts(name: str, rows: list[Row], locations: list[str], max_new_tokens: int) -> list[list[int]]:
-    tokenizer, max_positions = load_trained_tokenizer(name)
+def _encode_prompts(
+    name: str, base: str | None, rows: list[Row], locations: list[str], max_new_tokens: int
+) -> list[list[int]]:
+    tokenizer, max_positions = load_trained_tokenizer(name, base)
     encoded = []
     for row, location in zip(rows, locations, strict=True):
         encoded.append(encode_row(tokenizer, row["prompt"], location))
@@ -154,6 +159,7 @@ def _encode_prompts(name: str, rows: list[Row], locations: list[str], max_new_to
 
 def _sample_batches(
     name: str,
+    base: str | None,
     prompt_ids: list[list[int]],
     batches: dict[int, list[int]],
     done: set[int],
@@ -165,11 +171,11 @@ def _sample_batches(
     missing = [index for index in batches if index not in done]
     if not missing:
         return
-    tokenizer, _ = load_trained_tokenizer(name)
+    tokenizer, _ = load_trained_tokenizer(name, base)
     if engine == "vllm":
-        sample = vllm_sampler(name, tokenizer, config, dtype)
+        sample = vllm_sampler(name, tokenizer, config, dtype, base)
     else:
-        sample = partial(sample_batch, model=load_trained_model(name, dtype), tokenizer=tokenizer, config=config)
+        sample = partial(sample_batch, model=load_trained_model(name, dtype, base), tokenizer=tokenizer, config=config)
     for index in missing:
         samples = sample([prompt_ids[i] for i in batches[index]], index)
         yield {"batch": index, "model": name, "rows": batches[index], "samples": samples}

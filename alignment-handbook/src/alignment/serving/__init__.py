@@ -1,0 +1,1 @@
+"""What others need to serve a saved model. `modelfile` writes it for Ollama."""
