@@ -3,11 +3,15 @@
     python alignment-handbook/scripts/chat.py runs/reward_cpu --both
 
 MODEL is a folder, a Hub id, or the folder of a PEFT adapter, whose base then answers too after `/both`; of a merged
-model `--base` names it. Each keeps its own side of the conversation. Lines may also come from a pipe.
+model `--base` names it. Each keeps its own side of the conversation. `/help` lists what else can be typed; Ctrl-C stops
+an answer. Lines may also come from a pipe.
 """
 
+import contextlib
+import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 from alignment import errors
 from alignment.sampling.chat import HELP, chat, speakers
@@ -19,15 +23,37 @@ def typed() -> Iterator[str]:
     if not sys.stdin.isatty():
         yield from sys.stdin
         return
-    import readline  # noqa: F401  arrows and history at the prompt
-
     print(HELP)
-    while True:
-        try:
-            yield input("> ")
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
+    with history():
+        while True:
+            try:
+                yield input("> ")
+            except KeyboardInterrupt:  # at the prompt: the line is dropped
+                print()
+            except EOFError:
+                print()
+                return
+
+
+@contextlib.contextmanager
+def history() -> Iterator[None]:
+    """Arrows at the prompt, over earlier conversations too, where Python has readline (not on Windows)."""
+    try:
+        import readline
+    except ImportError:
+        yield
+        return
+    file = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nca" / "chat_history"
+    with contextlib.suppress(OSError):
+        readline.read_history_file(file)
+    readline.set_history_length(1000)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            readline.write_history_file(file)
+            file.chmod(0o600)  # what was asked is nobody else's
 
 
 def main() -> None:

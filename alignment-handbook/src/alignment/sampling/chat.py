@@ -1,8 +1,10 @@
 """A conversation in the terminal, with one model, or with a base and what became of it side by side."""
 
 import contextlib
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,11 +12,18 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from alignment.data.row import Messages
+from alignment.errors import UserError
+from alignment.files import write_text
 from alignment.input_limits import check_input, input_limits
 from alignment.models import load_trained_model, load_trained_tokenizer
 from alignment.sampling.sample import SamplingConfig, encode_prompt, generation_settings, read_sample
 
-HELP = "/both: base and aligned side by side, on and off; /new: a new conversation; /quit (or Ctrl-D): leave"
+HELP = """/again: another answer to the last turn
+/system TEXT: what the system says from now on; without TEXT nothing
+/new: a new conversation
+/both: base and aligned side by side, on and off
+/save FILE: write the conversation, a JSON object a line and model
+/quit (or Ctrl-D): leave. Ctrl-C stops an answer, and keeps what there is of it"""
 
 
 class _UntilStop(TextStreamer):
@@ -23,10 +32,13 @@ class _UntilStop(TextStreamer):
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: list[int] | None):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.stops = stops or []
+        self.ids: list[int] = []
 
     def put(self, value: torch.Tensor) -> None:
-        """Prints tokens; first it is given the prompt, which it leaves out."""
-        if self.next_tokens_are_prompt or value.tolist()[-1] not in self.stops:
+        """Prints tokens, and keeps them; first it is given the prompt, which it leaves out."""
+        if not self.next_tokens_are_prompt:
+            self.ids += value.tolist()
+        if self.next_tokens_are_prompt or self.ids[-1] not in self.stops:
             super().put(value)
 
 
@@ -48,24 +60,31 @@ class Speaker:
 
     @torch.inference_mode()
     def answer(self, text: str, tokenizer: PreTrainedTokenizerBase, config: SamplingConfig) -> str:
-        """Prints the answer to the user's turn while it is generated, and keeps both turns."""
-        self.turns.append({"role": "user", "content": text})
-        prompt_ids = encode_prompt(tokenizer, self.turns)
+        """Prints the answer to the user's turn while it is generated, and keeps both turns.
+
+        Ctrl-C stops the answer; what there is of it is kept. Without a token of it, the user's turn is not.
+        """
+        turns = [*self.turns, {"role": "user", "content": text}]
+        prompt_ids = encode_prompt(tokenizer, turns)
         fix = "start another, or give less --max_new_tokens"
         check_input(input_limits(self.model), prompt_ids, config.max_new_tokens, "the conversation", fix)
         ids = torch.tensor([prompt_ids], device=self.model.device)  # (1, L)
         adapter = contextlib.nullcontext() if self.with_adapter else self.model.disable_adapter()
         settings = generation_settings(self.model, tokenizer, config)
         streamer = _UntilStop(tokenizer, settings["eos_token_id"])
-        with adapter:
-            tokens = self.model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                streamer=streamer,
-                **settings,
-            )
-        reply = read_sample(tokens[0, ids.shape[1] :].tolist(), tokenizer, settings["eos_token_id"]).text.strip()
-        self.turns.append({"role": "assistant", "content": reply})
+        try:
+            with adapter:
+                self.model.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    streamer=streamer,
+                    **settings,
+                )
+        except KeyboardInterrupt:
+            streamer.end()
+        reply = read_sample(streamer.ids, tokenizer, settings["eos_token_id"]).text.strip()
+        if streamer.ids:
+            self.turns = [*turns, {"role": "assistant", "content": reply}]
         return reply
 
 
@@ -109,23 +128,92 @@ def chat(
         say: Prints a line.
     """
     torch.manual_seed(config.seed)
+    conversation = Conversation(who, tokenizer, config, both, say)
     for line in lines:
         text = line.strip()
         if text == "/quit":
             return
-        if text == "/new":
-            for speaker in who:
-                speaker.turns.clear()
-            say("A new conversation.")
-        elif text == "/both":
-            both = not both and len(who) > 1
-            say(
-                "Base and aligned answer." if both else "One model answers." if len(who) > 1 else "No base: see --base."
-            )
-        elif text.startswith("/"):
-            say(HELP)
+        if text.startswith("/"):
+            conversation.obey(*text.partition(" ")[::2])
         elif text:
-            for speaker in who if both else who[-1:]:
-                say(f"{speaker.name}:" if both else "")
-                speaker.answer(text, tokenizer, config)
-                say("")
+            conversation.ask(text)
+
+
+@dataclass
+class Conversation:
+    """What is typed, and what becomes of it. Attributes as the arguments of `chat`."""
+
+    who: list[Speaker]
+    tokenizer: PreTrainedTokenizerBase
+    config: SamplingConfig
+    both: bool
+    say: Callable[[str], None]
+
+    def ask(self, text: str) -> None:
+        """Lets those who answer do so, one after the other."""
+        for speaker in self.who if self.both else self.who[-1:]:
+            self._answer(speaker, text)
+
+    def obey(self, command: str, argument: str) -> None:
+        """Does what a command says; of an unknown one, says which there are."""
+        commands = {
+            "/again": self._again,
+            "/both": self._switch,
+            "/new": self._begin,
+            "/save": self._save,
+            "/system": self._set_system,
+        }
+        commands.get(command, lambda _: self.say(HELP))(argument.strip())
+
+    def _answer(self, speaker: Speaker, text: str) -> None:
+        self.say(f"{speaker.name}:" if self.both else "")
+        speaker.answer(text, self.tokenizer, self.config)
+        self.say("")
+
+    def _again(self, _: str) -> None:
+        """Another answer of those who answered last, in place of theirs."""
+        answered = [speaker for speaker in (self.who if self.both else self.who[-1:]) if len(speaker.turns) > 1]
+        if not answered:
+            self.say("There is no answer yet.")
+        for speaker in answered:
+            before = speaker.turns
+            *speaker.turns, question, _ = before
+            self._answer(speaker, str(question["content"]))
+            if len(speaker.turns) < len(before):  # it was stopped at once
+                speaker.turns = before
+
+    def _switch(self, _: str) -> None:
+        self.both = not self.both and len(self.who) > 1
+        one = "One model answers." if len(self.who) > 1 else "No base: see --base."
+        self.say("Base and aligned answer." if self.both else one)
+
+    def _begin(self, _: str) -> None:
+        """Forgets all turns but the system's."""
+        for speaker in self.who:
+            speaker.turns = [turn for turn in speaker.turns if turn["role"] == "system"]
+        self.say("A new conversation.")
+
+    def _set_system(self, text: str) -> None:
+        system: Messages = [{"role": "system", "content": text}] if text else []
+        question: Messages = [{"role": "user", "content": "?"}]
+        try:
+            is_read = encode_prompt(self.tokenizer, system + question) != encode_prompt(self.tokenizer, question)
+        except UserError as error:
+            return self.say(f"It stays as it was: {error}")
+        if system and not is_read:
+            return self.say("It stays as it was: the chat template leaves out what a system says.")
+        for speaker in self.who:
+            speaker.turns = system + [turn for turn in speaker.turns if turn["role"] != "system"]
+        self.say(f"The system says: {text}" if text else "The system says nothing.")
+
+    def _save(self, name: str) -> None:
+        rows = [{"model": speaker.name, "messages": speaker.turns} for speaker in self.who if speaker.turns]
+        if not name or not rows:
+            return self.say("Nothing is said yet." if name else "/save FILE: name a file.")
+        if Path(name).exists():
+            return self.say(f"{name} exists; name another file.")
+        try:
+            write_text(Path(name), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        except OSError as error:
+            return self.say(f"{name} cannot be written: {error.strerror}")
+        self.say(f"Saved in {name}.")
