@@ -370,7 +370,11 @@ def script_flags():
     return {script: flags for script, flags in found.items() if flags}
 
 
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("[a-z]*/*.md"), *PAGES.glob("*.md")]
+DOCUMENTS = [
+    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")),
+    *ROOT.glob("[a-z]*/*.md"),
+    *PAGES.glob("*.md"),
+]
 
 
 @pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: str(page.relative_to(ROOT)))

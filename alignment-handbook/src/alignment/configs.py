@@ -27,8 +27,15 @@ class Configs(NamedTuple):
 
 
 def parse_configs(argv: Sequence[str]) -> Configs:
-    """Parses `RECIPE.yaml --key=value ...`; see `recipe.parse_recipe` for arguments and errors."""
-    return Configs(*parse_recipe(argv, list(Configs.__annotations__.values())))
+    """Parses `RECIPE.yaml --key=value ...`; see `recipe.parse_recipe` for arguments and errors.
+
+    Raises:
+        UserError: There is no folder to write to: upstream would take one of its own.
+    """
+    configs = Configs(*parse_recipe(argv, list(Configs.__annotations__.values())))
+    if "output_dir" not in configs.run.given or not configs.trainer.output_dir.strip():
+        raise UserError("output_dir: is empty or not given; name a folder, as --output_dir=runs/mine")
+    return configs
 
 
 def describe_loss(configs: Configs, pairs: bool) -> str:
