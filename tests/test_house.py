@@ -87,6 +87,7 @@ def test_no_file_is_in_a_circle(graph):
         ("alignment", {"alignment", "trl_nca"}),
         ("run_reward", {"alignment", "nca_trainer", "trl_nca"}),
         ("run_preference", {"alignment", "nca_trainer", "run_reward"}),
+        ("nca", {"alignment"}),
         ("benchmarks", {"benchmarks", "alignment", "nca_trainer", "trl_nca"}),
     ],
 )

@@ -15,7 +15,8 @@ fail() { echo "error: $1" >&2; exit 2; }
 recipe=$1 rounds=$2 out=$3
 shift 3
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+scripts=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+root=$(cd "$scripts/../.." && pwd)  # of the clone; of a wheel, the folder that run_reward.py is in as well
 PYTHON=${PYTHON:-$([ -x "$root/.venv/bin/python" ] && echo "$root/.venv/bin/python" || echo python)}
 LAUNCH=${LAUNCH:-$PYTHON}  # of run_reward.py; on several GPUs "accelerate launch --config_file ... --num_processes=8"
 
@@ -41,7 +42,7 @@ mkdir -p "$out"
 echo "$settings" > "$out/settings.txt"
 
 step() {  # FILE SCRIPT ARGUMENTS...: runs a script unless the file that it writes is there
-  [ -e "$1" ] || "$PYTHON" "$root/alignment-handbook/scripts/$2" "${@:3}"
+  [ -e "$1" ] || "$PYTHON" "$scripts/$2" "${@:3}"
 }
 runs=()
 for round in $(seq "$rounds"); do
@@ -66,4 +67,4 @@ for round in $(seq "$rounds"); do
   fi
   runs+=("$run")
 done
-"$PYTHON" "$root/alignment-handbook/scripts/compare_rounds.py" "${runs[@]}"
+"$PYTHON" "$scripts/compare_rounds.py" "${runs[@]}"

@@ -1,5 +1,6 @@
-"""Writes files whole or not at all."""
+"""Writes files whole or not at all, and finds those that come with the project."""
 
+import importlib.resources
 import json
 import shutil
 from collections.abc import Iterator
@@ -38,6 +39,16 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any | None:
     """Reads a JSON file; None if it is not there."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def shipped(name: str) -> Path:
+    """Path of a file or folder that comes with the project: `yamls`, `scripts` and `recipes`, and what is in them.
+
+    A wheel has the three inside the package, a clone where git has them: beside `src`, and at its root.
+    """
+    package = Path(str(importlib.resources.files("alignment")))
+    places = [folder / name for folder in (package, package.parents[1], package.parents[2])]
+    return next((path for path in places if path.exists()), places[0])
 
 
 def _remove(path: Path) -> None:

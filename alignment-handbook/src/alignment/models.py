@@ -22,9 +22,10 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from alignment.errors import UserError
+from alignment.files import shipped
 
 #: Configs of well-known models, without their weights.
-SHIPPED_CONFIGS = Path(__file__).resolve().parents[2] / "recipes" / "model_configs"
+SHIPPED_CONFIGS = shipped("recipes/model_configs")
 #: What a Jinja template has in it.
 _JINJA = re.compile("{[{%]")
 
