@@ -3,20 +3,21 @@ r"""Trainers that align a language model with K scored responses a prompt, or wi
 A step, in `compute_loss`: log-probs of the responses under policy and reference (`trl_nca.logps`), implicit rewards
 \(r = \beta\,(\log\pi - \log\pi_{ref})\), targets from the scores, and one of the losses (`trl_nca.losses`).
 
-The trainers override named seams of trl 1.16's `DPOTrainer` only; tests/test_upstream.py pins their signatures.
+The trainers override named seams of trl 1.16's `DPOTrainer` only: `trl_nca.seams`, checked when this is imported.
 """
 
 import contextlib
 import functools
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
+from peft import PeftConfig
 from torch import Tensor, nn
 from torch.utils.data import Sampler
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, TrainerCallback
 from trl import DPOTrainer
 from trl.models import prepare_deepspeed
 
@@ -25,23 +26,24 @@ from trl_nca.adapter_reference import AdapterReference
 from trl_nca.checkpoints import AtomicCheckpoints, RunStopped
 from trl_nca.chunks import NumForwards, count_forwards, logps_for_training, logps_without_gradient, split_batch
 from trl_nca.collate import GroupCollator
-from trl_nca.columns import checked_rows, is_tokenized, scored_pairs, scored_responses, with_locations
+from trl_nca.columns import checked_rows, is_tokenized, scored_pairs, scored_responses, tokenized_rows, with_locations
 from trl_nca.config import NCAConfig
 from trl_nca.distributed import most_forwards, no_sync
 from trl_nca.layers import cast_adapter_to_float32, keep_4bit_weights
 from trl_nca.logps import Batch, prepare, response_logps
 from trl_nca.losses import LOSSES, SEPARABLE, reward_targets
 from trl_nca.metrics import group_metrics
-from trl_nca.nonfinite import SkipNonFiniteSteps, check_weights
+from trl_nca.nonfinite import SkipNonFiniteSteps
 from trl_nca.preemption import StopOnSigterm
 from trl_nca.reference import cache_file, describe_reference, reference_logps
-from trl_nca.responses import TOKENIZED_FEATURES, tokenize_dataset
+from trl_nca.responses import TOKENIZED_FEATURES
 from trl_nca.router import RouterLoss, check_router
-from trl_nca.sampler import SeededLengthSampler
+from trl_nca.sampler import group_by_length
+from trl_nca.seams import check_seams
 from trl_nca.self_check import evaluating
 from trl_nca.step_metrics import StepMetrics
 
-logger = logging.getLogger(__name__)
+check_seams(DPOTrainer)
 
 
 class NCATrainer(AtomicCheckpoints, DPOTrainer):
@@ -59,8 +61,10 @@ class NCATrainer(AtomicCheckpoints, DPOTrainer):
         train_dataset: Columns `prompt`, `responses` (K a row), `scores` (K numbers), see
             `trl_nca.responses.ResponseTokenizer`; or the already tokenized `prompt_ids`, `response_ids`, `scores`.
         eval_dataset: The same, or a dict of them.
-        **kwargs: Those of `trl.DPOTrainer`: `processing_class` (the tokenizer), `peft_config`, `quantization_config`,
-            `callbacks`, `optimizers`.
+        processing_class: The tokenizer. Default: the model's own.
+        peft_config, quantization_config: An adapter, such as a `LoraConfig`, and a base in 4 or 8 bits under it.
+        callbacks, optimizers: As in `transformers.Trainer`.
+        **kwargs: Others of `trl.DPOTrainer`, such as `data_collator`.
     """
 
     _tag_names = ["trl", "nca"]
@@ -79,11 +83,20 @@ class NCATrainer(AtomicCheckpoints, DPOTrainer):
         args: NCAConfig | None = None,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: PeftConfig | None = None,
+        quantization_config: BitsAndBytesConfig | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         **kwargs: Any,
     ):
         kwargs["data_collator"] = kwargs.get("data_collator") or GroupCollator()
         args = args or NCAConfig(output_dir="nca-run")
-        super().__init__(model, ref_model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+        super().__init__(
+            model, ref_model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, optimizers=optimizers,
+            processing_class=processing_class, peft_config=peft_config, quantization_config=quantization_config,
+            callbacks=callbacks, **kwargs,
+        )  # fmt: skip
         check_router(self.model, self.aux_loss_enabled)
         keep_4bit_weights(self.model)
         if not self.is_fsdp_enabled:  # which shards the adapter with the base, in one type
@@ -105,13 +118,7 @@ class NCATrainer(AtomicCheckpoints, DPOTrainer):
         dataset = with_locations(dataset, dataset_name)
         if is_tokenized(dataset):
             return checked_rows(dataset, dataset_name)
-        limits, desc = (args.max_length, args.max_prompt_length), f"Tokenizing {dataset_name}"
-        dataset, report = tokenize_dataset(
-            self._to_groups(dataset), processing_class, *limits, num_proc=args.dataset_num_proc, desc=desc
-        )
-        if report["rows_dropped"] or report["responses_cut"]:
-            logger.warning("%s: not all rows fit: %s", dataset_name, report)
-        return dataset
+        return tokenized_rows(self._to_groups(dataset), dataset_name, processing_class, args)
 
     def _to_groups(self, dataset: Dataset) -> Dataset:
         """Rows of `prompt`, `responses`, `scores` from the columns that this trainer takes."""
@@ -123,10 +130,7 @@ class NCATrainer(AtomicCheckpoints, DPOTrainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
-        rows = train_dataset if train_dataset is not None else self.train_dataset
-        global_batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return SeededLengthSampler(rows["length"][:], global_batch, seed)
+        return group_by_length(self.train_dataset if train_dataset is None else train_dataset, self.args)
 
     # The reference
 
@@ -276,10 +280,6 @@ class NCATrainer(AtomicCheckpoints, DPOTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         with self.preemption.listening():
             return super().train(*args, **kwargs)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        check_weights(self)
-        super()._save_checkpoint(model, trial)
 
 
 class PairwiseNCATrainer(NCATrainer):

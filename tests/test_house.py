@@ -29,9 +29,14 @@ def sources() -> dict[str, Path]:
 
 
 def imports(file: Path) -> set[str]:
-    """Full names of what a file imports, wherever the import stands; of `from a import b` both a and a.b."""
-    found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    """Full names of what a file imports, wherever the import stands; of `from a import b` both a and a.b.
+
+    What stands under `if TYPE_CHECKING:` is for editors and never runs.
+    """
+    found, tree = set(), ast.parse(file.read_text())
+    checks = [node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    never_run = {node for check in checks for node in ast.walk(check)}
+    for node in {*ast.walk(tree)} - never_run:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

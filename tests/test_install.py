@@ -79,6 +79,23 @@ def test_unpacked_wheel_runs_from_an_empty_folder(wheel, tmp_path):
     assert all(path.startswith(str(site)) for path in paths)
 
 
+def test_trainers_are_imported_from_the_package_when_they_are_asked_for(monkeypatch):
+    import nca_trainer
+    import trl_nca
+    from trl_nca import NCAConfig, NCATrainer, PairwiseNCATrainer
+
+    assert [NCATrainer, PairwiseNCATrainer] == [nca_trainer.NCATrainer, nca_trainer.PairwiseNCATrainer]
+    assert NCAConfig is nca_trainer.NCAConfig
+    with pytest.raises(ImportError, match="cannot import name 'Trainer'"):
+        from trl_nca import Trainer  # noqa: F401
+    monkeypatch.setitem(sys.modules, "nca_trainer", None)  # as if it were not installed
+    with pytest.raises(
+        ImportError, match="NCATrainer is in nca_trainer.py, which `pip install .` at the repository's root"
+    ):
+        trl_nca.NCATrainer  # noqa: B018
+    assert trl_nca.NCAConfig is NCAConfig
+
+
 def test_shipped_files_are_found_in_a_clone():
     assert shipped("yamls") == ROOT / "yamls"
     assert shipped("recipes/model_configs") == ROOT / "alignment-handbook/recipes/model_configs"

@@ -12,46 +12,18 @@ from trl import DPOTrainer
 from nca_trainer import NCAConfig, NCATrainer, PairwiseNCATrainer
 from trl_nca.checkpoints import AtomicCheckpoints
 from trl_nca.config import UNSUPPORTED
-
-SEAMS = {
-    "_prepare_dataset": ["dataset", "processing_class", "args", "dataset_name"],
-    "_set_signature_columns_if_needed": [],
-    "_precompute_ref_logps": ["dataset", "name", "batch_size"],
-    "_get_train_sampler": ["train_dataset"],
-    "compute_ref_log_probs": ["model", "inputs"],
-    "compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"],
-    "get_batch_samples": ["epoch_iterator", "num_batches", "device"],
-    "_track_num_input_tokens": ["inputs"],
-    "_get_grad_norm": ["model", "grad_norm"],
-    "_save_checkpoint": ["model", "trial"],
-    "_send_telemetry": [],
-}
-#: Seams whose arguments are handed on as they come.
-PASSED_ON = {
-    "train": ["resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
-    "_init_training_state": [
-        "max_steps", "num_update_steps_per_epoch", "num_train_epochs", "resume_from_checkpoint", "trial",
-    ],
-    "_get_output_dir": ["trial"],
-    "_save_checkpoint": ["model", "trial"],
-    "_push_from_checkpoint": ["checkpoint_folder"],
-    "_save": ["output_dir", "state_dict"],
-}  # fmt: skip
-
-
-def parameters(function):
-    return [name for name in inspect.signature(function).parameters if name != "self"]
+from trl_nca.seams import CONSTRUCTOR, PASSED_ON, SEAMS, arguments, check_seams
 
 
 @pytest.mark.parametrize("name", SEAMS)
 def test_overridden_method_exists_upstream_with_its_signature(name):
-    assert parameters(getattr(DPOTrainer, name)) == SEAMS[name]
-    assert parameters(getattr(NCATrainer, name)) == SEAMS[name]
+    assert arguments(getattr(DPOTrainer, name)) == SEAMS[name]
+    assert arguments(getattr(NCATrainer, name)) == SEAMS[name]
 
 
 @pytest.mark.parametrize("name", PASSED_ON)
 def test_what_is_passed_on_exists_upstream_with_its_signature(name):
-    assert parameters(getattr(DPOTrainer, name)) == PASSED_ON[name]
+    assert arguments(getattr(DPOTrainer, name)) == PASSED_ON[name]
 
 
 def test_nothing_else_of_upstream_is_overridden():
@@ -60,10 +32,33 @@ def test_nothing_else_of_upstream_is_overridden():
         assert overridden - {"__init__"} <= SEAMS.keys() | PASSED_ON.keys()
 
 
-def test_constructor_keeps_the_arguments_that_are_passed_on():
-    assert {
-        "data_collator", "processing_class", "peft_config", "quantization_config", "callbacks", "optimizers",
-    } <= set(parameters(DPOTrainer.__init__))  # fmt: skip
+def test_constructor_names_the_arguments_that_it_passes_on():
+    """So that an editor shows them."""
+    assert set(arguments(DPOTrainer.__init__)) >= CONSTRUCTOR
+    for trainer_class in (NCATrainer, PairwiseNCATrainer):
+        named = inspect.signature(trainer_class).parameters
+        assert named.keys() - {"kwargs"} == CONSTRUCTOR - {"data_collator"}
+        assert all(parameter.annotation is not inspect.Parameter.empty for parameter in named.values())
+
+
+def test_changes_of_upstream_are_said_in_one_line():
+    class Changed:
+        def __init__(self, model, args=None, train_dataset=None, eval_dataset=None, processing_class=None):
+            raise NotImplementedError
+
+        def _save(self, folder):
+            raise NotImplementedError
+
+    check_seams(DPOTrainer)
+    with pytest.raises(ImportError) as caught:
+        check_seams(Changed)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "_prepare_dataset is gone; " in message
+    assert "; _save takes (folder), not (output_dir, state_dict); " in message
+    assert "its constructor takes no callbacks, data_collator, optimizers, peft_config, " in message
+    assert message.startswith(f"NCATrainer cannot extend DPOTrainer (trl {trl.__version__}, transformers ")
+    assert "works: trl 1.16" in message
 
 
 def test_upstream_calls_the_seams():

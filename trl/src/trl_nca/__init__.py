@@ -12,4 +12,30 @@ result against the model's own; `router` balances the experts of a mixture.
 Around the step: `config` has the settings, `step_metrics` gathers metrics, `checkpoints` writes checkpoints whole,
 `preemption` stops on SIGTERM, `nonfinite` skips steps that are not finite, `distributed`, `code_hash` and `paper` are
 small helpers, `stops` knows the tokens at which sampling stops, and `portable` makes saved folders readable elsewhere.
+`seams` names what the trainers override in upstream's.
+
+The trainers themselves are in `nca_trainer`, and can be imported from here: they are looked up when they are asked for,
+so that a part of this package costs no more than itself.
 """
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nca_trainer import NCAConfig, NCATrainer, PairwiseNCATrainer
+
+__all__ = ["NCAConfig", "NCATrainer", "PairwiseNCATrainer"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        module = importlib.import_module("trl_nca.config" if name == "NCAConfig" else "nca_trainer")
+    except ModuleNotFoundError as error:
+        if error.name != "nca_trainer":
+            raise
+        raise ImportError(
+            f"{name} is in nca_trainer.py, which `pip install .` at the repository's root brings"
+        ) from None
+    return getattr(module, name)

@@ -14,10 +14,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 import xxhash
 from accelerate import PartialState
 from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from trl_nca.portable import make_portable
 from trl_nca.stops import set_stops
@@ -139,6 +141,24 @@ def write_error_reason(error: Exception) -> str | None:
     return None
 
 
+@torch.no_grad()
+def check_weights(trainer: Any) -> None:
+    """Checks that the trained weights are finite: a finite step may leave some that are not.
+
+    Raises:
+        RunStopped: A weight is not finite, on any process.
+    """
+    model: nn.Module = trainer.model
+    parts = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters() if p.requires_grad)
+    num_non_finite = sum((~part.isfinite()).sum() for part in parts)
+    accelerator = trainer.accelerator
+    if accelerator.reduce(torch.as_tensor(num_non_finite, device=accelerator.device)).item():
+        raise RunStopped(
+            f"Step {trainer.state.global_step}: weights are not finite, and no checkpoint is written of them. Lower "
+            f"learning_rate; {RESUME_HINT}"
+        )
+
+
 def _publish(folder: Path) -> None:
     seal(folder)
     target = folder.parent.parent / folder.name
@@ -216,6 +236,7 @@ class AtomicCheckpoints:
             make_portable(output_dir or self.args.output_dir)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        check_weights(self)
         output_dir, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
         self.store_unlogged_state()
         with staged(str(output_dir)) as staging:

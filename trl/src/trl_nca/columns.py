@@ -1,12 +1,18 @@
 """The columns of a data set that the trainers take: scored responses, pairs, or the token ids of either."""
 
+import logging
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 from trl.data_utils import extract_prompt
 
-from trl_nca.responses import TOKENIZED_FEATURES, check_columns, group_length
+from trl_nca.config import NCAConfig
+from trl_nca.responses import TOKENIZED_FEATURES, check_columns, group_length, tokenize_dataset
+
+logger = logging.getLogger(__name__)
 
 
 def scored_responses(dataset: Dataset) -> Dataset:
@@ -42,6 +48,22 @@ def with_locations(dataset: Dataset, name: str) -> Dataset:
     if "location" in dataset.column_names:
         return dataset
     return dataset.add_column("location", [f"row {i + 1} of {name}" for i in range(len(dataset))])
+
+
+def tokenized_rows(dataset: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, args: NCAConfig) -> Dataset:
+    """Tokenizes rows of `prompt`, `responses` and `scores`; says so where some are dropped or cut.
+
+    Args:
+        dataset: The rows.
+        name: Name of the data set, for messages.
+        tokenizer: The policy's.
+        args: The limits, and the number of processes.
+    """
+    limits, desc = (args.max_length, args.max_prompt_length), f"Tokenizing {name}"
+    rows, report = tokenize_dataset(dataset, tokenizer, *limits, num_proc=args.dataset_num_proc, desc=desc)
+    if report["rows_dropped"] or report["responses_cut"]:
+        logger.warning("%s: not all rows fit: %s", name, report)
+    return rows
 
 
 def is_tokenized(dataset: Dataset) -> bool:

@@ -1,11 +1,9 @@
-"""Steps whose loss or gradient is not finite are skipped, and weights that are not finite are never saved."""
+"""Steps whose loss or gradient is not finite are skipped. (`checkpoints` never saves weights that are not.)"""
 
 import logging
 from typing import Any
 
 import torch
-from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trl_nca.checkpoints import RESUME_HINT, RunStopped
@@ -77,21 +75,3 @@ class SkipNonFiniteSteps(TrainerCallback):
         )
         if self.trainer.accelerator.scaler is None:  # the scaler of float16 skips such steps by itself
             self.trainer.model.zero_grad(set_to_none=True)  # without gradients an optimizer changes nothing
-
-
-@torch.no_grad()
-def check_weights(trainer: Any) -> None:
-    """Checks that the trained weights are finite: a finite step may leave some that are not.
-
-    Raises:
-        RunStopped: A weight is not finite, on any process.
-    """
-    model: nn.Module = trainer.model
-    parts = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters() if p.requires_grad)
-    num_non_finite = sum((~part.isfinite()).sum() for part in parts)
-    accelerator = trainer.accelerator
-    if accelerator.reduce(torch.as_tensor(num_non_finite, device=accelerator.device)).item():
-        raise RunStopped(
-            f"Step {trainer.state.global_step}: weights are not finite, and no checkpoint is written of them. Lower "
-            f"learning_rate; {RESUME_HINT}"
-        )

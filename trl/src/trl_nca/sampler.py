@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 
 import torch
+from datasets import Dataset
+from transformers import TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 
@@ -30,3 +32,11 @@ class SeededLengthSampler(LengthGroupedSampler):
         order = list(super().__iter__())
         self.generator = None
         return iter(order)
+
+
+def group_by_length(dataset: Dataset, args: TrainingArguments) -> SeededLengthSampler:
+    """The sampler of rows with a `length`, for the global batch and the seed of a Trainer's arguments."""
+    global_batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return SeededLengthSampler(
+        dataset["length"][:], global_batch, args.seed if args.data_seed is None else args.data_seed
+    )
