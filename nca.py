@@ -56,7 +56,7 @@ def run(argv: Sequence[str]) -> None:
         return print(usage())
     command, *arguments = argv
     if command not in COMMANDS:
-        nearest = difflib.get_close_matches(command, COMMANDS, n=1, cutoff=0.4)
+        nearest = difflib.get_close_matches(command, COMMANDS, n=1, cutoff=0.5)
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"choose one of {', '.join(COMMANDS)}"
         raise UserError(f"command line: nca has no command {command!r}; {hint}")
     if command in WITH_RECIPE:

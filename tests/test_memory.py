@@ -63,6 +63,7 @@ def spec_of(name="mistralai--Mistral-7B-v0.1", **changes):
         ("meta-llama--Llama-2-70b-hf", 68.977),
         ("meta-llama--Llama-3.1-70B", 70.554),
         ("meta-llama--Llama-3.1-8B", 8.030),
+        ("HuggingFaceTB--SmolLM2-135M-Instruct", 0.134515),
     ],
 )
 def test_shipped_configs_have_the_published_sizes(name, billions):

@@ -1,6 +1,7 @@
 """Loads tokenizers, model configs, and models to sample from. (The model to train is loaded by upstream's trainer.)"""
 
 import difflib
+import importlib.util
 import json
 import re
 from dataclasses import dataclass, field
@@ -50,9 +51,11 @@ class PolicyConfig(ModelConfig):
         super().__post_init__()
         if not self.model_name_or_path:
             raise ValueError("model_name_or_path: no model given; set a folder or a Hub id")
-        if (self.load_in_4bit or self.load_in_8bit) and not self.use_peft:
-            bits = "load_in_4bit" if self.load_in_4bit else "load_in_8bit"
-            raise ValueError(f"{bits}: quantized weights cannot be trained; set use_peft: true")
+        if bits := "load_in_4bit" if self.load_in_4bit else "load_in_8bit" if self.load_in_8bit else None:
+            if not self.use_peft:
+                raise ValueError(f"{bits}: quantized weights cannot be trained; set use_peft: true")
+            if importlib.util.find_spec("bitsandbytes") is None:
+                raise ValueError(f"{bits}: bitsandbytes is not installed; pip install bitsandbytes")
         if isinstance(self.lora_target_modules, str) and self.lora_target_modules.isidentifier():
             self.lora_target_modules = [self.lora_target_modules]  # upstream takes a single name for a pattern
         if self.load_in_4bit and self.dtype in (None, "auto"):
