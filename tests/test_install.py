@@ -13,6 +13,7 @@ import nca
 from alignment.errors import UserError
 from alignment.files import shipped
 from tests.conftest import ROOT
+from tests.scripts import documentation
 
 #: Folders of the repository by where a wheel has them.
 FOLDERS = {
@@ -117,6 +118,12 @@ def test_nca_lists_its_commands(capsys, flag):
     printed = capsys.readouterr().out
     for command in "train preference plan convert sample score iterate report merge chat".split():
         assert re.search(rf"^  {command} +\w.*$", printed, re.MULTILINE)
+
+
+def test_documented_commands_are_there():
+    named = re.findall(r"(?:`|^|-m )nca ([a-z]+)", documentation(), re.MULTILINE)
+    assert len(named) > 10
+    assert set(named) == set(nca.COMMANDS)
 
 
 def test_mistyped_command():
