@@ -59,6 +59,14 @@ def test_padded_responses_count_nowhere():
     assert math.isnan(metrics["rewards/rank_2"].item())
 
 
+@pytest.mark.parametrize(
+    ("rewards", "accuracy"),
+    [([[0.0, 0.0, 0.0, 0.0]], 0.5), ([[2.0, 2.0, 1.0, 3.0]], 0.5), ([[2.0, 2.0, 1.0, 1.0]], 5 / 6)],
+)
+def test_a_tie_counts_a_half(rewards, accuracy):
+    assert metrics_of(rewards, [[9.0, 3.0, 2.0, 1.0]])["rewards/accuracies"].item() == pytest.approx(accuracy)
+
+
 @pytest.mark.parametrize("tied", [[[0.7, 0.7]], [[0.0, 0.0]]])
 def test_first_of_tied_scores_is_chosen(tied):
     assert metrics_of([[5.0, 4.0]], tied)["rewards/chosen"].item() == 5

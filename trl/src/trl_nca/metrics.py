@@ -23,9 +23,9 @@ def group_metrics(
 
     Returns:
         Tensors of shape (B,), float32, under TRL's names: `loss`, `rewards/chosen`, `rewards/rejected`,
-        `rewards/margins`, `rewards/accuracies` (share of the rest that chosen beats), `logps/chosen`,
-        `logps/rejected`, and `rewards/rank_0` (best score) to `rewards/rank_{K-1}`, NaN where a prompt has fewer
-        responses.
+        `rewards/margins`, `rewards/accuracies` (share of the rest that chosen beats, a tie counting a half: 0.5 at step
+        0), `logps/chosen`, `logps/rejected`, and `rewards/rank_0` (best score) to `rewards/rank_{K-1}`, NaN where a
+        prompt has fewer responses.
 
     Example:
         >>> one = torch.ones(1)
@@ -46,12 +46,13 @@ def group_metrics(
         return (values * rest).sum(dim=-1) / num_rest
 
     chosen, rejected = rewards[:, 0], mean_of_rest(rewards)
+    half = torch.full_like(rewards, 0.5)  # step(chosen - other), a half where they are equal
     metrics = {
         "loss": losses.detach().float(),
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
         "rewards/margins": chosen - rejected,
-        "rewards/accuracies": mean_of_rest((chosen[:, None] > rewards).float()),
+        "rewards/accuracies": mean_of_rest(torch.heaviside(chosen[:, None] - rewards, half)),
         "logps/chosen": logps[:, 0],
         "logps/rejected": mean_of_rest(logps),
     }
