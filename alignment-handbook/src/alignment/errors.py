@@ -1,6 +1,7 @@
 """Errors of the user: one line on stderr that says where and what to do, and exit code 2."""
 
 import argparse
+import difflib
 import errno
 import logging
 import os
@@ -8,7 +9,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 #: Messages of gloo and NCCL when a process that they wait for is gone.
@@ -27,8 +28,41 @@ class ArgumentParser(argparse.ArgumentParser):
             description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
 
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        check_flags(sys.argv[1:] if args is None else args, self._option_string_actions)
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"command line: {message}; see --help")
+
+
+def check_flags(words: Iterable[str], known: Iterable[str]) -> None:
+    """Ends a script at a flag that it does not have. (argparse first misses a needed one: often the same, misspelt.)
+
+    Raises:
+        UserError: Names the nearest flag.
+    """
+    for word in words:
+        flag = word.partition("=")[0]
+        if flag.startswith("--") and flag != "--" and flag not in known:
+            raise UserError(f"unknown flag {flag}; {did_you_mean(flag, known) or 'see --help'}")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The known word that is nearest to one that is not known, as a question; "" where none is near.
+
+    Example:
+        >>> did_you_mean("betta", ["alpha", "beta"])
+        "did you mean 'beta'?"
+        >>> did_you_mean("--betta", ["--alpha", "--beta"])
+        'did you mean --beta?'
+    """
+    by_lower = {name.lower(): name for name in known}
+    nearest = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.5)
+    if not nearest:
+        return ""
+    name = by_lower[nearest[0]]
+    return f"did you mean {name if name.startswith('-') else repr(name)}?"
 
 
 def run(main: Callable[[], None], exit_on_sigterm: bool = False) -> None:

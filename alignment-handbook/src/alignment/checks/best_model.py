@@ -1,13 +1,11 @@
 """The metric by which the best checkpoint is told: whether an evaluation will give it."""
 
-import difflib
-
 import torch
 from datasets import Dataset
 from transformers import PretrainedConfig
 
 from alignment.data.reading import column
-from alignment.errors import UserError
+from alignment.errors import UserError, did_you_mean
 from trl_nca.config import NCAConfig
 from trl_nca.metrics import group_metrics
 
@@ -36,11 +34,8 @@ def check_best_model(args: NCAConfig, held_out: Dataset | None, config: Pretrain
     known = evaluation_metrics(held_out, config)
     metric = (args.metric_for_best_model or "loss").removeprefix("eval_")
     if metric not in known:
-        nearest = difflib.get_close_matches(metric, known, n=1, cutoff=0)[0]
-        raise UserError(
-            f"metric_for_best_model: no evaluation gives {args.metric_for_best_model!r}; did you mean {nearest!r}? "
-            f"There are {', '.join(known)}"
-        )
+        hint = f"{did_you_mean(metric, known)} There are {', '.join(known)}".strip()
+        raise UserError(f"metric_for_best_model: no evaluation gives {args.metric_for_best_model!r}; {hint}")
 
 
 def metric_user(args: NCAConfig) -> str | None:

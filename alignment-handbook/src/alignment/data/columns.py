@@ -1,12 +1,12 @@
 """Gives the columns of a row the names that forms are recognised by: the recipe's key `columns`."""
 
-import difflib
 import json
 import re
 from typing import Any
 
 from alignment.data.messages import read_written
 from alignment.data.row import Row
+from alignment.errors import did_you_mean
 
 #: Names that a column may be given.
 TARGETS = (
@@ -28,8 +28,7 @@ def check(columns: Any) -> None:
         raise ValueError(f"columns: not a mapping of {', '.join(TARGETS[:4])}, ... to your columns: {columns!r}")
     for target, paths in columns.items():
         if target not in TARGETS:
-            nearest = difflib.get_close_matches(str(target), TARGETS, n=1, cutoff=0.5)
-            hint = f"did you mean {nearest[0]!r}?" if nearest else f"they are {', '.join(TARGETS)}"
+            hint = did_you_mean(str(target), TARGETS) or f"they are {', '.join(TARGETS)}"
             raise ValueError(f"columns: unknown name {target!r}; {hint}")
         is_many = isinstance(paths, list) and paths and target in ("responses", "scores")
         if not all(isinstance(path, str) and path for path in (paths if is_many else [paths])):

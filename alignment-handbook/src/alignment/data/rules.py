@@ -4,7 +4,6 @@ A recipe changes an action by `row_rules: {reason: action}`. `drop` leaves the r
 `keep` takes it as it is, `fail` ends the run and names the row.
 """
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 from alignment.data.messages import looks_rendered
 from alignment.data.row import BadRow, FailedRow, Group
+from alignment.errors import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,7 @@ def actions(chosen: Mapping[str, str] | None) -> dict[str, str]:
     chosen = {reason: OLD_ACTIONS.get(str(action), action) for reason, action in (chosen or {}).items()}
     for reason, action in chosen.items():
         if reason not in RULES:
-            nearest = difflib.get_close_matches(reason, RULES, n=1, cutoff=0.5)
-            hint = f"did you mean {nearest[0]!r}?" if nearest else f"the reasons are {', '.join(RULES)}"
+            hint = did_you_mean(reason, RULES) or f"the reasons are {', '.join(RULES)}"
             raise ValueError(f"row_rules: unknown reason {reason!r}; {hint}")
         if action not in RULES[reason].actions:
             raise ValueError(f"row_rules: {reason} is one of {', '.join(RULES[reason].actions)}; got {action!r}")
