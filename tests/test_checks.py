@@ -206,7 +206,6 @@ def test_all_keys_of_the_recipes_have_an_effect(path, monkeypatch):
         (["--num_eval_samples=2"], ["num_eval_samples (there is no reward_function)"]),
         (["--hub_model_id=a/b", "--push_to_hub=false"], ["hub_model_id (push_to_hub is false)"]),
         (["--metric_for_best_model=loss"], ["metric_for_best_model (load_best_model_at_end is false)"]),
-        (["--discopop_tau=0.1"], ["discopop_tau (acts inside upstream's loss)"]),
         (["--choose_responses=top", "--draw_seed=3"], [
             "choose_responses (num_responses is not set)", "draw_seed (nothing is drawn)"]),
         (["--choose_responses=random", "--num_responses=2", "--draw_seed=3"], []),

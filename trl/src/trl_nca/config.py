@@ -16,10 +16,14 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "loss_weights": (None, _LOSS),
     "ld_alpha": (None, _LOSS),
     "f_divergence_type": ("reverse_kl", _LOSS),
+    "f_alpha_divergence_coef": (0.5, _LOSS),
+    "discopop_tau": (0.05, _LOSS),
     "label_smoothing": (0.0, _LOSS),
+    "label_smoothing_factor": (0.0, _LOSS),
     "use_weighting": (False, _LOSS),
     "use_liger_kernel": (False, _FORWARD),
     "padding_free": (False, _FORWARD + "; rows are packed without padding anyway"),
+    "pad_to_multiple_of": ("auto", _FORWARD + "; rows are packed without padding"),
     "truncation_mode": ("keep_start", "prompts lose their beginning and responses their end"),
     "enable_jit_checkpoint": (False, "these trainers save a checkpoint on SIGTERM by themselves"),
     "activation_offloading": (
@@ -164,7 +168,7 @@ class NCAConfig(DPOConfig):
         if self.max_length is not None and (self.max_prompt_length or 0) >= self.max_length:
             raise ValueError(f"max_prompt_length: {self.max_prompt_length} fills max_length {self.max_length}")
         for key, (neutral, reason) in UNSUPPORTED.items():
-            if getattr(self, key) != neutral:
+            if getattr(self, key) not in (neutral, None):
                 raise ValueError(f"{key}: {getattr(self, key)!r} is not supported: {reason}; remove the key")
         self.gradient_checkpointing = _true_false_or_auto("gradient_checkpointing", self.gradient_checkpointing)
         if self.report_to in (None, "false"):  # null, and no as YAML 1.1 reads it

@@ -84,7 +84,6 @@ def _of_trainer(configs: Configs, pairs: bool) -> Iterator[tuple[str, str]]:
         )
     if not args.report_to:
         yield "report_to names no tracker", "run_name project trackio_space_id trackio_bucket_id"
-    yield "acts inside upstream's loss", "f_alpha_divergence_coef discopop_tau label_smoothing_factor"
 
 
 def _of_evaluation(configs: Configs, has_held_out: bool) -> Iterator[tuple[str, str]]:
