@@ -20,7 +20,7 @@ check: $(VENV)/.installed  ## Lint, format, types of the pure modules.
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-docs: setup  ## The option tables of docs/scripts/, from the scripts' parsers.
+docs: setup  ## The option tables of docs/scripts/ and the keys of --help, from the scripts' parsers.
 	$(RUN) docs/generate_options.py
 
 bench: setup  ## Time and memory of a step against the padded way and upstream: benchmarks/results.json.

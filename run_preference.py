@@ -16,6 +16,11 @@ On 8 GPUs:
 import sys
 
 from alignment import errors
+from alignment.recipe.flags import check_command_line
+
+if __name__ == "__main__":  # now: the imports below take seconds
+    errors.run(lambda: check_command_line(sys.argv[1:], __doc__))
+
 from nca_trainer import PairwiseNCATrainer
 from run_reward import align
 

@@ -10,7 +10,8 @@ On 8 GPUs:
         --main_process_port=7000 run_reward.py yamls/reward_qlora.yaml --gradient_accumulation_steps=4 \
         --beta=0.01 --loss_type=NCA --output_dir=data/test_run
 
-Any key of a recipe is a flag: `--help` lists them. Bad input ends with exit code 2 and one line that says what to fix.
+Any key of a recipe is a flag: `--help` lists most, `--help=all` all. Bad input ends with exit code 2 and one line that
+says what to fix.
 """
 
 import sys
@@ -18,10 +19,16 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from alignment import errors
+from alignment.recipe.flags import check_command_line
+
+if __name__ == "__main__":  # now: the imports below take seconds
+    errors.run(lambda: check_command_line(sys.argv[1:], __doc__))
+
 import torch
 from accelerate import PartialState
 
-from alignment import errors, output
+from alignment import output
 from alignment.configs import describe_loss, parse_configs
 from alignment.data.prepare import describe_group
 from alignment.data.report import summary
@@ -124,7 +131,7 @@ def build_trainer(job: Job, trainer_class: type[NCATrainer]) -> NCATrainer:
             **adapter_and_quantization(policy),
         )
     except (OSError, ImportError, ValueError) as error:  # what upstream says of weights, packages and modules
-        raise UserError(f"{policy.model_name_or_path}: cannot be trained as the recipe says: {error}") from error
+        raise UserError(f"{policy.model_name_or_path}: cannot be trained with these settings: {error}") from error
     trainer.add_callback(ReportCallback(trainer))
     return trainer
 

@@ -2,23 +2,34 @@
 
     make docs
 
-run_reward.md lists the keys of this project's dataclasses; those of TRL and transformers are in their own pages.
+run_reward.md lists the keys of this project's dataclasses; those of TRL and transformers are in their own pages. All of
+them are written to keys.json too, from which run_reward.py prints its help without importing the dataclasses.
 """
 
 import argparse
 import dataclasses
+import json
 import runpy
 import sys
+import typing
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import yaml
+
 from alignment.configs import Configs
+from alignment.recipe import flags
+from trl_nca.config import UNSUPPORTED
 
 PAGES = Path(__file__).resolve().parent / "scripts"
 SCRIPTS = PAGES.parent.parent / "alignment-handbook" / "scripts"
 START, END = "<!-- Written by `make docs`. -->", "<!-- End of what `make docs` writes. -->"
+KEYS = Path(flags.__file__).with_name("keys.json")
+RECIPES = PAGES.parent.parent / "yamls"
+#: Groups of the help for keys of this project, by the field of `Configs`.
+GROUPS = {"trainer": "loss", "data": "data", "policy": "model", "run": "run"}
 #: Headings of run_reward.md, by the field of `Configs`.
 HEADINGS = {"trainer": "Loss, memory, resuming", "data": "Data", "policy": "Model", "run": "Run"}
 
@@ -50,15 +61,47 @@ def option_rows(parser: argparse.ArgumentParser) -> Iterator[tuple[str, str, str
             yield name, "needed" if action.required else _default(action.default), _meaning(text, action.choices)
 
 
+def own_keys(config: type) -> set[str]:
+    """The keys of a dataclass that this project adds or changes."""
+    classes = [base for base in config.__mro__ if base.__module__.split(".")[0] in ("alignment", "trl_nca")]
+    return {name for base in classes for name in base.__annotations__}
+
+
+def described_keys() -> str:
+    """The text of keys.json: group, type, default and meaning of each key, a line each.
+
+    TRL's and transformers' keys that no recipe of this project sets are in the group "upstream", and those that the
+    trainers refuse in the group "refused".
+    """
+    used = {key for path in RECIPES.glob("*.yaml") for key in yaml.safe_load(path.read_text())}
+    lines = {}
+    for part, config in Configs.__annotations__.items():
+        hints, own = typing.get_type_hints(config), own_keys(config)
+        for field in filter(lambda field: field.init, dataclasses.fields(config)):
+            name = field.name
+            group = GROUPS[part] if name in own or part == "policy" else "training"
+            if name not in own | used:
+                group = "upstream"
+            described = {
+                "group": "refused" if name in UNSUPPORTED else group,
+                "type": _type(hints[name]),
+                "default": _default(_default_of(field)).strip("`"),
+                "help": _meaning(" ".join(field.metadata.get("help", "").split()), field.metadata.get("choices")),
+            }
+            lines[name] = f"{json.dumps(name)}: {json.dumps(described, ensure_ascii=False)}"
+    return "{\n" + ",\n".join(lines.values()) + "\n}\n"
+
+
 def key_rows(config: type) -> Iterator[tuple[str, str, str]]:
     """Name, default and meaning of each key that a dataclass has from this project, in the order of the fields."""
-    classes = [base for base in config.__mro__ if base.__module__.split(".")[0] in ("alignment", "trl_nca")]
-    own = {name for base in classes for name in base.__annotations__}
+    own = own_keys(config)
     for field in dataclasses.fields(config):
         if field.name in own and field.init:
-            factory = field.default_factory
-            default = field.default if factory is dataclasses.MISSING else factory()
-            yield field.name, _default(default), _meaning(field.metadata["help"], field.metadata.get("choices"))
+            yield (
+                field.name,
+                _default(_default_of(field)),
+                _meaning(field.metadata["help"], field.metadata.get("choices")),
+            )
 
 
 def with_tables(page: Path) -> str:
@@ -80,6 +123,17 @@ def _table(head: str, rows: Iterable[tuple[str, str, str]]) -> str:
     return "\n".join([f"| {head} | default | |", "|---|---|---|", *lines])
 
 
+def _type(hint: Any) -> str:
+    """The type of a value as a user writes it; the first of several."""
+    names = {bool: "bool", int: "int", float: "float", str: "text"}
+    hints = {getattr(part, "__origin__", part) for part in (typing.get_args(hint) or [hint])}
+    return next((name for kind, name in names.items() if kind in hints), "mapping" if dict in hints else "list")
+
+
+def _default_of(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
 def _default(value: Any) -> str:
     if value is None or value is argparse.SUPPRESS or value in ("", []):
         return ""
@@ -96,3 +150,4 @@ def _meaning(text: str, choices: Iterable[Any] | None) -> str:
 if __name__ == "__main__":
     for path in sorted(PAGES.glob("*.md")):
         path.write_text(with_tables(path))
+    KEYS.write_text(described_keys(), encoding="utf-8")

@@ -192,7 +192,8 @@ def test_sweeps_that_cannot_be(given, message):
 def test_the_commands_parse():
     from alignment.data.load import DataConfig
     from alignment.models import PolicyConfig
-    from alignment.recipe import RunConfig, parse_recipe
+    from alignment.recipe import RunConfig
+    from alignment.recipe.parse import parse_recipe
     from nca_trainer import NCAConfig
 
     for arm in [*FIGURE2, Arm("rewards", "NCA", (("num_responses", 2),))]:

@@ -4,6 +4,8 @@ import json
 import logging
 import re
 import runpy
+import subprocess
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -15,11 +17,15 @@ from alignment.data.load import DataConfig, load_groups
 from alignment.errors import UserError
 from alignment.models import PolicyConfig
 from alignment.output import resolve, start
-from alignment.recipe import OLD_KEYS, RunConfig, parse_recipe
+from alignment.recipe import OLD_KEYS, RunConfig
+from alignment.recipe.flags import check_known, described_keys, known_flags
+from alignment.recipe.help import help_text
+from alignment.recipe.parse import StrictParser, parse_recipe
 from benchmarks.figure2 import parse_sweep, sweep_arms
 from nca_trainer import NCAConfig
 from tests.conftest import ROOT
 from tests.scripts import documentation
+from trl_nca.config import UNSUPPORTED
 
 TYPES = [DataConfig, PolicyConfig, RunConfig, NCAConfig]
 MINIMAL = {"model_name_or_path": "some/model", "train_file": "rows.jsonl", "output_dir": "out", "bf16": False}
@@ -178,14 +184,21 @@ def test_every_old_key_leads_to_a_known_key():
     ("recipe", "overrides", "message"),
     [
         (MINIMAL | {"betta": 0.1}, [], r"recipe.yaml: unknown key 'betta'; did you mean 'beta'\?"),
-        (MINIMAL, ["--los_type=NCA"], r"command line: unknown key 'los_type'; did you mean 'loss_type'\?"),
-        (MINIMAL, ["--bet=1"], "unknown key 'bet'"),
+        (MINIMAL, ["--los_type=NCA"], r"^unknown flag --los_type; did you mean --loss_type\?"),
+        (MINIMAL, ["--bet=1"], "unknown flag --bet"),
         (MINIMAL, ["beta=1"], "write --key=value"),
-        (MINIMAL | {"loss_type": "foo"}, [], "unknown loss 'foo'"),
+        (MINIMAL | {"loss_type": "foo"}, [], "recipe.yaml: loss_type: unknown loss 'foo'; .*, biasedNCA$"),
+        (MINIMAL, ["--loss_type=NCAA"], r"^--loss_type=NCAA: unknown loss 'NCAA'; .*; did you mean 'NCA'\?$"),
+        (MINIMAL | {"loss_type": "foo"}, ["--beta=1"], "recipe.yaml: loss_type: unknown"),
+        (MINIMAL, ["--eval_strategy", "step"], r"^--eval_strategy=step: invalid choice.*; did you mean 'steps'\?$"),
+        (MINIMAL, ["--eval-strategy=step"], r"^--eval_strategy=step: invalid choice.*; did you mean 'steps'\?$"),
+        (MINIMAL | {"parallel": "zero"}, [], r"recipe.yaml: parallel: invalid choice.*; did you mean 'zero[23]'\?$"),
+        (MINIMAL | {"max_prompt_length": 50}, ["--max_length=40"], "^--max_length=40: max_prompt_length: 50 fills"),
+        (MINIMAL | {"alpha": -1}, ["--score=overall"], "recipe.yaml: alpha: must be >= 0"),
         (MINIMAL | {"alpha": -1}, [], "alpha: must be >= 0"),
-        (MINIMAL, ["--beta=0"], "beta: must be > 0"),
-        (MINIMAL | {"lora_r": "many"}, [], r"recipe.yaml: argument --lora_r\S*: invalid int value: 'many'"),
-        (MINIMAL, ["--beta=much"], "command line: argument --beta: invalid float value: 'much'"),
+        (MINIMAL, ["--beta=0"], "^--beta=0: must be > 0"),
+        (MINIMAL | {"lora_r": "many"}, [], r"recipe.yaml: lora_r: invalid int value: 'many'"),
+        (MINIMAL, ["--beta=much"], "^--beta=much: invalid float value: 'much'"),
         (MINIMAL | {"eval_strategy": "sometimes"}, [], "eval_strategy"),
         (MINIMAL | {"load_in_4bit": True}, [], "set use_peft: true"),
         ({"model_name_or_path": "m", "output_dir": "o"}, [], "no training data"),
@@ -194,7 +207,7 @@ def test_every_old_key_leads_to_a_known_key():
         (MINIMAL | {"gradient_checkpointing_kwargs": {"offload": True}}, [], "kwargs: offload is not supported"),
         (MINIMAL, ['--activation_checkpointing_kwargs={"every_n_layers": 2}'], "kwargs: every_n_layers is not support"),
         (MINIMAL | {"gradient_checkpointing": "maybe"}, [], "recipe.yaml: .*: true, false or auto; got 'maybe'"),
-        (MINIMAL, ["--gradient_checkpointing=2"], "command line: .*checkpointing: true, false or auto; got '2'"),
+        (MINIMAL, ["--gradient_checkpointing=2"], "^--gradient_checkpointing=2: true, false or auto; got '2'"),
         ("a: [1", [], "not valid YAML"),
         ("- a\n- b", [], "a recipe is a mapping"),
         ("", [], "a recipe is a mapping"),
@@ -400,6 +413,57 @@ def test_the_pages_of_scripts_are_those_of_their_parsers():
     for name, flags in script_flags().items():
         page = (PAGES / name).with_suffix(".md").read_text()
         assert flags <= set(re.findall(r"^\| `(--\w+)`", page, re.M)), name
+
+
+def test_the_described_keys_are_those_of_the_parser():
+    """Where it fails, run `make docs`."""
+    generator = runpy.run_path(str(ROOT / "docs" / "generate_options.py"))
+    assert generator["described_keys"]() == generator["KEYS"].read_text(encoding="utf-8")
+    parser = StrictParser(TYPES)
+    assert {*described_keys()} == {*parser.keys} - {"help"}
+    for option in parser._option_string_actions:
+        check_known(option.lstrip("-").replace("-", "_"), [*known_flags(), "help", "h"])
+
+
+@pytest.mark.parametrize("script", ["run_reward.py", "run_preference.py"])
+@pytest.mark.parametrize(
+    ("recipe", "flags", "code", "words"),
+    [
+        ("{}", ["--help"], 0, "\nLoss and memory:\n"),
+        ("{}", ["--betta=0.5"], 2, "error: unknown flag --betta; did you mean --beta?\n"),
+        ("betta: 0.5", [], 2, ".yaml: unknown key 'betta'; did you mean 'beta'?\n"),
+        ("{}", ["beta=0.5"], 2, "write --key=value\n"),
+    ],
+)  # fmt: skip
+def test_help_and_typos_are_answered_before_the_slow_imports(tmp_path, script, recipe, flags, code, words):
+    command = [sys.executable, "-X", "importtime", ROOT / script, write(tmp_path, recipe), *flags]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == code and words in run.stdout + run.stderr
+    imported = {line.split("|")[-1].strip().split(".")[0] for line in run.stderr.splitlines()}
+    assert "yaml" in imported and not imported & {"torch", "transformers", "trl", "peft", "numpy", "datasets"}
+
+
+def test_the_help_has_the_keys_that_can_be_set():
+    short, full = (help_text("run_reward.py", "About.", described_keys(), everything) for everything in (False, True))
+    named = [re.findall(r"^  --(\S+)", text, re.M) for text in (short, full)]
+    assert {"loss_type", "learning_rate", "train_file", "lora_r", "plan"} <= {*named[0]} < {*named[1]}
+    assert {*named[1]} == {*described_keys()} - {*UNSUPPORTED}, "and none that is refused"
+    assert len(named[1]) == len({*named[1]})
+    assert max(map(len, short.splitlines())) <= 100
+
+
+def test_a_chatty_log_level_counts_on_the_command_line_alone(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        assert parse(tmp_path, MINIMAL | {"log_level": "info"})[3].log_level == "passive"
+    assert "log_level: info is left out; --log_level=info counts" in caplog.text
+    assert parse(tmp_path, MINIMAL | {"log_level": "info"}, "--log_level=info")[3].log_level == "info"
+    assert parse(tmp_path, MINIMAL | {"log_level": "error"})[3].log_level == "error"
+
+
+def test_a_flag_with_dashes_is_the_same_flag(tmp_path):
+    configs = parse(tmp_path, MINIMAL | {"loss_type": "NCA"}, "--loss-type=DPO", "--no-gradient-checkpointing")
+    assert (configs[3].loss_type, configs[3].gradient_checkpointing) == ("DPO", False)
+    assert configs[2].given["loss_type"] == ["--loss_type=DPO"]
 
 
 def test_every_script_has_a_page():

@@ -265,7 +265,7 @@ def test_a_plan_checks_the_weights_that_are_here(tmp_path):
     assert outcome(_LLAMA(), "llama", check_logps=False) is None
     padded = outcome(NemotronForCausalLM(NemotronConfig(**SIZES)), "nemotron")
     assert padded.startswith("Prompts are not shared and rows are padded: NemotronAttention")
-    with pytest.raises(UserError, match="cannot be trained as the recipe says: BertLMHeadModel .* not causal"):
+    with pytest.raises(UserError, match="cannot be trained with these settings: BertLMHeadModel .* not causal"):
         outcome(BertLMHeadModel(BertConfig(**_BERT | {"is_decoder": False})), "bert")
     elsewhere = PolicyConfig(model_name_or_path="an/id")
     assert "when the run starts" in check_model(elsewhere, NCAConfig(output_dir=str(tmp_path), report_to="none"))

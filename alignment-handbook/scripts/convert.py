@@ -15,7 +15,7 @@ from alignment.data.convert import ConvertConfig, convert
 from alignment.data.report import summary
 from alignment.errors import UserError
 from alignment.files import write_json
-from alignment.recipe import StrictParser
+from alignment.recipe.parse import StrictParser
 from alignment.report.figures import draw_data_report
 
 

@@ -6,7 +6,8 @@ from typing import NamedTuple
 from alignment.data.load import DataConfig
 from alignment.errors import UserError
 from alignment.models import PolicyConfig
-from alignment.recipe import RunConfig, parse_recipe
+from alignment.recipe import RunConfig
+from alignment.recipe.parse import parse_recipe
 from trl_nca.config import NCAConfig
 
 

@@ -43,7 +43,7 @@ def check_model(policy: PolicyConfig, args: NCAConfig) -> str | None:
             warnings.simplefilter("always")
             shares = prepare([model], args.shared_prompt)
     except (OSError, ImportError, ValueError) as error:
-        raise UserError(f"{policy.model_name_or_path}: cannot be trained as the recipe says: {error}") from error
+        raise UserError(f"{policy.model_name_or_path}: cannot be trained with these settings: {error}") from error
     found = [str(w.message) for w in caught if "rows are padded" in str(w.message)]
     return (
         "Log-probs: those of the model's own forward, packed"

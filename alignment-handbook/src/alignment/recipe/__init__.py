@@ -1,13 +1,13 @@
 """Recipes: a YAML file and `--key=value` overrides, parsed strictly into dataclasses.
 
 A key meets the files in this order: `yaml_file` reads the recipe, `old_keys` translates keys and values of older and of
-upstream's recipes, `paths` expands what stands for a folder, `settings` has the keys of the script itself, and `parse`
-makes flags and dataclasses of them all.
+upstream's recipes, `flags` splits the command line and finds misspelt keys (with `help` by their descriptions in
+`keys.json`), `paths` expands what stands for a folder, `settings` has the keys of the script itself, and `parse` makes
+flags and dataclasses of them all. Only `parse` imports trl, which takes seconds; it is imported by its own name.
 """
 
 from alignment.recipe.old_keys import OLD_KEYS, OLD_VALUES
-from alignment.recipe.parse import StrictParser, parse_recipe
 from alignment.recipe.settings import PLAN_KEYS, RunConfig
 from alignment.recipe.yaml_file import read_yaml
 
-__all__ = ["OLD_KEYS", "OLD_VALUES", "PLAN_KEYS", "RunConfig", "StrictParser", "parse_recipe", "read_yaml"]
+__all__ = ["OLD_KEYS", "OLD_VALUES", "PLAN_KEYS", "RunConfig", "read_yaml"]

@@ -5,20 +5,30 @@ the command line replaces the recipe's, and `--key=` (empty) resets it to its de
 """
 
 import argparse
-import difflib
 import json
+import logging
+import re
+import sys
+import textwrap
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from transformers.hf_argparser import string_to_bool
 from trl import TrlParser
 
-from alignment.errors import UserError
+from alignment.errors import UserError, check_flags, did_you_mean
+from alignment.recipe.flags import check_known, split_command_line
 from alignment.recipe.old_keys import OLD_KEYS, as_text, translate
 from alignment.recipe.paths import PATH_KEYS, expand_paths
 from alignment.recipe.settings import RunConfig
 from alignment.recipe.yaml_file import read_yaml
+
+logger = logging.getLogger(__name__)
+
+#: Levels of transformers' logger at which it prints the model's config at each checkpoint, and more of the kind.
+_CHATTY = ("detail", "debug", "info")
 
 
 def parse_recipe(argv: Sequence[str], config_types: Sequence[type]) -> tuple[Any, ...]:
@@ -36,19 +46,11 @@ def parse_recipe(argv: Sequence[str], config_types: Sequence[type]) -> tuple[Any
             type or out of range.
     """
     parser = StrictParser(config_types)
-    argv = list(argv)
-    if {"-h", "--help"} & set(argv):
-        parser.print_help()
-        raise SystemExit(0)
-    if "--config" in argv[:1]:
-        argv = argv[1:]
-    if not argv or argv[0].startswith("-"):
-        raise UserError("no recipe given; the first argument is a YAML file, e.g. yamls/reward_cpu.yaml")
-    path, overrides = argv[0], argv[1:]
+    path, given = split_command_line(argv)
     defaults = {key: parser.get_default(key) for key in parser.keys}
 
     recipe_flags = _flags_of_recipe(parser, path)
-    flags = _flags_of_command_line(parser, overrides)
+    flags = parser.flags = _flags_of_command_line(parser, given)
     for key in [key for key, flag in flags.items() if flag in ([f"--{key}="], [f"--{key}=null"])]:
         is_null = flags.pop(key) == [f"--{key}=null"]
         recipe_flags.pop(key, None)
@@ -59,7 +61,7 @@ def parse_recipe(argv: Sequence[str], config_types: Sequence[type]) -> tuple[Any
     try:
         configs = parser.parse_args_into_dataclasses(args=_flatten(recipe_flags | flags), look_for_args_file=False)
     except (ValueError, TypeError, ImportError) as error:
-        raise UserError(f"{path}: {error}") from error
+        parser.error(str(error))
     for config in configs:
         if isinstance(config, RunConfig):
             config.given = recipe_flags | flags
@@ -70,10 +72,12 @@ class StrictParser(TrlParser):
     """Upstream's parser, without abbreviated flags, with lists where a text or a list may stand, and errors for users.
 
     Attributes:
-        source: Where the flags come from, for errors: a recipe's path, or "command line".
+        recipe: Path of the recipe, for errors; None for a script without.
+        flags: The flags of the command line by key, as they were given, for errors.
     """
 
-    source = "command line"
+    recipe: str | None = None
+    flags: Mapping[str, list[str]] = MappingProxyType({})
 
     def __init__(self, config_types: Sequence[type]):
         super().__init__(config_types, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -105,6 +109,8 @@ class StrictParser(TrlParser):
         self.set_defaults(**{key: None})
 
     def parse_known_args(self, *args: Any, **kwargs: Any) -> tuple[argparse.Namespace, list[str]]:
+        if self.recipe is None:
+            check_flags(sys.argv[1:], self._option_string_actions)
         namespace, rest = super().parse_known_args(*args, **kwargs)
         for key in self._one_or_more:
             value = getattr(namespace, key, None)
@@ -113,14 +119,33 @@ class StrictParser(TrlParser):
         return namespace, rest
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.source}: {message}")
+        """Ends the run; names the flag that was given, else the recipe, and the nearest of the values that there are.
+
+        Args:
+            message: Of argparse ("argument --beta: ..."), or of a dataclass ("beta: ...").
+        """
+        message = re.sub(r"^argument --([\w-]+)\S*: ", r"\1: ", message)
+        if choice := re.search(r"'([^']*)'.*?(?:choose one of|choose from|select one of) (.*)", message):
+            hint = did_you_mean(choice[1], re.findall(r"[\w-]+", choice[2]))
+            message = f"{message}; {hint}" if hint else message
+        start, _, rest = message.partition(": ")
+        # Elsewhere in a message a word such as `score` need not mean the key.
+        within = [key for key in self.flags if "_" in key and re.search(rf"\b{key}\b", message)]
+        if start in self.flags:
+            raise UserError(f"{self._as_given(start)}: {rest}")
+        raise UserError(f"{self._as_given(within[0]) if within else self.recipe or 'command line'}: {message}")
+
+    def _as_given(self, key: str) -> str:
+        return textwrap.shorten(" ".join(self.flags[key]), 80, placeholder=" ...")
 
 
 def _flags_of_recipe(parser: StrictParser, path: str) -> dict[str, list[str]]:
     """A recipe's keys as flags, which are parsed once so that an error names the recipe. null sets a default."""
     recipe = translate(read_yaml(path, as_written=True), path)
     for key in recipe:
-        _check_known(key, parser.keys, path)
+        check_known(key, parser.keys, path)
+    if as_text(recipe.get("log_level")).lower() in _CHATTY:
+        logger.warning("%s: log_level: %s is left out; --log_level=%s counts", path, *[recipe.pop("log_level")] * 2)
     flags = {}
     for key, value in recipe.items():
         action = parser.action(key)
@@ -130,17 +155,14 @@ def _flags_of_recipe(parser: StrictParser, path: str) -> dict[str, list[str]]:
         if key in PATH_KEYS:
             value = expand_paths(value, f"{path}: {key}")
         flags[key] = _as_flags(key, _no_for_false(value, action))
-    parser.source = path
+    parser.recipe = path
     parser.parse_args(_flatten(flags))
-    parser.source = "command line"
     return flags
 
 
-def _flags_of_command_line(parser: StrictParser, overrides: Sequence[str]) -> dict[str, list[str]]:
-    known = [*parser.keys, *OLD_KEYS, *(option[2:] for option in parser._option_string_actions)]
-    given = _flags_to_dict(overrides)
+def _flags_of_command_line(parser: StrictParser, given: dict[str, list[str]]) -> dict[str, list[str]]:
     for key in given:
-        _check_known(key, known, "command line")
+        check_known(key, [*OLD_KEYS, *(option[2:] for option in parser._option_string_actions)])
     given = translate(given, "command line")
     return {
         key: _with_values(key, expand_paths(values, f"command line: {key}") if key in PATH_KEYS else values)
@@ -164,13 +186,6 @@ def _bool_or_auto(word: str) -> bool | str:
         raise argparse.ArgumentTypeError(f"true, false or auto; got {word!r}") from error
 
 
-def _check_known(key: str, known: Sequence[str], source: str) -> None:
-    if key not in known:
-        nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else "see --help for all keys"
-        raise UserError(f"{source}: unknown key {key!r}; {hint}")
-
-
 def _as_flags(key: str, value: Any) -> list[str]:
     """A YAML value as the flag that a user would type."""
     if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(item, dict) for item in value)):
@@ -178,21 +193,6 @@ def _as_flags(key: str, value: Any) -> list[str]:
     if isinstance(value, list):
         return [f"--{key}", *map(as_text, value)]
     return [f"--{key}={as_text(value)}"]
-
-
-def _flags_to_dict(flags: Sequence[str]) -> dict[str, list[str]]:
-    """`--a=1 --b 2 3 --c` to {"a": ["1"], "b": ["2", "3"], "c": []}."""
-    given: dict[str, list[str]] = {}
-    key = None
-    for flag in flags:
-        if flag.startswith("--"):
-            key, equals, value = flag[2:].partition("=")
-            given[key] = [value] if equals else []
-        elif key is None:
-            raise UserError(f"command line: {flag!r} belongs to no --key; write --key=value")
-        else:
-            given[key].append(flag)
-    return given
 
 
 def _flatten(flags: dict[str, list[str]]) -> list[str]:
