@@ -40,6 +40,7 @@ from alignment.models import adapter_and_quantization, model_init_kwargs
 from alignment.plan.show import show_plan
 from alignment.report.callback import ReportCallback
 from alignment.report.card import write_card
+from alignment.report.console import print_lines
 from nca_trainer import NCATrainer
 from trl_nca.checkpoints import RunStopped
 
@@ -132,6 +133,7 @@ def build_trainer(job: Job, trainer_class: type[NCATrainer]) -> NCATrainer:
         )
     except (OSError, ImportError, ValueError) as error:  # what upstream says of weights, packages and modules
         raise UserError(f"{policy.model_name_or_path}: cannot be trained with these settings: {error}") from error
+    print_lines(trainer)
     trainer.add_callback(ReportCallback(trainer))
     return trainer
 

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -77,8 +78,17 @@ def test_a_whole_run_and_what_it_leaves(recipe, data, capsys):
     assert printed.startswith("Loss: NCA, beta 0.1, alpha 0.2\n")
     assert "Global batch: 4 per device x 1 accumulation x 1 processes = 4 prompts a step" in printed
     assert "train: 24 of 24 rows kept" in printed
+    (line,) = re.findall("^step 2/6 .*", printed, re.M)
+    assert re.fullmatch(
+        r"step 2/6  loss 1\.\d{3}  margin [+-].*  acc \d\.\d\d  lr 8\.3e-03 .* tok/s  \d\d:\d\d left", line
+    )
+    assert re.search("^eval 6/6  loss 1.*  acc", printed, re.M)
+    assert "{'" not in printed and "train_runtime" not in printed
     for line in ("held-out score (95 %)", "difference (95 %)", "verdict", "mean length", "log p(best response)",
-                 "seconds", "peak memory", "files"):  # fmt: skip
+                 "seconds", "peak memory", "files",
+                 f"talk to it             python alignment-handbook/scripts/chat.py {out}",
+                 f"merge it               python alignment-handbook/scripts/merge.py {out} --output {out}-merged",
+    ):  # fmt: skip
         assert line in printed
     names = {path.name for path in out.iterdir()}
     assert {
@@ -142,9 +152,10 @@ def test_preference_losses(recipe, data, loss):
     assert losses(recipe.parent / "out")[0] == pytest.approx(start, abs=1e-5)
 
 
-def test_full_finetuning_writes_a_model(recipe):
+def test_full_finetuning_writes_a_model(recipe, capsys):
     reward(recipe, "--use_peft=false", "--max_steps=2", "--learning_rate=1e-4")
     assert (recipe.parent / "out" / "model.safetensors").exists()
+    assert "merge it" not in capsys.readouterr().out
 
 
 def test_qlora_on_a_cpu(recipe):

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import errno
+import functools
 import logging
 import os
 import signal
@@ -73,6 +74,8 @@ def run(main: Callable[[], None], exit_on_sigterm: bool = False) -> None:
         exit_on_sigterm: Whether SIGTERM ends the program with one line and exit code 143. (While a trainer trains it
             has a handler of its own, which saves a checkpoint and exits with 0.)
     """
+    if not sys.stderr.isatty():
+        _hide_bars()
     is_main = os.environ.get("RANK", "0") == "0"  # messages are printed once, not once a process
     logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.WARNING if is_main else logging.ERROR)
     # Notices of one upstream package to another about names that are to change; no user can act on them.
@@ -100,6 +103,25 @@ def run(main: Callable[[], None], exit_on_sigterm: bool = False) -> None:
             )
             sys.exit(1)
         raise
+
+
+def _hide_bars() -> None:
+    """Switches progress bars off, in modules that are imported and in those that will be.
+
+    For output that is no terminal: in a file, each bar is a line of thousands of characters.
+    """
+    if os.environ.get("TQDM_DISABLE"):
+        return
+    os.environ |= dict.fromkeys(
+        ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"), "1"
+    )
+    if "tqdm" in sys.modules:
+        bar = sys.modules["tqdm"].tqdm
+        bar.__init__ = functools.partialmethod(bar.__init__, disable=True)
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].disable_progress_bars()
+    if "transformers" in sys.modules:
+        sys.modules["transformers"].utils.logging.disable_progress_bar()
 
 
 def _exit_on_signal(number: int, frame: Any) -> NoReturn:

@@ -7,6 +7,7 @@ import numpy as np
 
 from alignment.errors import UserError
 from alignment.evaluation.held_out import compare_samples, prompt_means, verdict
+from alignment.report.console import next_steps
 from alignment.report.runs import Run, alarm
 
 
@@ -117,6 +118,7 @@ def final_table(results: dict[str, Any]) -> str:
         ("seconds", f"{results['seconds']:.0f}, {results['train']['train_runtime']:.0f} of them training"),
         ("peak memory", f"{results['peak_memory_gb']:.2f} GB"),
         ("files", results["output_dir"]),
+        *next_steps(results["output_dir"]),
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
