@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from transformers import PrinterCallback, ProgressCallback
 
+from alignment.report import console
 from alignment.report.console import ConsoleCallback, next_steps, print_lines
 from tests.conftest import ROOT
 from tests.trainers import make_trainer, reward_rows
@@ -41,6 +43,7 @@ def test_the_table_of_a_notebook_stays(tmp_path):
 def test_what_to_do_next(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert [name for name, _ in next_steps("runs/x")] == ["talk to it"]
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
     monkeypatch.chdir(tmp_path)
     for name in ("report.html", "adapter_config.json"):
         (tmp_path / name).touch()
@@ -50,6 +53,10 @@ def test_what_to_do_next(tmp_path, monkeypatch):
         ("talk to it", f"python {scripts}/chat.py {tmp_path}/"),
         ("merge it", f"python {scripts}/merge.py {tmp_path} --output {tmp_path}-merged"),
     ]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert next_steps(str(tmp_path))[1][1].startswith(os.path.relpath(sys.executable)), "it is not activated"
+    monkeypatch.setattr(console, "SCRIPTS", tmp_path)
+    assert next_steps(str(tmp_path))[1][1] == f"nca chat {tmp_path}", "it is installed, without the scripts"
 
 
 #: Bars of tqdm, transformers and datasets, imported before or after the script begins.

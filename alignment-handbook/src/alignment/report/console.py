@@ -4,6 +4,7 @@ Every logged number is in trainer_state.json, and goes to trackers, under the na
 """
 
 import os
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -139,9 +140,13 @@ def next_steps(output_dir: str) -> list[tuple[str, str]]:
         output_dir: The run's folder. What has no adapter is whole, and needs no merging.
     """
 
+    here = Path(sys.executable)
+    is_found = Path(shutil.which("python") or "").parent == here.parent  # the environment is activated
+
     def command(script: str) -> str:
         file = SCRIPTS / f"{script}.py"
-        return f"python {os.path.relpath(file)}" if file.is_file() else f"nca {script}"
+        python = "python" if is_found else os.path.relpath(here)
+        return f"{python} {os.path.relpath(file)}" if file.is_file() else f"nca {script}"
 
     steps = [("talk to it", f"{command('chat')} {output_dir}")]
     if (Path(output_dir) / "report.html").is_file():
