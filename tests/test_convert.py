@@ -145,13 +145,17 @@ def test_report_in_lines(tmp_path):
     text = summary("rows", report)
     for part in (
         "rows: 2 of 3 rows kept (dropped: not_json 1)",
-        "K: 3 (2)",
+        "  3 responses in 2 prompts; scores",
+        "within a prompt +- ",
         "from 0.1 to 0.9",
         "WARNING: alpha 0.0001",
     ):
         assert part in text
     many = report | {"k_histogram": {str(k): 1 for k in range(2, 40)}}
-    assert "K: 2 to 39;" in summary("rows", many)
+    assert "  2 to 39 responses a prompt; scores" in summary("rows", many)
+    assert "  2 responses in 7 prompts, 4 in 1, 10 in 3; scores" in summary(
+        "rows", report | {"k_histogram": {"10": 3, "2": 7, "4": 1}}
+    )
 
 
 def test_rows_that_a_template_would_lose_are_said_and_not_measured(tmp_path):

@@ -258,15 +258,13 @@ def summary(name: str, report: dict[str, Any]) -> str:
     fixed_by_reason = report.get("fixed_by_reason", report.get("mended_by_reason", {}))  # its name before
     fixed = ", ".join(f"{reason} {n}" for reason, n in fixed_by_reason.items())
     scores, lengths = report["scores"], report["lengths"]
-    ks = ", ".join(f"{k} ({n})" for k, n in report["k_histogram"].items())
-    ks = ks if len(report["k_histogram"]) <= 12 else _range(report["k_histogram"])
     correlation = scores["length_correlation"]
     lines = [
         f"{name}: {report['rows_kept']} of {report['rows_in']} rows kept (dropped: {reasons})"
         + (f"; fixed: {fixed}" if fixed else "")
         + f"; {report['responses']} responses",
-        f"  K: {ks}; scores {scores['mean']:.3g} "
-        f"+- {scores['std']:.2g}, in a row +- {scores['std_in_row']:.2g}, from {scores['min']:g} to {scores['max']:g}; "
+        f"  {_responses(report['k_histogram'])}; scores {scores['mean']:.3g} +- {scores['std']:.2g}, "
+        f"within a prompt +- {scores['std_in_row']:.2g}, from {scores['min']:g} to {scores['max']:g}; "
         f"rows with ties {scores['rows_with_ties']}; correlation with length "
         + ("none" if correlation is None else f"{correlation:+.2f}")
         + (f"; mean largest target {scores['mean_largest_target']:.2f}" if "alpha" in scores else ""),
@@ -282,6 +280,10 @@ def summary(name: str, report: dict[str, Any]) -> str:
     return "\n".join(lines + ([summary("eval", report["eval"])] if report.get("eval") else []))
 
 
-def _range(histogram: dict[str, int]) -> str:
-    ks = [int(k) for k in histogram]
-    return f"{min(ks)} to {max(ks)}"
+def _responses(histogram: dict[str, int]) -> str:
+    """`4 responses in 36 prompts, 5 in 73`; of many different numbers the smallest and the largest."""
+    ks = sorted(map(int, histogram))
+    if len(ks) > 12:
+        return f"{ks[0]} to {ks[-1]} responses a prompt"
+    first = [f"{k} responses in {histogram[str(k)]} prompts" for k in ks[:1]]
+    return ", ".join(first + [f"{k} in {histogram[str(k)]}" for k in ks[1:]]) or "no responses"
