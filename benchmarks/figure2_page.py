@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from alignment.files import write_text
-from alignment.report.figures import COLOURS, GREY, name_lines, tidy
+from alignment.report.axes import COLOURS, GREY, name_lines, tidy
 from alignment.report.runs import Run
 from benchmarks.claims import Estimate, claims, estimate, verdict
 

@@ -97,5 +97,5 @@ def forked_python(tmp_path_factory) -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def _no_reports(request, monkeypatch):
     """But in the tests of reports."""
-    if request.module.__name__ != "tests.test_html_report":
+    if request.module.__name__ not in ("tests.test_html_report", "tests.test_groups"):
         draw_nothing(monkeypatch.setattr)

@@ -1,13 +1,10 @@
 """The report on a run: made from the folder alone, one page that needs nothing else, and its alarm."""
 
-import base64
 import json
 import logging
 import re
 import runpy
 import sys
-from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,30 +13,15 @@ import yaml
 from alignment.data.report import Columns, describe
 from alignment.errors import UserError
 from alignment.report import callback
+from alignment.report.alarm import alarm
 from alignment.report.callback import ReportCallback, write_report
-from alignment.report.figures import draw_all
+from alignment.report.groups import group_runs
 from alignment.report.html import report_comparison, report_run
-from alignment.report.runs import Run, alarm, read_run, read_runs
-from alignment.report.tables import key_figures, runs_table
+from alignment.report.runs import Run, read_run
 from tests.conftest import ROOT
+from tests.reports import Page, history, write_run
 
 EVIL = "<script>alert('x')</script> & $x^{2$ <img src=https://example.org/a.png>"
-
-
-def history(best=0.02, steps=10):
-    """A line of training a step, an evaluation every other one; the best responses move by `best` a step."""
-    lines = []
-    for step in range(1, steps + 1):
-        reward, rest = best * step, (best - 0.03) * step
-        at = {"step": step, "epoch": step / 10}
-        metrics = {"loss": 1.38 - 0.01 * step, "rewards/chosen": reward, "rewards/rejected": rest,
-                   "rewards/margins": reward - rest, "rewards/accuracies": 0.7, "rewards/rank_0": reward,
-                   "rewards/rank_1": rest}  # fmt: skip
-        lines.append(at | metrics | {"learning_rate": 1e-3, "grad_norm": 2.0, "num_input_tokens_seen": 100 * step,
-                                     "train_runtime": 0.5 * step})  # fmt: skip
-        if step % 2 == 0:
-            lines.append(at | {f"eval_{key}": value for key, value in metrics.items()})
-    return lines
 
 
 @pytest.fixture
@@ -48,69 +30,41 @@ def folder(tmp_path):
     return write_run(tmp_path / "my-run")
 
 
-def write_run(folder, loss="NCA", best=0.02, **recipe):
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    columns = Columns(rng.random(40), rng.integers(5, 50, 40), rng.integers(5, 9, 10), np.full(10, 4), "tokens")
-    counts = {"rows_in": 10, "rows_kept": 10, "rows_dropped": 0, "dropped_by_reason": {}, "fixed_by_reason": {}}
-    recipe = {"model_name_or_path": "models/some-model", "loss_type": loss, "beta": 0.1, "alpha": 0.5} | recipe
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    files = {
-        "trainer_state.json": {"log_history": history(best)},
-        "plan.json": {"num_steps": 10, "global_batch_size": 4},
-        "data_report.json": counts | {"responses": 40} | describe(columns, 0.5),
-        "held_out.json": {"step": 10, "rewards/chosen": [best * 10 + 0.01, best * 10 - 0.01] * 3,
-                          "rewards/rejected": [0.0] * 6},
-        "train_results.json": {"seconds": 80.0, "train": {"train_runtime": 60.0}},
-        **{f"samples_{when}.json": [{"prompt": [{"role": "user", "content": f"Question {i}"}],
-                                     "samples": [f"Answer {i} {when}"], "scores": [0.5]} for i in range(5)]
-           for when in ("before", "after")},
-    }  # fmt: skip
-    for name, content in files.items():
-        (folder / name).write_text(json.dumps(content))
-    return folder
-
-
 @pytest.fixture
 def no_figures(monkeypatch):
     """Drawing takes time, and not all tests look at what is drawn."""
-    monkeypatch.setattr("alignment.report.html.draw_all", lambda runs, folder: [])
-
-
-class Page(HTMLParser):
-    """What a page holds: text, tags, and what its attributes point to."""
-
-    def __init__(self, file):
-        super().__init__()
-        self.text, self.tags, self.targets = "", [], []
-        self.feed(Path(file).read_text(encoding="utf-8"))
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.targets += [value for name, value in attrs if name in ("src", "href", "action", "data", "srcset")]
-
-    def handle_data(self, data):
-        self.text += data
+    monkeypatch.setattr("alignment.report.html.draw_all", lambda groups: [])
 
 
 def test_a_page_with_all_parts_from_the_folder_alone(folder):
     report_run(folder)
     page = Page(folder / "report.html")
     for part in ("my-run", "Finished, 80 s", "Answer 2 before", "Answer 2 after", "global_batch_size", "some-model",
-                 "train: 10 of 10 rows kept", "0.7 ", "+2.00"):  # fmt: skip
-        assert part.strip() in page.text, part
-    assert "Answer 3" not in page.text, "three prompts are shown"
+                 "train: 10 of 10 rows kept", "0.700", "+2.00"):  # fmt: skip
+        assert part in page.text, part
+    assert "Answer 9" in page.text
+    assert "Answer 10" not in page.text, "ten prompts are shown"
     assert "Alarm" not in page.text
     drawn = {file.stem for file in (folder / "figures").iterdir()}
     assert drawn == {"rewards", "margin", "ranks", "accuracy", "loss", "learning_rate", "grad_norm", "speed", "lengths",
                      "sampled_lengths", "scores", "responses"}  # fmt: skip
-    assert page.tags.count("img") == len(drawn)
+    assert page.tags.count("svg") == len(drawn)
     # It needs nothing else.
-    assert {target.partition(",")[0] for target in page.targets} == {"data:image/png;base64"}
-    assert all(base64.b64decode(target.partition(",")[2]).startswith(b"\x89PNG") for target in page.targets)
-    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert {target[0] for target in page.targets} == {"#"}, "marks of the figures themselves"
+    assert not {"script", "link", "iframe", "object", "img"} & set(page.tags)
     source = (folder / "report.html").read_text()
-    assert not re.search(r"https?://|file://|@import|url\(", source)
+    assert not re.search(r"https?://|file://|@import|url\((?!#)", source)
+    ids = re.findall(r' id="([^"]*)"', source)
+    assert len(ids) == len(set(ids)), "of two figures in one page"
+    assert {target[1:] for target in page.targets} <= set(ids)
+
+
+def test_each_point_says_what_it_is_and_the_start_is_drawn(folder):
+    report_run(folder)
+    titles = re.findall(r"<title>(.*?)</title>", (folder / "report.html").read_text())
+    for point in ("best, held-out, epoch 0: 0", "best, held-out, epoch 1: 0.2", "best, training, epoch 0.5: 0.1",
+                  "NCA, held-out, epoch 0: 0.5", "NCA, training, epoch 0: 1.386", "4 responses: 10 rows"):  # fmt: skip
+        assert point in titles, point
 
 
 def test_texts_of_data_and_recipes_are_never_markup(tmp_path):
@@ -125,7 +79,7 @@ def test_texts_of_data_and_recipes_are_never_markup(tmp_path):
     assert page.text.count(EVIL) == 6, "prompt, answer, warning, example, two keys"
     assert "script" not in page.tags
     other = write_run(tmp_path / "<b>", loss=f"$x^{{2$ {EVIL}")
-    report_comparison([read_run(folder), read_run(other)], tmp_path / "both.html")
+    report_comparison(group_runs([read_run(folder), read_run(other)]), tmp_path / "both.html")
     assert not {"script", "b"} & set(Page(tmp_path / "both.html").tags)
 
 
@@ -161,13 +115,26 @@ def test_the_alarm(rewards, fires):
     found = alarm(run)
     assert (found is not None) == fires
     if fires:
-        assert "by 2 +- 0.41 nats" in found, "the implicit reward over beta"
-        assert "4 held-out prompts, step 7" in found
+        assert "-2 +- 0.41 nats a response" in found.text, "the implicit reward over beta"
+        assert "4 held-out prompts, step 7" in found.text
+        assert found.is_large, "of an unknown likelihood"
+
+
+@pytest.mark.parametrize(("logps", "share", "is_large"), [(-52.0, "of 50 a response (4.0 %)", False),
+                                                         (-22.0, "of 20 a response (10.0 %)", True)])  # fmt: skip
+def test_the_alarm_is_in_proportion(logps, share, is_large):
+    lines = [{"step": 7, "epoch": 1, "eval_logps/chosen": logps, "eval_rewards/chosen": -0.2}]
+    run = Run(
+        "r", {"beta": 0.1, "loss_type": "NCA"}, lines, held_out={"step": 7, "rewards/chosen": [-0.2, -0.21, -0.19]}
+    )
+    found = alarm(run)
+    assert f"-2 +- 0.058 nats {share}" in found.text
+    assert found.is_large == is_large
 
 
 def test_the_alarm_goes_by_the_last_windows_where_nothing_is_held_out():
     falling = [{"step": s, "epoch": s, "rewards/chosen": 1.0 if s < 6 else -0.1 - 0.001 * s} for s in range(11)]
-    assert "the last 5 logged windows of training" in alarm(Run("r", {"beta": 0.1}, falling))
+    assert "the last 5 logged windows of training" in alarm(Run("r", {"beta": 0.1}, falling)).text
     rising = [{"step": s, "epoch": s, "rewards/chosen": -1.0 if s < 6 else 0.1 + 0.001 * s} for s in range(11)]
     assert alarm(Run("r", {"beta": 0.1}, rising)) is None
 
@@ -177,7 +144,7 @@ def test_the_alarm_is_on_the_page_and_in_the_log(tmp_path, caplog, no_figures):
     write_report(str(folder))
     assert "Alarm" in Page(folder / "report.html").text
     (line,) = [record.message for record in caplog.records]
-    assert line.startswith("!!! The likelihood of the best responses is below its start, by 5 +- ")
+    assert line.startswith("!!! The likelihood of the best responses is below its start: -5 +- ")
 
 
 def test_a_failure_to_draw_is_one_warning_line(folder, caplog, monkeypatch):
@@ -208,42 +175,15 @@ def test_the_evaluation_at_the_end_counts(folder):
     assert run.curve("eval_loss")[0].tolist() == [0.2, 0.4, 0.6, 0.8, 1.0, 1.2]
 
 
-def test_runs_side_by_side(tmp_path):
-    runs = [read_run(write_run(tmp_path / "one")), read_run(write_run(tmp_path / "two", loss="DPO", best=-0.05))]
-    table = runs_table(runs)
-    cells = {line.split("  ")[0]: re.split(r"\s{2,}", line)[1:] for line in table.splitlines()}
-    assert cells["run"] == ["one", "two"]
-    assert cells["loss"] == ["NCA", "DPO"]
-    assert cells["best"] == ["+0.2000", "-0.5000"]
-    assert cells["best (nats)"] == ["+2.00", "-5.00"]
-    assert cells["margin"] == ["+0.3000", "+0.3000"]
-    assert cells["tokens/s"] == ["200", "200"]
-    assert "ALARM, two: The likelihood" in table
-    assert "ALARM, one" not in table
-    report_comparison(runs, tmp_path / "new" / "page.html")
-    page = Page(tmp_path / "new" / "page.html")
-    assert page.tags.count("img") == 9
-    assert "Alarm, two" in page.text
-    assert "loss_type" in page.text, "what differs in the recipes"
-    assert "some-model" not in page.text.partition("What differs")[2], "and nothing else of them"
-
-
-def test_runs_in_folders_of_the_same_name_are_told_apart(tmp_path):
-    folders = [tmp_path / path for path in ("a/nca/seed-1", "a/dpo/seed-1", "b/nca/seed-1", "a/nca/seed-2")]
-    for folder in folders:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        write_run(folder)
-    assert [run.name for run in read_runs(folders)] == ["a/nca/seed-1", "dpo/seed-1", "b/nca/seed-1", "seed-2"]
-    assert {run.name for run in read_runs([folders[0]] * 2)} == {"/".join(folders[0].parts[1:])}
-
-
-def test_figures_of_runs_without_evaluations_and_ragged_ranks(tmp_path):
-    runs = [Run(name, {"beta": 0.1, "loss_type": "NCA"}, history()[:2]) for name in ("a", "b")]
-    runs[1].history[0] = runs[1].history[0] | {"rewards/rank_2": -0.5}
-    assert len(draw_all(runs, tmp_path)) == 9
-    assert key_figures(Run("a", {"beta": 0.1}, history()[:1]))["measured on"] == "training"
-    assert draw_all([Run("c", {"beta": 0.1}, [])], tmp_path) == []
-    assert not list(tmp_path.glob("loss.png")), "no figure of an earlier run is left"
+def test_no_figure_of_an_earlier_run_is_left(folder):
+    (folder / "figures").mkdir()
+    for name in ("best-of-mine", "sampled_lengths"):
+        (folder / "figures" / f"{name}.png").touch()
+    (folder / "samples_after.json").unlink()
+    (folder / "samples_before.json").unlink()
+    report_run(folder)
+    assert not (folder / "figures" / "sampled_lengths.png").exists()
+    assert (folder / "figures" / "best-of-mine.png").exists()
 
 
 def test_length_by_score_keeps_equal_scores_together():

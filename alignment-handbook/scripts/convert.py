@@ -16,7 +16,7 @@ from alignment.data.report import summary
 from alignment.errors import UserError
 from alignment.files import write_json
 from alignment.recipe.parse import StrictParser
-from alignment.report.figures import draw_data_report
+from alignment.report.data_figures import draw_data_report
 
 
 def main() -> None:

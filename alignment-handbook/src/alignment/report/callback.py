@@ -9,8 +9,9 @@ from trl import DPOTrainer
 
 from alignment import output
 from alignment.files import write_json
+from alignment.report.alarm import alarm
 from alignment.report.html import report_run
-from alignment.report.runs import HELD_OUT, alarm
+from alignment.report.runs import HELD_OUT
 
 logger = logging.getLogger(__name__)
 

@@ -1,26 +1,25 @@
-"""Reads a run from its output folder, finished or not: curves, settings, samples, and the alarm."""
+"""Reads a run from its output folder, finished or not: curves, settings and samples."""
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from alignment import output
 from alignment.errors import UserError
 from alignment.files import read_json
 from alignment.recipe import read_yaml
 from trl_nca.checkpoints import list_checkpoints
+from trl_nca.losses import LOSSES
 
 #: Implicit reward of each held-out prompt at the newest evaluation; see `report.callback`.
 HELD_OUT = "held_out.json"
-#: Alarm threshold, in standard errors below zero.
-_BEYOND_NOISE = 2.0
-#: Logged windows of training that are used where there are no held-out prompts.
-_WINDOWS = 5
+#: See `report.environment`.
+ENVIRONMENT = "environment.json"
 
 
 @dataclass
@@ -37,6 +36,7 @@ class Run:
         results: As in train_results.json; None until the run is finished.
         held_out: `step`, and of each held-out prompt at that step `rewards/chosen`, `rewards/rejected` and
             `rewards/accuracies`.
+        environment: As in environment.json, see `alignment.report.environment`.
     """
 
     name: str
@@ -48,6 +48,12 @@ class Run:
     after: list[dict[str, Any]] | None = None
     results: dict[str, Any] | None = None
     held_out: dict[str, Any] | None = None
+    environment: dict[str, Any] | None = None
+
+    @property
+    def loss(self) -> str:
+        """Name of the loss."""
+        return str(self.recipe.get("loss_type", "-"))
 
     @property
     def beta(self) -> float:
@@ -65,10 +71,39 @@ class Run:
         points = {entry[x]: entry[key] for entry in self.history if key in entry and x in entry}
         return np.array(list(points), dtype=float), np.array(list(points.values()), dtype=float)
 
+    def curve_from_start(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """The same with the value at step 0, where it is known and not logged."""
+        epochs, values = self.curve(key)
+        start = self.start(key)
+        if start is None or not len(epochs) or epochs[0] <= 0:
+            return epochs, values
+        return np.r_[0.0, epochs], np.r_[start, values]
+
+    def start(self, key: str) -> float | None:
+        """A logged number at step 0, where the policy is the reference; None where that does not decide it."""
+        name = key.removeprefix("eval_")
+        if name == "loss":
+            return start_loss(self, is_held_out=key != name)
+        if name == "rewards/accuracies":  # ties, which count a half
+            return 0.5
+        return 0.0 if name.startswith("rewards/") else None
+
     def last(self, key: str) -> float | None:
-        """A logged number's last value."""
+        """A logged number's last value; of an evaluation, that at the end of the run, once there is one."""
+        at_end = ((self.results or {}).get("eval") or {}).get(key)
         values = self.curve(key)[1]
+        if at_end is not None:
+            return float(at_end)
         return float(values[-1]) if len(values) else None
+
+    def start_of_best(self, part: str) -> float | None:
+        """Log-likelihood of a best response at the start, in nats. `part`: "eval_", or "" in training."""
+        logps, reward = self.last(f"{part}logps/chosen"), self.last(f"{part}rewards/chosen")
+        return None if logps is None or reward is None else logps - reward / self.beta
+
+    def of_prompts(self, name: str) -> np.ndarray:
+        """A number of each held-out prompt at the newest evaluation. Shape (prompts,), or (0,) without one."""
+        return np.array((self.held_out or {}).get(name, []), dtype=float)
 
     def speed(self) -> tuple[np.ndarray, np.ndarray]:
         """Tokens a second of each logged window, against the epoch it ends at."""
@@ -99,7 +134,8 @@ def read_run(folder: str | Path, history: list[dict[str, float]] | None = None) 
         raise UserError(f"{folder / output.STARTED}: has no beta; it is no resolved recipe of a run")
     results = _read(folder, output.FINISHED)
     history = _read_history(folder) if history is None else history
-    if results and results.get("eval"):  # the last evaluation comes after trainer_state.json
+    if results and results.get("eval") and not recipe.get("eval_prompts_in_training"):
+        # The last evaluation comes after trainer_state.json. Of other prompts it is no point of the same curve.
         history = [*history, {"step": max((entry["step"] for entry in history), default=0), **results["eval"]}]
     return Run(
         name=folder.resolve().name,
@@ -111,6 +147,7 @@ def read_run(folder: str | Path, history: list[dict[str, float]] | None = None) 
         after=_read(folder, "samples_after.json"),
         results=results,
         held_out=_read(folder, HELD_OUT),
+        environment=_read(folder, ENVIRONMENT),
     )
 
 
@@ -142,37 +179,21 @@ def _read_history(folder: Path) -> list[dict[str, float]]:
     return max(histories, key=len, default=[])
 
 
-def alarm(run: Run) -> str | None:
-    """A sentence, where the likelihood of the best responses has fallen below its start, beyond noise; else None.
-
-    The start is zero: the policy begins as the reference. Noise is two standard errors, over the held-out prompts of
-    the newest evaluation; without such, over the last windows of training that were logged.
-    """
-    values, what = _rewards_of_best(run)
-    if len(values) < 2:
+def start_loss(run: Run, is_held_out: bool) -> float | None:
+    """The mean loss at step 0, where all implicit rewards are 0; None where targets or unknown numbers decide it."""
+    report = run.data_report or {}
+    histogram = (report.get("eval") if is_held_out else report) or {}
+    counts, loss = histogram.get("k_histogram"), LOSSES.get(run.loss)
+    if not counts or loss is None:
         return None
-    mean, error = values.mean(), values.std(ddof=1) / math.sqrt(len(values))
-    if not mean + _BEYOND_NOISE * error < 0:  # NaN is no alarm of this kind
-        return None
-    advice = "Try a smaller learning_rate, or a larger beta"
-    if run.recipe.get("loss_type") != "NCA":
-        advice += "; NCA is the loss that is to keep it up"
-    return (
-        f"The likelihood of the best responses is below its start, by {-mean / run.beta:.3g} +- {error / run.beta:.2g} "
-        f"nats a response (implicit reward {mean:.3g}, beta {run.beta:g}; {what}). {advice}."
-    )
-
-
-def _rewards_of_best(run: Run) -> tuple[np.ndarray, str]:
-    """Implicit rewards of the best responses, by prompt or by window, and what they are of."""
-    held_out = np.array(run.held_out["rewards/chosen"] if run.held_out else [], dtype=float)
-    if len(held_out):
-        return held_out, f"{len(held_out)} held-out prompts, step {run.held_out['step']}"
-    windows = run.curve("rewards/chosen")[1][-_WINDOWS:]
-    return windows, f"the last {len(windows)} logged windows of training, step {run.step}"
-
-
-def label(run: Run, runs: Sequence[Run]) -> str:
-    """The shortest name that tells a run from the others: its loss, where that does."""
-    losses = [str(other.recipe.get("loss_type")) for other in runs]
-    return str(run.recipe.get("loss_type")) if len(set(losses)) == len(losses) else run.name
+    total = 0.0
+    for k, num_rows in counts.items():
+        rewards, one_hot = torch.zeros(1, int(k)), torch.eye(int(k))[:1]
+        try:
+            values = [float(loss(rewards, targets)) for targets in (one_hot, torch.full_like(rewards, 1 / int(k)))]
+        except (TypeError, ValueError):  # a loss of pairs on more responses, or one that takes more than these
+            return None
+        if abs(values[0] - values[1]) > 1e-5:
+            return None
+        total += num_rows * values[0]
+    return total / sum(counts.values())

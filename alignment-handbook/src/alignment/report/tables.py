@@ -1,4 +1,4 @@
-"""Tables of a run, of rounds, and of runs side by side: results, intervals, cost."""
+"""Tables of a run, of rounds, and of groups of runs side by side: results, intervals, cost."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,8 +7,10 @@ import numpy as np
 
 from alignment.errors import UserError
 from alignment.evaluation.held_out import compare_samples, prompt_means, verdict
+from alignment.report.alarm import alarm
 from alignment.report.console import next_steps
-from alignment.report.runs import Run, alarm
+from alignment.report.groups import MEASURES, Group, held_out_rows, warnings
+from alignment.report.runs import Run
 
 
 def rounds_table(rounds: list[list[dict[str, Any]]]) -> str:
@@ -43,45 +45,80 @@ def _aligned(table: Sequence[Sequence[str]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def key_figures(run: Run) -> dict[str, str]:
-    """The most important numbers of a run; "-" where there is none (yet).
+def run_rows(run: Run) -> list[tuple[str, str, str]]:
+    """The numbers of a run as rows of name with unit, value at the start, and value at the end; "-" where none is.
 
     Losses and rewards are those of the newest evaluation; without held-out rows, of the last logged window of training,
-    and the row `measured on` says so.
+    and the first row says so.
     """
     part = "" if run.last("eval_loss") is None else "eval_"
-    best, rates = run.last(f"{part}rewards/chosen"), run.speed()[1]
+    best, start, rates = run.last(f"{part}rewards/chosen"), run.start_of_best(part), run.speed()[1]
     training = (run.results or {}).get("train") or {}
+    before, after = (float(np.nanmean(prompt_means(rows))) if rows else None for rows in (run.before, run.after))
 
-    samples = [np.nanmean(prompt_means(scored)) for scored in (run.before, run.after) if scored]
+    def row(name: str, key: str, form: str) -> tuple[str, str, str]:
+        return name, _number(run.start(part + key), form), _number(run.last(part + key), form)
 
-    def number(key: str, form: str) -> str:
-        value = run.last(part + key)
-        return "-" if value is None else format(value, form)
-
-    return {
-        "loss": str(run.recipe.get("loss_type", "-")),
-        "beta": f"{run.beta:g}",
-        "alpha": f"{run.recipe['alpha']:g}" if "alpha" in run.recipe else "-",
-        "steps": f"{run.step} of {run.plan.get('num_steps') or '?'}",
-        "measured on": "held-out" if part else "training",
-        "loss value": number("loss", ".4f"),
-        "best (nats)": "-" if best is None else f"{best / run.beta:+.2f}",
-        "best": number("rewards/chosen", "+.4f"),
-        "others": number("rewards/rejected", "+.4f"),
-        "margin": number("rewards/margins", "+.4f"),
-        "accuracy": number("rewards/accuracies", ".3f"),
-        "score of samples": " -> ".join(f"{mean:.3f}" for mean in samples) or "-",
-        "tokens/s": f"{np.median(rates):.0f}" if len(rates) else "-",
-        "training (s)": f"{training['train_runtime']:.0f}" if "train_runtime" in training else "-",
-    }
+    return [
+        ("measured on", "", held_out_rows(run) if part else "training"),
+        ("score of samples", _number(before, ".3f"), _number(after, ".3f")),
+        row("accuracy (share of the others)", "rewards/accuracies", ".3f"),
+        row("loss (nats a prompt)", "loss", ".4f"),
+        ("log p of the best (nats)", _number(start, ".2f"), _number(run.last(f"{part}logps/chosen"), ".2f")),
+        ("best, against the start (nats)", "0", _number(None if best is None else best / run.beta, "+.2f")),
+        row("best (implicit reward)", "rewards/chosen", "+.4f"),
+        row("others (implicit reward)", "rewards/rejected", "+.4f"),
+        row("margin (implicit reward)", "rewards/margins", "+.4f"),
+        ("steps", "", f"{run.step} of {run.plan.get('num_steps') or '?'}"),
+        ("speed (tokens/s)", "", f"{np.median(rates):.0f}" if len(rates) else "-"),
+        ("training (s)", "", f"{training['train_runtime']:.0f}" if "train_runtime" in training else "-"),
+    ]
 
 
-def runs_table(runs: Sequence[Run]) -> str:
-    """Runs side by side, a column each, and a line for each alarm."""
-    figures = [key_figures(run) for run in runs]
-    table = [["run", *(run.name for run in runs)], *([name, *(f[name] for f in figures)] for name in figures[0])]
-    lines = [_aligned(table), *(f"ALARM, {run.name}: {found}" for run in runs if (found := alarm(run)))]
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def group_rows(groups: Sequence[Group]) -> list[list[str]]:
+    """Groups side by side: a head with the units, and a row each of their numbers with 95 % intervals.
+
+    Of groups of several kinds of loss, its value is left out: they are different quantities.
+    """
+    names = [name for name in MEASURES if any(group.estimate(name) for group in groups)]
+    if len({group.runs[0].loss for group in groups}) > 1:
+        names = [name for name in names if not name.startswith("loss")]
+    rows = [["", "runs", *names, "speed (tokens/s)", "held-out"]]
+    for group in groups:
+        estimates = [(group.estimate(name), MEASURES[name]) for name in names]
+        rates = [float(np.median(rates)) for run in group.runs if len(rates := run.speed()[1])]
+        held_out = dict.fromkeys(held_out_rows(run) for run in group.runs)
+        numbers = ["-" if found is None else found.text(form) for found, form in estimates]
+        speed = f"{np.mean(rates):.0f}" if rates else "-"
+        rows.append([group.name, str(len(group.runs)), *numbers, speed, " / ".join(held_out)])
+    return rows
+
+
+def group_alarms(groups: Sequence[Group]) -> list[tuple[str, str, bool]]:
+    """A line for each group with an alarm: its name, the worst of its runs' in words, and whether that is large."""
+    lines = []
+    for group in groups:
+        found = [one for run in group.runs if (one := alarm(run))]
+        if found:
+            worst = max(found, key=lambda one: one.nats)
+            of = f", the worst of {len(found)} in {len(group.runs)} runs" if len(group.runs) > 1 else ""
+            lines.append((group.name, f"best responses {worst.size}{of}", worst.is_large))
+    return lines
+
+
+def runs_table(groups: Sequence[Group]) -> str:
+    """A single run's numbers, or groups side by side, with a line for each alarm and for what cannot be compared."""
+    if len(groups) == len(groups[0].runs) == 1:
+        (run,) = groups[0].runs
+        found = alarm(run)
+        lines = [_aligned([(run.name, "start", "end"), *run_rows(run)]), *([f"ALARM: {found}"] if found else [])]
+    else:
+        alarms = (f"ALARM, {name}: {found}" for name, found, _ in group_alarms(groups))
+        lines = [_aligned(group_rows(groups)), *warnings(groups), *alarms]
     return "\n".join(lines)
 
 

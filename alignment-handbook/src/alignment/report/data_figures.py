@@ -1,0 +1,90 @@
+"""Figures of data and of samples: scores, responses a row, and length against score."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from alignment.report.axes import COLOURS, GREY, mark, say, tidy
+from alignment.report.groups import Group
+
+_COLOUR = COLOURS[0]
+
+
+def draw_scores(axes: Axes, report: dict[str, Any]) -> None:
+    """The distribution of the scores in a data report."""
+    histogram = report["scores"]["histogram"]
+    edges = histogram["edges"]
+    widths = np.diff(edges)
+    bars = axes.bar(edges[:-1], histogram["counts"], width=widths, align="edge", color=_COLOUR, linewidth=0)
+    for bar, low, high, count in zip(bars, edges, edges[1:], histogram["counts"], strict=False):
+        mark(bar, [f"score {low:.3g} to {high:.3g}: {count} responses"])
+    axes.set(xlabel="score", ylabel="responses")
+
+
+def draw_ks(axes: Axes, report: dict[str, Any]) -> None:
+    """The rows by number of responses in a data report."""
+    histogram = report["k_histogram"]
+    for bar, (k, count) in zip(axes.bar([*histogram], [*histogram.values()], color=_COLOUR), histogram.items(),
+                               strict=True):  # fmt: skip
+        mark(bar, [f"{k} responses: {count} rows"])
+    axes.set(xlabel="responses in a row", ylabel="rows")
+
+
+def draw_data_report(report: dict[str, Any], file: Path) -> None:
+    """Draws the scores and the rows by K of a data report, without a run, as a PNG."""
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    for axes, draw_part in zip(figure.subplots(1, 2), (draw_scores, draw_ks), strict=True):
+        tidy(axes)
+        draw_part(axes, report)
+    figure.savefig(file, dpi=150)
+
+
+def of_data(draw: Callable[[Axes, dict[str, Any]], None]) -> Callable[[Axes, Sequence[Group]], None]:
+    """The same of a run, where it has a data report."""
+
+    def draw_if_there(axes: Axes, groups: Sequence[Group]) -> None:
+        report = groups[0].runs[0].data_report
+        if report:
+            draw(axes, report)
+
+    return draw_if_there
+
+
+def lengths(axes: Axes, groups: Sequence[Group]) -> None:
+    """The length of training responses by their score: a reward that likes long answers shows here."""
+    report = groups[0].runs[0].data_report or {}
+    bins = report.get("scores", {}).get("length_by_score")
+    if not bins:
+        return
+    unit = report["lengths"]["unit"]
+    axes.plot(bins["score"], bins["length"], color=_COLOUR, marker="o", markersize=4, linewidth=1.2)
+    pairs = zip(bins["score"], bins["length"], strict=True)
+    texts = [f"score {score:.3g}: {length:.1f} {unit}" for score, length in pairs]
+    say(axes, np.array(bins["score"]), np.array(bins["length"]), texts)
+    axes.set_ylim(bottom=0)
+    axes.set(xlabel="score", ylabel=f"mean length ({unit})")
+    correlation = report["scores"].get("length_correlation")
+    if correlation is not None:
+        title = f"correlation inside a row: {correlation:+.2f}"
+        axes.set_title(title, fontsize=9, color=GREY, loc="left")
+
+
+def sampled_lengths(axes: Axes, groups: Sequence[Group]) -> None:
+    """Score and length of each sampled answer, before and after training."""
+    (run,) = groups[0].runs
+    for name, colour, marker, rows in (("before", GREY, "o", run.before), ("after", _COLOUR, "^", run.after)):
+        pairs = [pair for row in rows or [] for pair in zip(row["scores"], row["samples"], strict=True)]
+        points = [(score, len(text.split())) for score, text in pairs if score is not None]
+        if points:
+            scores, words = zip(*points, strict=True)
+            dots = axes.scatter(scores, words, s=16, color=colour, marker=marker, alpha=0.5, linewidths=0, label=name)
+            mark(dots, [f"{name}: score {score:.3g}, {count} words" for score, count in points])
+    if not axes.collections:
+        return
+    axes.legend(frameon=False, fontsize=9, ncols=2, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
+    axes.set_ylim(bottom=0)
+    axes.set(xlabel="score of a sampled answer", ylabel="length (words)")

@@ -1,0 +1,156 @@
+"""Sets of runs side by side: groups over seeds, their numbers, and figures that stay readable."""
+
+import csv
+import re
+import runpy
+import sys
+
+import numpy as np
+import pytest
+
+from alignment.report.axes import name_lines, new_axes, style
+from alignment.report.figures import draw_all, save_all
+from alignment.report.groups import group_runs, warnings
+from alignment.report.html import report_comparison
+from alignment.report.runs import Run, read_run, read_runs
+from alignment.report.tables import run_rows, runs_table
+from tests.conftest import ROOT
+from tests.reports import Page, history, write_run
+
+
+def test_runs_side_by_side(tmp_path):
+    runs = [read_run(write_run(tmp_path / "one")), read_run(write_run(tmp_path / "two", loss="DPO", best=-0.05))]
+    groups = group_runs(runs)
+    table = runs_table(groups)
+    head, *rows = [re.split(r"\s{2,}", line) for line in table.splitlines()]
+    cells = [dict(zip(head[1:], row[1:], strict=True)) for row in rows[:2]]
+    assert [row[0] for row in rows[:2]] == ["NCA", "DPO"]
+    assert [row["accuracy (share)"] for row in cells] == ["0.700", "0.700"]
+    assert [row["best (nats)"] for row in cells] == ["+2.00 [+1.93, +2.07]", "-5.00 [-5.07, -4.93]"]
+    assert [row["speed (tokens/s)"] for row in cells] == ["200", "200"]
+    assert not [name for name in head if "loss" in name], "two losses are no quantity to compare"
+    assert "ALARM, DPO: best responses -5 +- " in table
+    assert "ALARM, NCA" not in table
+    report_comparison(groups, tmp_path / "new" / "page.html")
+    page = Page(tmp_path / "new" / "page.html")
+    assert page.tags.count("figure") == 8
+    assert "Alarm, DPO" in page.text
+    assert "loss_type" in page.text, "what differs in the recipes"
+    assert "some-model" not in page.text.partition("What differs")[2], "and nothing else of them"
+
+
+def seeds(folder, losses=("NCA", "DPO"), num_seeds=3, **recipe):
+    """Runs of each loss and seed."""
+    rng = np.random.default_rng(0)
+    return [
+        read_run(write_run(folder / f"{loss}-seed{seed}", loss, 0.02 + 0.01 * rng.random(), seed=seed,
+                           output_dir=f"runs/{loss}-{seed}", **recipe))
+        for loss in losses for seed in range(num_seeds)
+    ]  # fmt: skip
+
+
+def test_runs_that_differ_in_their_seed_are_one_group(tmp_path):
+    groups = group_runs(seeds(tmp_path))
+    assert [(group.name, len(group.runs)) for group in groups] == [("NCA", 3), ("DPO", 3)]
+    means = np.array([run.of_prompts("rewards/chosen").mean() / 0.1 for run in groups[0].runs])
+    found = groups[0].estimate("best (nats)")
+    assert found.mean == pytest.approx(means.mean())
+    assert found.high - found.mean == pytest.approx(4.303 * means.std(ddof=1) / np.sqrt(3)), "Student's t, two degrees"
+    epochs, values = groups[0].curve("eval_rewards/chosen")
+    assert epochs.tolist() == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    assert values.shape == (3, 6)
+    report_comparison(groups, tmp_path / "page.html")
+    assert "over 3 runs" in (tmp_path / "page.html").read_text()
+    groups[0].runs[0].history = [line for line in groups[0].runs[0].history if line["step"] <= 4]
+    assert groups[0].curve("loss")[0].tolist() == [0, 0.1, 0.2, 0.3, 0.4], "what all runs have"
+
+
+def test_names_of_groups_are_what_differs(tmp_path):
+    def names(**keys):
+        recipes = [
+            {"loss_type": "NCA", "seed": i, **{key: values[i] for key, values in keys.items()}} for i in range(3)
+        ]
+        runs = [Run(f"sweep/{i}", {"beta": 0.1} | recipe, []) for i, recipe in enumerate(recipes)]
+        return [group.name for group in group_runs(runs)]
+
+    assert names() == ["NCA"]
+    assert names(learning_rate=[1, 2, 3]) == ["learning_rate 1", "learning_rate 2", "learning_rate 3"]
+    assert names(loss_type=["NCA", "NCA", "DPO"], alpha=[1, 2, 2]) == ["NCA, alpha 1", "NCA, alpha 2", "DPO, alpha 2"]
+    assert names(a=[1, 2, 2], b=[1, 2, 3], c=[1, 2, 3]) == ["sweep/0", "sweep/1", "sweep/2"]
+
+
+def test_twenty_groups_stay_readable(tmp_path):
+    looks = [style(i) for i in range(20)]
+    assert len(set(looks)) == 20
+    runs = [Run(f"a-name-of-a-run-that-is-long-{i}", {"beta": 0.1, "loss_type": "NCA", "lr": i}, history()[:6])
+            for i in range(20)]  # fmt: skip
+    groups = group_runs(runs)
+    drawn = {figure.name: figure.axes for figure in draw_all(groups)}
+    low, high = drawn["accuracy"].get_ylim()
+    assert 0 <= low < high <= 1, "names and margins never push an axis out of its range"
+    assert not drawn["margin"].texts, "no names at the ends"
+    report_comparison(groups, tmp_path / "page.html")
+    source = (tmp_path / "page.html").read_text()
+    assert all(f"</svg>lr {i}</th>" in source and f"</svg>lr {i}</li>" in source for i in range(20)), "table and legend"
+    (drawn, *_) = draw_all(groups)
+    save_all([drawn], tmp_path, [group.name for group in groups], "svg")
+    names = [text.get_text() for text in drawn.axes.get_legend().get_texts()]
+    assert names == [f"lr {i}" for i in range(20)], "a file stands alone"
+
+
+def test_names_at_the_ends_of_lines_stay_inside_and_apart():
+    axes = new_axes()
+    axes.plot([0, 1], [0, 1])
+    axes.set_ylim(0, 1)
+    name_lines(axes, [(1, 0.99, f"name {i}", "#000000") for i in range(6)])
+    places = sorted(text.xy[1] for text in axes.texts)
+    assert axes.get_ylim() == (0, 1)
+    assert places[-1] <= 1
+    assert min(np.diff(places)) > 0.07
+
+
+def test_other_held_out_rows_are_warned_of(tmp_path):
+    runs = seeds(tmp_path, num_seeds=1)
+    for run, mean in zip(runs, (0.5, 0.5), strict=True):
+        run.data_report = run.data_report | {"eval": {"rows_kept": 55, "k_histogram": {"4": 9, "6": 2},
+                                                      "scores": {"mean": mean}}}  # fmt: skip
+    assert warnings(group_runs(runs)) == []
+    runs[1].data_report["eval"]["k_histogram"] = {"2": 11}
+    (warning,) = warnings(group_runs(runs))
+    assert "55 prompts, K 4-6 (NCA); 55 prompts, K 2 (DPO)" in warning
+    assert warning in runs_table(group_runs(runs))
+
+
+def test_figures_and_numbers_for_a_paper(tmp_path, capsys, monkeypatch):
+    seeds(tmp_path)
+    folders = [*map(str, sorted(tmp_path.glob("*seed*")))]
+    monkeypatch.setattr(sys, "argv", ["report.py", *folders, "--figures", str(tmp_path / "f"), "--format", "pdf"])
+    runpy.run_path(str(ROOT / "alignment-handbook/scripts/report.py"), run_name="__main__")
+    assert (tmp_path / "f" / "margin.pdf").read_bytes().startswith(b"%PDF")
+    with open(tmp_path / "f" / "numbers.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 6 * 10
+    assert rows[1]["run"], rows[1]["step"] == ("DPO-seed0", "2")
+    assert float(rows[1]["eval_rewards/margins"]) == pytest.approx(0.06)
+    with open(tmp_path / "f" / "groups.csv", newline="") as file:
+        numbers = {(row["group"], row["number"]): row for row in csv.DictReader(file)}
+    assert float(numbers["NCA", "accuracy (share)"]["mean"]) == pytest.approx(0.7)
+    assert numbers["NCA", "best (nats)"]["runs"] == "3"
+
+
+def test_runs_in_folders_of_the_same_name_are_told_apart(tmp_path):
+    folders = [tmp_path / path for path in ("a/nca/seed-1", "a/dpo/seed-1", "b/nca/seed-1", "a/nca/seed-2")]
+    for folder in folders:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        write_run(folder)
+    assert [run.name for run in read_runs(folders)] == ["a/nca/seed-1", "dpo/seed-1", "b/nca/seed-1", "seed-2"]
+    assert {run.name for run in read_runs([folders[0]] * 2)} == {"/".join(folders[0].parts[1:])}
+
+
+def test_figures_of_runs_without_evaluations_and_ragged_ranks(tmp_path):
+    runs = [Run(name, {"beta": 0.1, "loss_type": "NCA"}, history()[:2]) for name in ("a", "b")]
+    runs[1].history[0] = runs[1].history[0] | {"rewards/rank_2": -0.5}
+    runs[1].recipe["alpha"] = 0.2
+    assert len(draw_all(group_runs(runs))) == 9
+    assert run_rows(Run("a", {"beta": 0.1}, history()[:1]))[0] == ("measured on", "", "training")
+    assert draw_all(group_runs([Run("c", {"beta": 0.1}, [])])) == []
