@@ -94,8 +94,11 @@ def forked_python(tmp_path_factory) -> Iterator[str]:
         server.terminate()
 
 
+REPORTS = ("tests.test_html_report", "tests.test_groups", "tests.test_report_callback")
+
+
 @pytest.fixture(autouse=True)
 def _no_reports(request, monkeypatch):
     """But in the tests of reports."""
-    if request.module.__name__ not in ("tests.test_html_report", "tests.test_groups"):
+    if request.module.__name__ not in REPORTS:
         draw_nothing(monkeypatch.setattr)

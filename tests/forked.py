@@ -39,7 +39,7 @@ def draw_nothing(replace: Callable[..., None] = setattr) -> None:
     """Runs write no report from here on: drawing one takes longer than a tiny run."""
     for module in ("alignment.report.callback", "alignment.job"):
         if module in sys.modules:
-            replace(sys.modules[module], "write_report", lambda *args: None)
+            replace(sys.modules[module], "write_report", lambda *args, **settings: None)
 
 
 def run_as_main(argv: list[str]) -> None:

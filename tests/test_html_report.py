@@ -8,13 +8,11 @@ import sys
 
 import numpy as np
 import pytest
-import yaml
 
 from alignment.data.report import Columns, describe
 from alignment.errors import UserError
-from alignment.report import callback
 from alignment.report.alarm import alarm
-from alignment.report.callback import ReportCallback, write_report
+from alignment.report.callback import write_report
 from alignment.report.groups import group_runs
 from alignment.report.html import report_comparison, report_run
 from alignment.report.runs import Run, read_run
@@ -229,42 +227,3 @@ def test_the_script(folder, tmp_path, capsys, no_figures, monkeypatch):
         assert ended.value.code == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ")
-
-
-def test_a_report_is_written_at_each_evaluation(tmp_path, tiny_model, monkeypatch):
-    from nca_trainer import NCATrainer
-    from run_reward import align
-
-    steps = []
-    draw = callback.write_report
-    monkeypatch.setattr(
-        callback, "write_report", lambda out, lines=None: (steps.append(lines[-1]["step"]), draw(out, lines))
-    )
-    rows = [{"prompt": f"Name {i}", "responses": ["Paris is", "Rome"], "scores": [1.0, 0.5]} for i in range(8)]
-    for name, part in (("train", rows[:5]), ("eval", rows[5:])):
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)))
-    recipe = {"model_name_or_path": tiny_model, "train_file": str(tmp_path / "train.jsonl"), "beta": 0.1,
-              "eval_file": str(tmp_path / "eval.jsonl"), "output_dir": str(tmp_path / "out"), "max_steps": 4,
-              "eval_strategy": "steps", "eval_steps": 2, "report_to": "none", "save_strategy": "no",
-              "per_device_eval_batch_size": 2, "disable_tqdm": True}  # fmt: skip
-    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
-    align([str(tmp_path / "r.yaml"), "--use_peft=true", "--lora_target_modules=q_proj"], NCATrainer)
-    assert steps == [2, 4], "at each evaluation, before trainer_state.json is there"
-    run = read_run(tmp_path / "out")
-    assert run.held_out["step"] == 4
-    assert len(run.curve("eval_loss")[0]) == 2, "the evaluation at the end repeats that of the last step"
-    assert len(run.held_out["rewards/chosen"]) == 3, "each held-out prompt once"
-    assert np.mean(run.held_out["rewards/chosen"]) == pytest.approx(run.results["eval"]["eval_rewards/chosen"])
-    assert "Finished" in Page(tmp_path / "out" / "report.html").text, "and at the end"
-
-
-def test_without_held_out_rows_checkpoints_are_reported(folder, no_figures):
-    from types import SimpleNamespace
-
-    (folder / "held_out.json").unlink()
-    seen = ReportCallback(SimpleNamespace(eval_metrics={}))
-    state = SimpleNamespace(is_world_process_zero=True, log_history=history())
-    for strategy, written in (("steps", False), ("no", True)):
-        seen.on_train_begin()
-        seen.on_save(SimpleNamespace(output_dir=str(folder), eval_strategy=strategy), state, None)
-        assert (folder / "report.html").exists() == written

@@ -24,7 +24,10 @@ from alignment.plan.checkpointing import Checkpointing, decide
 from alignment.plan.compatibility import check_layout
 from alignment.plan.steps import Plan, plan_run, set_global_batch
 from alignment.report.callback import write_report
+from alignment.report.environment import describe_environment
+from alignment.report.runs import ENVIRONMENT
 from alignment.report.tables import final_table
+from alignment.report.trackers import send
 from alignment.sampling.reward_function import RewardFunction, load_reward_function
 
 logger = logging.getLogger(__name__)
@@ -99,6 +102,8 @@ def start_output(job: Job) -> None:
             plan["gradient_checkpointing"] = job.checkpointing.as_dict()
         notes = [str(job.checkpointing)] if job.checkpointing else []
         output.start(args.output_dir, args.recipe, plan, job.data_report, overwrite, notes)
+        environment = describe_environment(args.device, args.world_size)
+        write_json(Path(args.output_dir) / ENVIRONMENT, environment | {"given": sorted(job.configs.run.given)})
 
 
 def sample_held_out(job: Job, trainer: DPOTrainer, when: str) -> list[dict[str, Any]] | None:
@@ -140,3 +145,8 @@ def write_results(trainer: DPOTrainer, results: dict[str, Any]) -> None:
         write_report(trainer.args.output_dir)
         trainer.create_model_card()
         print("\n" + final_table(results))
+        if samples := results["samples"]:
+            low, high = samples["score_after_interval"]
+            send(
+                trainer, {"samples/score": samples["score_after"], "samples/score_low": low, "samples/score_high": high}
+            )

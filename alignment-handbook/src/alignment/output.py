@@ -25,7 +25,7 @@ FINISHED = "train_results.json"
 STARTED = "recipe.yaml"
 _WRITTEN = (
     f"{STARTED} plan.json data_report.json samples_before.json samples_after.json trainer_state.json eval_results.json "
-    f"{FINISHED} held_out.json report.html README.md"
+    f"{FINISHED} held_out.json environment.json report.html README.md"
 ).split()
 
 
@@ -160,6 +160,8 @@ def start(
             shutil.rmtree(checkpoint)
         for name in _WRITTEN:
             (folder / name).unlink(missing_ok=True)
+        for events in folder.glob("runs/*/events.out.tfevents.*"):  # TensorBoard would draw both runs as one
+            events.unlink()
         shutil.rmtree(folder / "figures", ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "plan.json", plan)

@@ -1,5 +1,6 @@
 """The training arguments."""
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +36,9 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
 #: Keys of `gradient_checkpointing_kwargs` that transformers 5 takes out itself. trl 1.16 does not, when it switches
 #: checkpointing on again, and the layers are then handed them.
 _LOST_KWARGS = ("every_n_layers", "offload")
+
+# Notices of transformers to TRL, which sets and calls what gets another name in version 6: no user can act on them.
+warnings.filterwarnings("ignore", r"`\w*gradient_checkpointing\w*` is deprecated", FutureWarning)
 
 
 @dataclass
