@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, TrainerCallback
 from trl import DPOTrainer
-from trl.models import prepare_deepspeed
 
 from trl_nca import paper
 from trl_nca.adapter_reference import AdapterReference
@@ -28,7 +27,7 @@ from trl_nca.chunks import NumForwards, count_forwards, logps_for_training, logp
 from trl_nca.collate import GroupCollator
 from trl_nca.columns import checked_rows, is_tokenized, scored_pairs, scored_responses, tokenized_rows, with_locations
 from trl_nca.config import NCAConfig
-from trl_nca.distributed import most_forwards, no_sync
+from trl_nca.distributed import most_forwards, no_sync, policy_as_reference
 from trl_nca.layers import cast_adapter_to_float32, keep_4bit_weights
 from trl_nca.logps import Batch, prepare, response_logps
 from trl_nca.losses import LOSSES, SEPARABLE, reward_targets
@@ -152,9 +151,7 @@ class NCATrainer(AtomicCheckpoints, DPOTrainer):
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         if self.args.max_tokens_per_forward and not self.args.precompute_ref_batch_size:
             batch_size = max(batch_size, 32)  # rows to fill forwards with: their tokens are bounded anyway
-        model = self.ref_model or self.model
-        if self.ref_model is None and self.is_deepspeed_enabled:  # the Trainer has not made its engine yet
-            model = self._precompute_engine = self._precompute_engine or prepare_deepspeed(self.model, self.accelerator)
+        model = self.ref_model or policy_as_reference(self)
 
         def score(rows: list[dict[str, Any]]) -> list[list[float]]:
             batch = self._prepare_inputs(self.data_collator(rows))

@@ -34,9 +34,9 @@ from alignment.data.prepare import describe_group
 from alignment.data.report import summary
 from alignment.errors import UserError
 from alignment.evaluation.held_out import compare_samples
-from alignment.job import Job, prepare_job, sample_held_out, start_output, write_results
+from alignment.job import Job, model_arguments, prepare_job, sample_held_out, start_output, write_results
 from alignment.launch import peak_memory_gb
-from alignment.models import adapter_and_quantization, model_init_kwargs
+from alignment.models import model_init_kwargs
 from alignment.plan.show import show_plan
 from alignment.report.callback import ReportCallback
 from alignment.report.card import write_card
@@ -124,12 +124,11 @@ def build_trainer(job: Job, trainer_class: type[NCATrainer]) -> NCATrainer:
 
     try:
         trainer = Trainer(
-            model=policy.model_name_or_path,
             args=args,
             train_dataset=job.rows["train"],
             eval_dataset=job.rows.get("eval"),
             processing_class=job.tokenizer,
-            **adapter_and_quantization(policy),
+            **model_arguments(policy, args),
         )
     except (OSError, ImportError, ValueError) as error:  # what upstream says of weights, packages and modules
         raise UserError(f"{policy.model_name_or_path}: cannot be trained with these settings: {error}") from error

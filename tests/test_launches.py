@@ -181,6 +181,26 @@ def test_processes(work, one_process, tmp_path, launches):
             assert len(cached) == 2, "a file for the training rows, one for the held-out ones, of both processes"
 
 
+def test_fsdp2_shards_4_bit_weights_and_runs_the_reference_on_them(work, tmp_path):
+    """Loaded on the CPU; a reference that runs before training is sharded as well, and gives what it gives later."""
+    flags = ["--load_in_4bit=true", "--bnb_4bit_quant_storage=bfloat16", "--dtype=bfloat16", "--bf16=true"]
+    cached = ["--precompute_ref_log_probs=true", f"--ref_logps_dir={tmp_path}/ref"]
+    runs = [command(work, tmp_path / "online", *flags), command(work, tmp_path / "cached", *flags, *cached)]
+    (tmp_path / "runs.json").write_text(json.dumps([[*run, "--max_steps=2"] for run in runs]))
+    launch = [f"--config_file={CONFIGS}/fsdp2_qlora.yaml", "--num_processes=2"]
+    child = start(fork_launches, [(launch, str(tmp_path / "runs.json"))], log=tmp_path / "log")
+    child.join(600)
+    assert child.exitcode == 0, (tmp_path / "log").read_text()[-4000:]
+    logs = [outcome(tmp_path / run)[0] for run in ("online", "cached")]
+    for online, cached in zip(*logs, strict=True):
+        assert {k: v for k, v in online.items() if "logps" in k} == {k: v for k, v in cached.items() if "logps" in k}
+    assert [entry["loss"] for entry in logs[0][:-1]] == [entry["loss"] for entry in logs[1][:-1]]
+    assert logs[0][0]["loss"] == pytest.approx(1.3863, abs=1e-4) and logs[0][1]["grad_norm"] > 0
+    for rank in (0, 1):
+        held = json.loads((tmp_path / "cached" / f"rank_{rank}.json").read_text())
+        assert held["local"] < 0.7 * held["whole"], "a process holds all weights"
+
+
 @needs_deepspeed
 def test_launched_with_zero3(work, one_process, tmp_path):
     runs = write_runs(work, "zero3", tmp_path)

@@ -18,8 +18,8 @@ from alignment.configs import Configs
 from alignment.data.prepare import prepare_rows
 from alignment.evaluation.held_out import check_prompts, sample_and_score
 from alignment.files import read_json, write_json
-from alignment.launch import enable_cpu_sharding
-from alignment.models import load_config, load_tokenizer
+from alignment.launch import enable_cpu_sharding, launched_layout
+from alignment.models import PolicyConfig, adapter_and_quantization, load_config, load_tokenizer
 from alignment.plan.checkpointing import Checkpointing, decide
 from alignment.plan.compatibility import check_layout
 from alignment.plan.steps import Plan, plan_run, set_global_batch
@@ -29,6 +29,8 @@ from alignment.report.runs import ENVIRONMENT
 from alignment.report.tables import final_table
 from alignment.report.trackers import send
 from alignment.sampling.reward_function import RewardFunction, load_reward_function
+from trl_nca.config import NCAConfig
+from trl_nca.loading import load_4bit_on_cpu
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +93,25 @@ def prepare_job(configs: Configs, pairs: bool) -> Job:
     plan = plan_run(args, args.world_size, len(rows["train"]), sum(rows["train"]["length"][:]))
     checkpointing = decide(configs, model_config, rows["train"], plan) if not run.show_batch else None
     return Job(configs, tokenizer, raw, rows, report, plan, checkpointing, checkpoint, reward_function)
+
+
+def model_arguments(policy: PolicyConfig, args: NCAConfig) -> dict[str, Any]:
+    """Arguments of the trainer: the policy's name or the policy, its adapter, its quantization.
+
+    The policy itself, where upstream would load all of it onto each GPU though FSDP2 will shard it: in 4 bits, stored
+    in a type that FSDP2 shards. (Weights that are stored as whole bytes it leaves where they are.)
+
+    Args:
+        policy: The model to align.
+        args: Training arguments; `model_init_kwargs` is None afterwards where the policy is loaded.
+    """
+    arguments = {"model": policy.model_name_or_path, **adapter_and_quantization(policy)}
+    is_fsdp2 = launched_layout(args.world_size).startswith("fsdp2")
+    if is_fsdp2 and policy.load_in_4bit and policy.bnb_4bit_quant_storage not in (None, "uint8"):
+        kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+        kwargs["quantization_config"] = arguments.pop("quantization_config")
+        arguments["model"], args.model_init_kwargs = load_4bit_on_cpu(policy.model_name_or_path, **kwargs), None
+    return arguments
 
 
 def start_output(job: Job) -> None:

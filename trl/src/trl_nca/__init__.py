@@ -6,6 +6,7 @@ them into a batch with its `layout`, `chunks` cuts the batch to the memory there
 that is patched by `shared_prompt` (attention; `sharing` says for which models, `flash` by which kernels), `rotary`,
 `head` (with its `cross_entropy`), `layers`, `norms` and `one_pass` (by `kernels`), once `self_check` has held the
 result against the model's own; `router` balances the experts of a mixture.
+`loading` loads 4-bit models that will be sharded.
 `adapter_reference` gives a policy the reference's weights, and `reference` keeps the reference's log-probs on disk.
 `losses` and `metrics` take log-probs and know no model.
 

@@ -5,7 +5,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
+from trl import DPOTrainer
+from trl.models import prepare_deepspeed
 
 from trl_nca.chunks import NumForwards
 from trl_nca.layout import to_device
@@ -15,6 +18,20 @@ def most_forwards(accelerator: Accelerator, counts: Sequence[NumForwards]) -> li
     """The most forwards of all processes for each of several batches. Called by all of them, for as many batches."""
     table = to_device(torch.tensor([[c.chunks, c.before] for c in counts]), accelerator.device)
     return [NumForwards(*row) for row in accelerator.gather(table[None]).amax(dim=0).tolist()]
+
+
+def policy_as_reference(trainer: DPOTrainer) -> nn.Module:
+    """The policy, put where it runs: it is the reference of a data set, before the Trainer puts it there to train it.
+
+    DeepSpeed wraps it in an engine, which is kept. FSDP2 shards it, in place, as it will be for training: until then
+    it lies in the memory of the CPU, where nothing can be computed for a GPU's batches.
+    """
+    model, accelerator = trainer.model, trainer.accelerator
+    if trainer.is_deepspeed_enabled:
+        model = trainer._precompute_engine = trainer._precompute_engine or prepare_deepspeed(model, accelerator)
+    elif trainer.is_fsdp_enabled and accelerator.is_fsdp2:
+        fsdp2_prepare_model(accelerator, model)
+    return model
 
 
 @contextlib.contextmanager
