@@ -1,6 +1,6 @@
 """Merge a LoRA adapter into its base model.
 
-    python alignment-handbook/scripts/merge.py runs/reward_cpu --output runs/reward_cpu_merged
+    python alignment-handbook/scripts/merge.py runs/reward_cpu --output runs/reward_cpu-merged
 
 Writes safetensors, the tokenizer with its chat template, a generation config that stops where the template does, and a
 model card; and checks that they give the adapter's logits. A base that was trained on in 4 bits is merged as those 4
