@@ -163,7 +163,7 @@ def _check_is_no_adapter(config: PolicyConfig) -> None:
     except (OSError, ValueError):  # no such model, as its loading says
         return
     if file is not None:
-        base = adapter_base(name) or _base_in(Path(file))
+        base = adapter_base(name) if Path(name).is_dir() else _base_in(Path(file))
         raise UserError(
             f"model_name_or_path: {name} is an adapter on {base}, and a run starts from a model; make "
             f"one of them, `python alignment-handbook/scripts/merge.py {name} --output FOLDER`, and start from FOLDER"

@@ -62,7 +62,7 @@ def write_card(folder: str | Path, base: str, run: str | None = None, name: str 
     parts = [
         f"---\n{yaml.safe_dump(_front_matter(base, recipe, is_adapter), sort_keys=False)}---",
         f"# {name}",
-        f"`{base}`, aligned with explicit rewards"
+        f"`{find_hub_name(base) or Path(base).name}`, aligned with explicit rewards"
         + (f" by the {recipe['loss_type']} loss." if recipe.get("loss_type") else "."),
         _results(_read(source, "eval_results.json"), _read(source, "train_results.json")),
         _usage(name, base, recipe.get("lora_r", 0) if is_adapter else None),
