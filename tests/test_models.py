@@ -110,6 +110,11 @@ def test_a_base_that_has_moved_is_named(moved, tmp_path, monkeypatch, capsys):
     for more, code in ([], 2), (["--base", base], 0):
         samples = ["--output", tmp_path / "samples.jsonl", *given, *more]
         assert script(monkeypatch, "sample.py", tmp_path / "prompts.txt", *samples) == code
+    (tmp_path / "questions.json").write_text('[{"instruction": "What is Rome?", "dataset": "mine"}]')
+    given = ["--benchmark", "alpaca_eval", "--questions", tmp_path / "questions.json", "--model_name_or_path", name]
+    for more, code in ([], 2), (["--base", base], 0):
+        answers = [*given, "--output_dir", tmp_path / "answers", "--max_new_tokens", "2", *more]
+        assert script(monkeypatch, "generate_answers.py", *answers) == code
 
 
 def test_an_adapter_is_found_by_its_name_on_the_hub(moved, monkeypatch):
