@@ -200,6 +200,12 @@ def test_files_are_for_those_whom_the_umask_lets_read(tmp_path, lora, umask):
     assert {oct(stat.S_IMODE(path.stat().st_mode)) for path in files} == {oct(0o666 & ~umask)}
 
 
+def test_a_file_of_somebody_else_ends_no_run(tmp_path, monkeypatch):
+    (tmp_path / "theirs").touch(mode=0o600)
+    monkeypatch.setattr("pathlib.Path.chmod", lambda self, mode: os.chmod("/proc/nowhere", mode))
+    make_portable(tmp_path)
+
+
 def test_an_adapter_names_its_base_for_any_folder(tiny_model, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     file = tmp_path / "adapter_config.json"

@@ -9,6 +9,7 @@ folder of its base in full, and weights get the permissions of other files.
 import json
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,8 @@ def _follow_umask(folder: Path) -> None:
     for file in filter(Path.is_file, folder.iterdir()):
         mode = stat.S_IMODE(file.stat().st_mode)
         if (wanted := mode | (0o666 & ~umask)) != mode:
-            file.chmod(wanted)
+            with suppress(OSError):  # of a file of somebody else's, or a disk without permissions
+                file.chmod(wanted)
 
 
 def _rewrite(file: Path, change: Any) -> None:
