@@ -122,6 +122,13 @@ def build_trainer(job: Job, trainer_class: type[NCATrainer]) -> NCATrainer:
             if self.is_world_process_zero():
                 write_card(self.args.output_dir, policy.model_name_or_path)
 
+        def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+            """Upstream calls this first. What it raises is of the Hub, the network or the token, not of the model."""
+            try:
+                super().init_hf_repo(*args, **kwargs)
+            except Exception as error:
+                raise UserError(f"push_to_hub: the Hub makes no repository: {error}; or --push_to_hub=false") from error
+
     try:
         trainer = Trainer(
             args=args,

@@ -151,6 +151,7 @@ def test_report_in_lines(tmp_path):
         "WARNING: alpha 0.0001",
     ):
         assert part in text
+    assert "2 responses in 1 prompt;" in summary("rows", report | {"k_histogram": {"2": 1}})
     many = report | {"k_histogram": {str(k): 1 for k in range(2, 40)}}
     assert "  2 to 39 responses a prompt; scores" in summary("rows", many)
     assert "  2 responses in 7 prompts, 4 in 1, 10 in 3; scores" in summary(

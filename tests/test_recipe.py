@@ -460,6 +460,16 @@ def test_a_chatty_log_level_counts_on_the_command_line_alone(tmp_path, caplog):
     assert parse(tmp_path, MINIMAL | {"log_level": "error"})[3].log_level == "error"
 
 
+def test_a_broken_tracker_is_named(tmp_path, monkeypatch):
+    (tmp_path / "trackio.py").write_text("import no_such_module")
+    monkeypatch.syspath_prepend(tmp_path)
+    message = r"report_to=trackio: trackio cannot be imported \(No module named 'no_such_module'\); install it anew"
+    with pytest.raises(UserError, match=f"^--{message}"):
+        parse(tmp_path, MINIMAL, "--report_to=trackio")
+    with pytest.raises(UserError, match=f"recipe.yaml: {message.replace('=trackio', '')}"):
+        parse(tmp_path, MINIMAL | {"report_to": "trackio"})
+
+
 def test_a_flag_with_dashes_is_the_same_flag(tmp_path):
     configs = parse(tmp_path, MINIMAL | {"loss_type": "NCA"}, "--loss-type=DPO", "--no-gradient-checkpointing")
     assert (configs[3].loss_type, configs[3].gradient_checkpointing) == ("DPO", False)

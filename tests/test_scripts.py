@@ -221,12 +221,22 @@ def test_shared_formats_train(recipe, tmp_path, name, start):
         ),
         (["--chat_template=LICENSE"], "chat_template: LICENSE holds no Jinja template"),
         (["--resume_from_checkpoint=/nowhere"], "holds no checkpoint"),
+        (["--model_name_or_path=org/name"], "loaded .offline, HF_HUB_OFFLINE is set, and it is not in the cache"),
+        (["--train_file=org/name"], "org/name: no such file; .* Hub id, the Hub is not asked, HF_HUB_OFFLINE is set"),
+        (["--train_file=", '--dataset_mixer={"org/name": 1}', "--eval_file="], "org/name: .*; offline, HF_HUB_OFFLINE"),
+        (["--push_to_hub=true"], "^push_to_hub: offline, HF_HUB_OFFLINE is set"),
     ],
 )
 def test_mistakes_end_the_run_before_anything_is_written(recipe, flags, message):
     with pytest.raises(UserError, match=message):
         reward(recipe, *flags)
     assert not (recipe.parent / "out").exists()
+
+
+def test_an_upload_that_fails_is_not_the_models_fault(recipe, monkeypatch):
+    monkeypatch.setattr("alignment.job.is_offline_mode", lambda: False)
+    with pytest.raises(UserError, match="^push_to_hub: the Hub makes no repository: .*offline"):
+        reward(recipe, "--push_to_hub=true")
 
 
 def test_exit_code_two_and_one_line(recipe):

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
+from huggingface_hub.constants import is_offline_mode
 from transformers import PreTrainedTokenizerBase
 from trl import DPOTrainer
 
@@ -16,6 +17,7 @@ from alignment.checks.limits import check_limits
 from alignment.checks.no_effect import keys_without_effect
 from alignment.configs import Configs
 from alignment.data.prepare import prepare_rows
+from alignment.errors import UserError
 from alignment.evaluation.held_out import check_prompts, sample_and_score
 from alignment.files import read_json, write_json
 from alignment.launch import enable_cpu_sharding, launched_layout
@@ -72,6 +74,8 @@ def prepare_job(configs: Configs, pairs: bool) -> Job:
         UserError: The launch, the output folder, the reward function, the model or the data cannot be used.
     """
     policy, run, args = configs.policy, configs.run, configs.trainer
+    if args.push_to_hub and is_offline_mode():
+        raise UserError("push_to_hub: offline, HF_HUB_OFFLINE is set; unset it, or --push_to_hub=false")
     check_layout(policy, args)
     set_global_batch(args, run, args.world_size)
     enable_cpu_sharding()

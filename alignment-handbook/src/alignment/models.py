@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import yaml
 from huggingface_hub import snapshot_download
+from huggingface_hub.constants import is_offline_mode
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -145,6 +146,8 @@ def no_such_model(name: str, error: Exception) -> UserError:
         return UserError(
             f"model_name_or_path: {name} brings code of its own; read it, then set trust_remote_code: true"
         )
+    if is_offline_mode() and not Path(name).exists():
+        reason = "offline, HF_HUB_OFFLINE is set, and it is not in the cache"
     return UserError(
         f"model_name_or_path: {name!r} is neither a folder with a model nor a Hub id that can be loaded ({reason}); "
         "check the path (for models/SmolLM2-135M-Instruct, run `make setup`)"

@@ -1,5 +1,6 @@
 """The training arguments."""
 
+import importlib.util
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -194,8 +195,26 @@ class NCAConfig(DPOConfig):
                     "reference and on again without it; remove it"
                 )
         self.loss_type = by_lower[str(self.loss_type[0]).lower()]  # upstream makes a list of it
-        for tracker in set(self.report_to) - set(get_available_reporting_integrations()):
-            raise ValueError(f"report_to: {tracker} is not installed; install it, or set report_to: none")
+        for tracker in self.report_to:
+            _check_tracker(tracker)
+
+
+def _check_tracker(name: str) -> None:
+    """Imports an experiment tracker, as the trainer will.
+
+    Raises:
+        ValueError: It is not installed, or only in parts.
+    """
+    try:
+        is_installed = name in get_available_reporting_integrations()
+        if is_installed and importlib.util.find_spec(name) is not None:
+            importlib.import_module({"tensorboard": "torch.utils.tensorboard"}.get(name, name))
+    except Exception as error:  # whatever a broken package raises
+        raise ValueError(
+            f"report_to: {name} cannot be imported ({error}); install it anew, or set report_to: none"
+        ) from error
+    if not is_installed:
+        raise ValueError(f"report_to: {name} is not installed; install it, or set report_to: none")
 
 
 def _true_false_or_auto(key: str, value: bool | str | None) -> bool | str | None:

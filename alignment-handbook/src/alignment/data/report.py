@@ -285,5 +285,7 @@ def _responses(histogram: dict[str, int]) -> str:
     ks = sorted(map(int, histogram))
     if len(ks) > 12:
         return f"{ks[0]} to {ks[-1]} responses a prompt"
-    first = [f"{k} responses in {histogram[str(k)]} prompts" for k in ks[:1]]
-    return ", ".join(first + [f"{k} in {histogram[str(k)]}" for k in ks[1:]]) or "no responses"
+    counts = [f"{k} in {histogram[str(k)]}" for k in ks[1:]]
+    prompts = histogram[str(ks[0])] if ks else 0
+    first = f"{ks[0]} responses in {prompts} prompt{'s' * (prompts != 1)}" if ks else "no responses"
+    return ", ".join([first, *counts])

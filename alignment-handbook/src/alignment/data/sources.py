@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from huggingface_hub.constants import is_offline_mode
 
 from alignment.data.tables import rows_of
 from alignment.data.text_files import encoding_of, open_text, read_csv, read_json
@@ -68,7 +69,8 @@ def open_source(path: str, split: str | None = None, name: str | None = None) ->
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error}") from error
     if not here.exists() and (split is None or _ending(path) in (*_TEXT_ENDINGS, "parquet")):
-        raise UserError(f"{path}: no such file; check the path (and, if it is meant as a Hub id, give its split)")
+        give = "the Hub is not asked, HF_HUB_OFFLINE is set" if is_offline_mode() else "give its split"
+        raise UserError(f"{path}: no such file; check the path (and, if it is meant as a Hub id, {give})")
     if here.is_file() and not _is_parquet(here):
         raise UserError(f"{path}: no file of a known kind; they are {_ENDINGS}: convert or rename it")
     table = _open_table(path, split, name)
@@ -148,7 +150,8 @@ def _open_table(path: str, split: str | None, name: str | None) -> Dataset:
         else:
             table = load_dataset(path, name)
     except Exception as error:  # datasets and the hub raise many kinds; all mean that the source cannot be read
-        raise UserError(f"{path}: cannot be loaded as a file, folder or Hub data set: {error}") from error
+        offline = "; offline, HF_HUB_OFFLINE is set" if is_offline_mode() and not here.exists() else ""
+        raise UserError(f"{path}: cannot be loaded as a file, folder or Hub data set: {error}{offline}") from error
     if not isinstance(table, DatasetDict):
         return table
     if split is None and len(table) == 1:
