@@ -140,6 +140,13 @@ def test_labels_that_alpha_makes(alpha, largest, warning):
     assert [warning in text for text in about["warnings"]] == ([True] if warning else [])
 
 
+def test_a_misspelt_option_is_named(monkeypatch, capsys):
+    assert script(monkeypatch, "convert.py", "rows.jsonl", "--to=list", "--ouput", "x") == 2
+    assert "error: unknown flag --ouput; did you mean --output?" in capsys.readouterr().err
+    assert script(monkeypatch, "convert.py", "rows.jsonl", "--to=lists", "--output", "x.jsonl") == 2
+    assert "error: command line: to: invalid choice: 'lists' " in capsys.readouterr().err
+
+
 def test_report_in_lines(tmp_path):
     report, _ = run(tmp_path, [ROW, "{torn", numbered(1)], alpha=1e-4)
     text = summary("rows", report)

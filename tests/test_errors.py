@@ -28,6 +28,23 @@ def test_a_users_error_is_one_line(capsys):
     assert (code, line) == (2, "error: out/rows cannot be written: No space left on device; make room")
 
 
+def test_a_misspelt_flag_is_named_before_one_that_is_missing():
+    parser = errors.ArgumentParser("About.")
+    parser.add_argument("--output", required=True)
+    parser.add_argument("--top_p", type=float)
+    parser.add_argument("--engine", choices=["auto", "vllm"])
+    for words, message in (
+        (["--ouput", "x"], r"^unknown flag --ouput; did you mean --output\?$"),
+        (["--output=x", "--zzz"], "^unknown flag --zzz; see --help$"),
+        (["--top_p=1"], "the following arguments are required: --output; see --help"),
+        (["--output=x", "--top_p", "many"], "--top_p: invalid float value: 'many'; see --help"),
+        (["--output=x", "--engine=vlm"], r"^command line: --engine: invalid choice: 'vlm' .*; did you mean 'vllm'\?$"),
+    ):
+        with pytest.raises(UserError, match=message):
+            parser.parse_args(words)
+    assert parser.parse_args(["--output", "x", "--top_p", "-1"]).top_p == -1
+
+
 def test_a_lost_process_is_told_from_other_errors(capsys, monkeypatch):
     lost = RuntimeError("[gloo] Connection closed by peer [127.0.0.1]")
     with pytest.raises(RuntimeError):  # one process has no peers

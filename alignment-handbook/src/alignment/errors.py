@@ -6,6 +6,7 @@ import errno
 import functools
 import logging
 import os
+import re
 import signal
 import sys
 import traceback
@@ -34,7 +35,15 @@ class ArgumentParser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"command line: {message}; see --help")
+        message = message.removeprefix("argument ")
+        raise UserError(f"command line: {with_nearest(message) or message + '; see --help'}")
+
+
+def with_nearest(message: str) -> str:
+    """A message that lists the choices there are, and the nearest of them; "" where it lists none, or none is near."""
+    listed = re.search(r"'([^']*)'.*?(?:choose one of|choose from|select one of) (.*)", message)
+    hint = did_you_mean(listed[1], re.findall(r"[\w-]+", listed[2])) if listed else ""
+    return f"{message}; {hint}" if hint else ""
 
 
 def check_flags(words: Iterable[str], known: Iterable[str]) -> None:

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from transformers.hf_argparser import string_to_bool
 from trl import TrlParser
 
-from alignment.errors import UserError, check_flags, did_you_mean
+from alignment.errors import UserError, check_flags, with_nearest
 from alignment.recipe.flags import check_known, split_command_line
 from alignment.recipe.old_keys import OLD_KEYS, as_text, translate
 from alignment.recipe.paths import PATH_KEYS, expand_paths
@@ -125,9 +125,7 @@ class StrictParser(TrlParser):
             message: Of argparse ("argument --beta: ..."), or of a dataclass ("beta: ...").
         """
         message = re.sub(r"^argument --([\w-]+)\S*: ", r"\1: ", message)
-        if choice := re.search(r"'([^']*)'.*?(?:choose one of|choose from|select one of) (.*)", message):
-            hint = did_you_mean(choice[1], re.findall(r"[\w-]+", choice[2]))
-            message = f"{message}; {hint}" if hint else message
+        message = with_nearest(message) or message
         start, _, rest = message.partition(": ")
         # Elsewhere in a message a word such as `score` need not mean the key.
         within = [key for key in self.flags if "_" in key and re.search(rf"\b{key}\b", message)]
