@@ -285,7 +285,7 @@ def test_the_script(prompts, model, tmp_path, monkeypatch, capsys):
     ("flags", "message"),
     [
         ([], "the following arguments are required: --output"),
-        (["--output=out.jsonl", "--num_sample=3"], "unrecognized arguments: --num_sample=3"),
+        (["--output=out.jsonl", "--num_sample=3"], "unknown flag --num_sample; did you mean --num_samples?"),
         (["--output=out.txt"], "name a .jsonl file"),
         (["--output=out.jsonl", "--num_samples=0"], "--num_samples: must be at least 1, got 0"),
         (["--output=out.jsonl", "--temperature=-1"], "--temperature must be at least 0"),
