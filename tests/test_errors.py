@@ -35,7 +35,7 @@ def test_a_misspelt_flag_is_named_before_one_that_is_missing():
     parser.add_argument("--engine", choices=["auto", "vllm"])
     for words, message in (
         (["--ouput", "x"], r"^unknown flag --ouput; did you mean --output\?$"),
-        (["--output=x", "--zzz"], "^unknown flag --zzz; see --help$"),
+        (["--output=x", "--both"], "^unknown flag --both; see --help$"),
         (["--top_p=1"], "the following arguments are required: --output; see --help"),
         (["--output=x", "--top_p", "many"], "--top_p: invalid float value: 'many'; see --help"),
         (["--output=x", "--engine=vlm"], r"^command line: --engine: invalid choice: 'vlm' .*; did you mean 'vllm'\?$"),

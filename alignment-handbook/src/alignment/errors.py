@@ -67,8 +67,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
         >>> did_you_mean("--betta", ["--alpha", "--beta"])
         'did you mean --beta?'
     """
-    by_lower = {name.lower(): name for name in known}
-    nearest = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.5)
+    by_lower = {name.lower().lstrip("-"): name for name in known}
+    nearest = difflib.get_close_matches(word.lower().lstrip("-"), by_lower, n=1, cutoff=0.5)
     if not nearest:
         return ""
     name = by_lower[nearest[0]]
