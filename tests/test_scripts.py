@@ -204,6 +204,7 @@ def test_shared_formats_train(recipe, tmp_path, name, start):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--output_dir="], "^output_dir: is empty or not given"),
         (["--betta=1"], "unknown flag --betta; did you mean --beta"),
         (["--loss_type=foo"], "unknown loss"),
         (["--loss_type=DPO"], "DPO and biasedNCA compare two responses, and .*train.jsonl, line 2 has 3"),

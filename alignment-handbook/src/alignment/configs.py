@@ -28,7 +28,7 @@ class Configs(NamedTuple):
 
 
 def parse_configs(argv: Sequence[str]) -> Configs:
-    """Parses `RECIPE.yaml --key=value ...`; see `recipe.parse_recipe` for arguments and errors.
+    """Parses `RECIPE.yaml --key=value ...`; see `recipe.parse.parse_recipe` for arguments and errors.
 
     Raises:
         UserError: There is no folder to write to: upstream would take one of its own.
