@@ -34,7 +34,15 @@ from alignment.data.prepare import describe_group
 from alignment.data.report import summary
 from alignment.errors import UserError
 from alignment.evaluation.held_out import compare_samples
-from alignment.job import Job, model_arguments, prepare_job, sample_held_out, start_output, write_results
+from alignment.job import (
+    Job,
+    fewer_held_out_rows,
+    model_arguments,
+    prepare_job,
+    sample_held_out,
+    start_output,
+    write_results,
+)
 from alignment.launch import peak_memory_gb
 from alignment.models import model_init_kwargs
 from alignment.plan.show import show_plan
@@ -74,7 +82,8 @@ def align(argv: Sequence[str], trainer_class: type[NCATrainer]) -> None:
     start_output(job)
     before = sample_held_out(job, trainer, "before")
     try:
-        train_metrics = trainer.train(resume_from_checkpoint=job.checkpoint).metrics
+        with fewer_held_out_rows(job, trainer):
+            train_metrics = trainer.train(resume_from_checkpoint=job.checkpoint).metrics
     except RunStopped as stopped:
         raise UserError(str(stopped)) from stopped
     except torch.OutOfMemoryError as error:

@@ -117,7 +117,7 @@ def command_of(arm: Arm, settings: dict[str, Any], folder: Path, runs: Path) -> 
     """The command of a run, which resumes where it was killed."""
     every = settings["max_steps"] // 5 + 1  # the last evaluation is that of the end
     around = {
-        "output_dir": folder, "reward_function": "", "eval_steps": every,
+        "output_dir": folder, "reward_function": "", "eval_steps": every, "eval_prompts_in_training": "",
         "eval_strategy": "no" if arm.changed else "steps",  # of a sweep, the ends alone are drawn
         "logging_steps": max(every // 2, 1), "save_total_limit": 1, "precompute_ref_log_probs": "true",
         "ref_logps_dir": runs / "ref_logps", "per_device_eval_batch_size": 16, "resume_from_checkpoint": "true",

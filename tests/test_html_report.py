@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+import yaml
 
 from alignment.data.report import Columns, describe
 from alignment.errors import UserError
@@ -162,6 +163,23 @@ def test_speed_is_that_of_each_window():
     epochs, rates = Run("r", {}, [dict(zip(names, line, strict=True)) for line in lines]).speed()
     assert epochs.tolist() == [1, 2, 4]
     assert rates.tolist() == [100, 200, 200]
+
+
+def test_speed_is_that_of_training_alone():
+    lines = [{"step": s, "epoch": s, "num_input_tokens_seen": 100 * s, "train_runtime": 10.0 * s} for s in (1, 2, 3)]
+    lines.insert(1, {"step": 1, "eval_runtime": 5.0})
+    assert Run("r", {}, lines).speed()[1].tolist() == [10, 20, 10]
+
+
+def test_evaluations_of_fewer_prompts_are_a_curve_without_the_one_at_the_end(folder):
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"eval_prompts_in_training": 16}))
+    results = {"seconds": 1.0, "train": {}, "eval": {"epoch": 1.0, "eval_rewards/chosen": 0.7}}
+    (folder / "train_results.json").write_text(json.dumps(results))
+    run = report_run(folder)
+    assert run.curve("eval_rewards/chosen")[1][-1] == pytest.approx(0.2)
+    assert run.last("eval_rewards/chosen") == 0.7
+    assert "of the first 16 held-out prompts, the numbers above of all" in Page(folder / "report.html").text
 
 
 def test_the_evaluation_at_the_end_counts(folder):

@@ -10,12 +10,14 @@ from datasets import Dataset
 from transformers.integrations.integration_utils import MLflowCallback
 
 from alignment import output
+from alignment.job import fewer_held_out_rows
 from alignment.report import callback
 from alignment.report.callback import ReportCallback
 from alignment.report.runs import read_run
 from nca_trainer import NCAConfig, NCATrainer
 from run_reward import align
 from tests.reports import Page, history, write_run
+from tests.trainers import make_trainer, reward_rows
 
 ROWS = [{"prompt": f"Name {i}", "responses": ["Paris is", "Rome"], "scores": [1.0, 0.5]} for i in range(8)]
 
@@ -158,3 +160,21 @@ def test_overwriting_removes_the_events_of_the_run_before(tmp_path):
         output.start(str(tmp_path), {"beta": 0.1}, {}, {}, overwrite=overwrite)
         assert events.exists() != overwrite
         assert notes.exists()
+
+
+def test_evaluations_leave_training_as_it_is(tmp_path):
+    rows, curves = reward_rows(12), []
+    for evaluated in ({}, {"eval_strategy": "steps", "eval_steps": 1}):
+        trainer = make_trainer(tmp_path, rows, eval_rows=reward_rows(3), **evaluated)
+        trainer.train()
+        curves.append([line["loss"] for line in trainer.state.log_history if "loss" in line])
+    assert curves[0] == curves[1], "to the last digit"
+
+
+def test_evaluations_in_training_take_the_first_rows():
+    trainer = SimpleNamespace(eval_dataset=Dataset.from_list([{"i": i} for i in range(5)]))
+    for most, left in ((None, 5), (2, 2), (9, 5)):
+        run = SimpleNamespace(eval_prompts_in_training=most)
+        with fewer_held_out_rows(SimpleNamespace(configs=SimpleNamespace(run=run)), trainer):
+            assert trainer.eval_dataset["i"] == [*range(left)]
+        assert len(trainer.eval_dataset) == 5

@@ -1,6 +1,8 @@
 """A run around its training: what is checked and read before the trainer is built, and what is written after it."""
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -156,6 +158,16 @@ def sample_held_out(job: Job, trainer: DPOTrainer, when: str) -> list[dict[str, 
         write_json(file, scored)
     trainer.accelerator.wait_for_everyone()
     return scored
+
+
+@contextlib.contextmanager
+def fewer_held_out_rows(job: Job, trainer: DPOTrainer) -> Iterator[None]:
+    """Inside, evaluations take the first `eval_prompts_in_training` rows alone, where that is set."""
+    whole, most = trainer.eval_dataset, job.configs.run.eval_prompts_in_training
+    if whole is not None and most is not None:
+        trainer.eval_dataset = whole.select(range(min(most, len(whole))))
+    yield
+    trainer.eval_dataset = whole
 
 
 def write_results(trainer: DPOTrainer, results: dict[str, Any]) -> None:

@@ -92,12 +92,12 @@ def _of_evaluation(configs: Configs, has_held_out: bool) -> Iterator[tuple[str, 
         yield (
             _HELD_OUT,
             "load_best_model_at_end metric_for_best_model greater_is_better eval_strategy eval_steps eval_delay "
-            "eval_on_start per_device_eval_batch_size do_eval reward_function",
+            "eval_on_start eval_prompts_in_training per_device_eval_batch_size do_eval reward_function",
         )
     if args.eval_strategy != "steps":
         yield f"eval_strategy is {args.eval_strategy.value}", "eval_steps"
     if args.eval_strategy == "no":
-        yield "eval_strategy is no", "eval_delay eval_on_start"
+        yield "eval_strategy is no", "eval_delay eval_on_start eval_prompts_in_training"
     if metric_user(args) is None:
         yield "load_best_model_at_end is false", "metric_for_best_model greater_is_better"
     if not run.reward_function or not has_held_out:

@@ -33,6 +33,13 @@ class RunConfig:
     )
     num_eval_samples: int = field(default=4, metadata={"help": "Samples drawn for each held-out prompt."})
     max_eval_prompts: int = field(default=64, metadata={"help": "Held-out prompts to sample from, at most."})
+    eval_prompts_in_training: int | None = field(
+        default=None,
+        metadata={
+            "help": "Held-out prompts of the evaluations during training: the first so many. The evaluation at the end "
+            "takes all. None: all of them each time."
+        },
+    )
     max_new_tokens: int = field(default=256, metadata={"help": "Most tokens of a sample."})
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the samples; 0 is greedy."})
     plan: bool = field(
@@ -72,7 +79,7 @@ class RunConfig:
                 f"num_processes: only a plan can ask for {self.num_processes} processes (--plan); to run on as many, "
                 f"launch with `accelerate launch --num_processes={self.num_processes}`"
             )
-        for key in ("num_processes", "gpu_memory_gb", "num_prompts"):
+        for key in ("num_processes", "gpu_memory_gb", "num_prompts", "eval_prompts_in_training"):
             if getattr(self, key) is not None and not getattr(self, key) > 0:
                 raise ValueError(f"{key}: must be above 0, got {getattr(self, key)}")
 

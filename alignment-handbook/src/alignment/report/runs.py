@@ -106,14 +106,19 @@ class Run:
         return np.array((self.held_out or {}).get(name, []), dtype=float)
 
     def speed(self) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens a second of each logged window, against the epoch it ends at."""
+        """Tokens a second of each logged window, without its evaluations, against the epoch it ends at."""
         names = ("epoch", "num_input_tokens_seen", "train_runtime")
-        lines = [[entry[name] for name in names] for entry in self.history if set(names) <= set(entry)]
-        epochs, tokens, seconds = np.array(lines, dtype=float).reshape(-1, 3).T
+        lines, evaluating = [], 0.0  # seconds, from the start of the run
+        for entry in self.history:
+            if set(names) <= set(entry):
+                lines.append([*(entry[name] for name in names), evaluating])
+            evaluating += entry.get("eval_runtime", 0.0)
+        epochs, *sums = np.array(lines, dtype=float).reshape(-1, 4).T
+        tokens, seconds, evaluations = (np.diff(values, prepend=0) for values in sums)
         # The clock starts anew with each launch: a window that spans two is left out.
-        windows = np.diff(tokens, prepend=0), np.diff(seconds, prepend=0)
-        is_whole = (windows[0] > 0) & (windows[1] > 0)
-        return epochs[is_whole], windows[0][is_whole] / windows[1][is_whole]
+        is_whole = (tokens > 0) & (seconds > 0)
+        training = np.maximum(seconds - evaluations, 1e-9)
+        return epochs[is_whole], (tokens / training)[is_whole]
 
 
 def read_run(folder: str | Path, history: list[dict[str, float]] | None = None) -> Run:
