@@ -37,7 +37,7 @@ CONDITIONS: dict[str, Check] = {
 }
 
 
-def conditions_met(instruction: str, response: str) -> list[bool]:
+def conditions_met(instruction: str, response: str) -> dict[str, bool]:
     """Checks a response against every condition in an instruction.
 
     Args:
@@ -45,14 +45,15 @@ def conditions_met(instruction: str, response: str) -> list[bool]:
         response: The text to check.
 
     Returns:
-        One verdict for each condition found, in the order of `CONDITIONS`. Without a word, a response meets none.
+        One verdict for each condition found, by its words, in the order of `CONDITIONS`. Without a word, a response
+        meets none.
     """
     response = response.strip()
-    return [
-        bool(_words(response)) and check(response, *match.groups())
+    return {
+        match[0]: bool(_words(response)) and check(response, *match.groups())
         for pattern, check in CONDITIONS.items()
         if (match := re.search(pattern, instruction))
-    ]
+    }
 
 
 def checkable_score(prompts: list, completions: list, **columns: Any) -> list[float]:
@@ -74,8 +75,14 @@ def checkable_score(prompts: list, completions: list, **columns: Any) -> list[fl
         met = conditions_met(_last_text(prompt), _last_text(completion))
         if not met:
             raise ValueError(f"no checkable condition in the prompt {_last_text(prompt)[:60]!r}")
-        scores.append(sum(met) / len(met))
+        scores.append(sum(met.values()) / len(met))
     return scores
+
+
+def checkable_score_parts(prompts: list, completions: list, **columns: Any) -> list[dict[str, bool]]:
+    """For each completion the conditions of its prompt, and whether it meets them: what the score is made of."""
+    pairs = zip(prompts, completions, strict=True)
+    return [conditions_met(_last_text(prompt), _last_text(completion)) for prompt, completion in pairs]
 
 
 def _last_text(text_or_messages: str | list[dict[str, str]]) -> str:

@@ -11,9 +11,12 @@ from alignment.errors import UserError
 from alignment.evaluation import held_out
 from alignment.evaluation.held_out import compare_samples, prompt_means, sample_and_score
 from alignment.recipe import RunConfig
+from alignment.report.groups import group_runs
 from alignment.report.html import run_page
 from alignment.report.runs import Run
+from alignment.report.samples import sampled_answers
 from alignment.report.tables import run_rows
+from alignment.sampling.reward_function import load_reward_function
 
 SAMPLES = [["one", "two words"], ["three", "four"], ["five", "six"]]
 
@@ -109,3 +112,37 @@ def test_prompts_without_a_score_on_one_side_cannot_be_compared():
     before, after = [{"samples": ["a"], "scores": [None]}], [{"samples": ["a"], "scores": [1.0]}]
     with pytest.raises(UserError, match="no prompt has a sample with a score both before and after"):
         compare_samples(before, after)
+
+
+def test_parts_of_a_score_are_kept_by_their_names(rows, tmp_path):
+    (tmp_path / "f.py").write_text(
+        "def good(prompts, completions): return [1.0] * len(prompts)\n"
+        "def good_parts(prompts, completions, answer):\n"
+        "    return [{'short': len(c[0]['content']) < 4, 'answer': a} | ({'odd': None} if a % 2 else {})\n"
+        "            for c, a in zip(completions, answer)]\n"
+        "def bad(prompts, completions): return [1.0] * len(prompts)\n"
+        "def bad_parts(prompts, completions): return [1.0] * len(prompts)\n"
+    )
+    found = [row["score_parts"] for row in score(rows, load_reward_function(f"{tmp_path}/f.py:good"))]
+    assert found[0] == {"short": [1.0, 0.0], "answer": [0.0, 0.0]}
+    assert found[1] == {"short": [0.0, 0.0], "answer": [1.0, 1.0], "odd": [None, None]}
+    with pytest.raises(UserError, match="f.py:f_parts fails: .* it must return a dict of numbers for each completion"):
+        score(rows, load_reward_function(f"{tmp_path}/f.py:bad"))
+    assert "score_parts" not in score(rows, lambda prompts, completions: [1.0] * len(prompts))[0]
+
+
+def test_the_page_says_which_conditions_failed_and_begins_with_the_largest_change():
+    def rows_of(scores, met):
+        return [
+            {"prompt": f"Prompt {i}.", "samples": [f"text {i}"], "scores": [score],
+             "score_parts": {"No commas.": [is_met], "One sentence.": [1.0]}}
+            for i, (score, is_met) in enumerate(zip(scores, met, strict=True))
+        ]  # fmt: skip
+
+    before, after = rows_of([0.5, 0.5, 1.0], [0.0, 0.0, 1.0]), rows_of([0.6, 1.0, 0.9], [0.0, 1.0, 1.0])
+    found = sampled_answers(group_runs([Run("a", {"beta": 0.1}, [], before=before, after=after)]))
+    assert [row.prompt for row in found] == ["Prompt 1.", "Prompt 0.", "Prompt 2."]
+    assert [answer.parts for answer in found[0].answers] == ["failed: No commas.", "all conditions met"]
+    numbers = [row | {"score_parts": {"brevity": [0.25]}} for row in after]
+    found = sampled_answers(group_runs([Run("a", {"beta": 0.1}, [], after=numbers)]))
+    assert found[0].answers[0].parts == "brevity 0.25"

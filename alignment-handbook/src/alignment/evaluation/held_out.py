@@ -9,7 +9,7 @@ from datasets import Dataset
 from alignment.errors import UserError
 from alignment.input_limits import check_input, input_limits
 from alignment.recipe import RunConfig
-from alignment.sampling.reward_function import RewardFunction, call_reward_function
+from alignment.sampling.reward_function import RewardFunction, call_reward_function, call_score_parts
 from alignment.sampling.sample import encode_prompt, sample_responses
 
 
@@ -35,7 +35,8 @@ def sample_and_score(
         when: "before" or "after" training, for the progress bar.
 
     Returns:
-        For each prompt `prompt`, `samples` (texts) and their `scores`, None where the function does not apply.
+        For each prompt `prompt`, `samples` (texts) and their `scores`, None where the function does not apply; and
+        `score_parts` where the function has some, see `call_score_parts`.
 
     Raises:
         UserError: See `call_reward_function`; or the function applies to no sample at all.
@@ -60,9 +61,10 @@ def sample_and_score(
     scores = call_reward_function(reward_function, name, scored, rows["location"][:])
     if all(score is None for of_prompt in scores for score in of_prompt):
         raise UserError(f"reward_function: {name} returned None for all samples; it must apply to some of them")
+    parts = call_score_parts(reward_function, name, scored, rows["location"][:])
     return [
-        {"prompt": prompt, "samples": texts, "scores": of_prompt}
-        for prompt, texts, of_prompt in zip(prompts, samples, scores, strict=True)
+        {"prompt": prompt, "samples": texts, "scores": of_prompt} | ({"score_parts": parts[i]} if parts else {})
+        for i, (prompt, texts, of_prompt) in enumerate(zip(prompts, samples, scores, strict=True))
     ]
 
 

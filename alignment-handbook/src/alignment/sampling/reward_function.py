@@ -125,6 +125,43 @@ def call_reward_function(function: RewardFunction, name: str, rows: list[Row], l
     ]
 
 
+def call_score_parts(
+    function: RewardFunction, name: str, rows: list[Row], locations: list[str]
+) -> list[dict[str, Scores]] | None:
+    """What the scores are made of, by a function NAME_parts beside the reward function NAME; None without one.
+
+    Args:
+        function, name, rows, locations: As for `call_reward_function`. NAME_parts takes the same, and returns for each
+            completion a dict of numbers, or of True and False for conditions that are met or not.
+
+    Returns:
+        For each row, by the name of the part, a number for each response; None where it has no such part.
+
+    Raises:
+        UserError: It fails, or returns something else.
+    """
+    module = sys.modules.get(getattr(function, "__module__", ""))
+    parts = getattr(module, f"{getattr(function, '__name__', '')}_parts", None)
+    if parts is None:
+        return None
+    given = _arguments(parts, rows)
+    try:
+        returned = iter(_take(parts(**given), len(given["completions"])))
+        found = [[dict(next(returned)) for _ in row["responses"]] for row in rows]
+        names = [list(dict.fromkeys(part for one in of_row for part in one)) for of_row in found]
+        return [
+            {part: [_number(one.get(part), f"{name}_parts, {part!r}") for one in of_row] for part in of_names}
+            for of_row, of_names in zip(found, names, strict=True)
+        ]
+    except UserError:
+        raise
+    except Exception as error:
+        reason = _in_words(error, getattr(getattr(parts, "__code__", None), "co_filename", None))
+        raise UserError(
+            f"{_span(locations)}: {name}_parts fails: {reason}; it must return a dict of numbers for each completion"
+        ) from error
+
+
 def _arguments(function: RewardFunction, rows: list[Row]) -> dict[str, list[Any]]:
     each = [(row, text) for row in rows for text in row["responses"]]
     names = list(dict.fromkeys(name for row in rows for name in row if name not in _NOT_PASSED))
