@@ -94,7 +94,7 @@ def forked_python(tmp_path_factory) -> Iterator[str]:
         server.terminate()
 
 
-REPORTS = ("tests.test_html_report", "tests.test_groups", "tests.test_report_callback")
+REPORTS = ("tests.test_html_report", "tests.test_groups", "tests.test_report_callback", "tests.test_notebook")
 
 
 @pytest.fixture(autouse=True)

@@ -35,9 +35,9 @@ def draw_ks(axes: Axes, report: dict[str, Any]) -> None:
 
 
 def draw_data_report(report: dict[str, Any], file: Path) -> None:
-    """Draws the scores and the rows by K of a data report, without a run, as a PNG."""
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    for axes, draw_part in zip(figure.subplots(1, 2), (draw_scores, draw_ks), strict=True):
+    """Draws scores, rows by K and lengths by score of a data report, without a run, as a PNG."""
+    figure = Figure(figsize=(13, 3.2), layout="constrained")
+    for axes, draw_part in zip(figure.subplots(1, 3), (draw_scores, draw_ks, draw_lengths), strict=True):
         tidy(axes)
         draw_part(axes, report)
     figure.savefig(file, dpi=150)
@@ -54,10 +54,9 @@ def of_data(draw: Callable[[Axes, dict[str, Any]], None]) -> Callable[[Axes, Seq
     return draw_if_there
 
 
-def lengths(axes: Axes, groups: Sequence[Group]) -> None:
-    """The length of training responses by their score: a reward that likes long answers shows here."""
-    report = groups[0].runs[0].data_report or {}
-    bins = report.get("scores", {}).get("length_by_score")
+def draw_lengths(axes: Axes, report: dict[str, Any]) -> None:
+    """The length of responses by their score: a reward that likes long answers shows here."""
+    bins = report["scores"].get("length_by_score")
     if not bins:
         return
     unit = report["lengths"]["unit"]

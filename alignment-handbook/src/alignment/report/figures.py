@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from alignment.files import atomic_path
 from alignment.report.axes import add_legend, name_at_ends, new_axes
 from alignment.report.curves import Draw, logged, ranks, rewards, speed
-from alignment.report.data_figures import draw_ks, draw_scores, lengths, of_data, sampled_lengths
+from alignment.report.data_figures import draw_ks, draw_lengths, draw_scores, of_data, sampled_lengths
 from alignment.report.groups import Group
 
 #: What files of figures can be written.
@@ -33,7 +33,7 @@ _SINGLE_RUN: list[tuple[str, str, Draw]] = [
     ("margin", "Margin: best less others", logged("rewards/margins", _REWARD, start=True)),
     ("ranks", "Implicit reward by rank of score", ranks),
     *_TRAINING,
-    ("lengths", "Length against score, training data", lengths),
+    ("lengths", "Length against score, training data", of_data(draw_lengths)),
     ("sampled_lengths", "Length against score, sampled answers", sampled_lengths),
     ("scores", "Scores, training data", of_data(draw_scores)),
     ("responses", "Responses in a row, training data", of_data(draw_ks)),
