@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 from types import SimpleNamespace
@@ -21,8 +22,9 @@ from alignment.models import SHIPPED_CONFIGS, PolicyConfig
 from alignment.plan import estimate, layouts, meta_model, trace
 from alignment.plan import show as planning
 from alignment.plan.compatibility import check_layout, incompatibilities
+from alignment.plan.describe import describe
 from alignment.plan.meta_model import StepSpec
-from alignment.plan.show import describe, make_plan, offline_if_unreachable, show_plan
+from alignment.plan.show import make_plan, offline_if_unreachable, show_plan
 from alignment.plan.timeline import Timeline
 from alignment.plan.trace import StepMemory, largest_forward, repeat_batch, trace_step, weight_sizes
 from alignment.recipe import PLAN_KEYS
@@ -165,7 +167,7 @@ def test_a_budget_cuts_the_batch():
 
 WEIGHTS = SimpleNamespace(
     base=1000.0, adapter=0, trained=1000.0, num_trained=500.0, num_factors=50.0, largest_trained=100.0,
-    largest_layer=100.0, outside_layers=50.0, quantized=0,
+    largest_layer=100.0, outside_layers=50.0, quantized=0, scales=0,
 )  # fmt: skip
 
 
@@ -203,8 +205,40 @@ def test_fsdp2_keeps_a_4_bit_models_adapter_in_bfloat16():
     weights = SimpleNamespace(**vars(WEIGHTS) | {"adapter": 2000.0, "trained": 2000.0, "quantized": 900.0})
     settings = {"weights": weights, "phases": {}, "optim": "sgd", "reference_copy": False, "loads_reference": False}
     moment, parts = layouts.peak_memory(footprint(**settings), "fsdp2", 2)
-    assert (moment, parts["weights"], parts["adapter"]) == ("loading", 1000, 2 * 500)
+    assert (moment, parts["weights"], parts["adapter"]) == ("loading", 1000 + 100 / 2, 2 * 500)  # and the shards
     assert layouts.peak_memory(footprint(**settings), "ddp", 2)[1]["adapter"] == 4 * 500
+
+
+def four_bit(**changes):
+    """Stored in a type that FSDP2 shards; a fifth of the 4-bit weights is scales."""
+    weights = SimpleNamespace(**vars(WEIGHTS) | {"quantized": 900.0, "scales": 180.0, "adapter": 200.0})
+    return footprint(weights=weights, shards_quantized=True, reference_copy=False, loads_reference=False, **changes)
+
+
+def test_a_4_bit_model_is_loaded_on_the_cpu_and_its_scales_are_whole_on_each_gpu():
+    moments = layouts.moments(four_bit(), "fsdp2", 8)
+    weights = (1000 - 180) / 8 + 180
+    (_, loading), (phase, training) = moments["loading"], moments["training"]
+    assert loading["weights"] == training["weights"] == weights and phase == "head"
+    assert loading["working"] == 100 and loading["total"] < training["total"], "one layer beside the shards"
+    assert layouts.host_memory(four_bit(), "fsdp2", 8) == 1000
+    assert layouts.host_memory(footprint(), "fsdp2", 8) == layouts.host_memory(four_bit(), "ddp", 8) == 0
+
+
+def test_offload_leaves_activations_and_what_is_gathered_on_the_gpu():
+    kept = ("activations", "logits", "working")
+    for layout, whole in [("zero2", 1000), ("zero3", 1000 / 8)]:
+        here, offloaded = (
+            layouts.moments(footprint(), name, 8)["training"][1] for name in (layout, layout + "_offload")
+        )
+        assert here["optimizer"] and offloaded == here | {"optimizer": 0, "total": here["total"] - here["optimizer"]}
+        assert offloaded["weights"] == whole
+        assert layouts.host_memory(footprint(), layout + "_offload", 8) == (12 + 4) * 500 / 8
+    here, offloaded = (layouts.moments(four_bit(), name, 8)["training"][1] for name in ("fsdp2", "fsdp2_offload"))
+    assert {part: offloaded[part] for part in kept} == {part: here[part] for part in kept}
+    assert offloaded["weights"] == 180 and not offloaded["adapter"] and not offloaded["optimizer"]
+    full = layouts.host_memory(footprint(optim="sgd"), "fsdp2_offload", 8)
+    assert full == (4 * 500 + 1000 + 4 * 500) / 8, "weights, reference and gradients; sgd has no state"
 
 
 @pytest.mark.parametrize(
@@ -232,6 +266,10 @@ def policy(**changes):
         ("fsdp2", {"load_in_4bit": True, "use_peft": True, "bnb_4bit_quant_storage": "bfloat16"}, "adamw_torch", None),
         ("fsdp2", {"load_in_4bit": True, "use_peft": True}, "adamw_torch", None),
         ("zero2", {"load_in_4bit": True, "use_peft": True}, "paged_adamw_32bit", None),
+        ("fsdp2_offload", {"load_in_8bit": True, "use_peft": True}, "adamw_torch", "load_in_8bit with fsdp2"),
+        ("zero3_offload", {"load_in_4bit": True, "use_peft": True}, "adamw_torch", "load_in_4bit with zero3"),
+        ("zero2_offload", {}, "adamw_bnb_8bit", "optim: adamw_bnb_8bit with zero2_offload"),
+        ("zero2_offload", {}, "paged_adamw_32bit", None),
         ("ddp", {"load_in_8bit": True, "use_peft": True}, "paged_adamw_8bit", None),
     ],
 )  # fmt: skip
@@ -244,7 +282,10 @@ def test_refused_combinations(layout, settings, optim, what, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     if layout[:4] in environ:
         monkeypatch.setenv(environ[layout[:4]], "true")
-        monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", layout[-1])
+        monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", layout[4])
+        offloads = layout.endswith("offload")
+        monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", str(offloads).lower())
+        monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "cpu" if offloads else "none")
     assert launched_layout(2) == layout
     if what:  # a real run ends too
         with pytest.raises(UserError, match=what):
@@ -305,7 +346,20 @@ def test_recipes_fit_where_they_say(name, monkeypatch):
     assert facts["fits"] and not facts["refused"] and facts["largest_max_tokens_per_forward"]
     assert set(facts["layouts"]) == set(layouts.LAYOUTS)
     text = describe(plan, facts, notes)
-    assert "prompts a step" in text and "fits" in text
+    loading, training = (facts["moments_gb"][moment]["total"] for moment in ("loading", "training"))
+    assert f"loading {loading:.1f} GB, then training {training:.1f} GB, of {gpu}: fits." in text
+    assert "prompts a step" in text and "Per process: " in text and max(loading, training) == sum(parts.values())
+
+
+def test_a_70b_model_fits_8_gpus_of_24_gb(monkeypatch):
+    """In short rows; what loading takes does not depend on them."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(layouts, "LAYOUTS", ())
+    flags = ["--parallel=fsdp2", "--num_processes=8", "--max_length=96", "--max_prompt_length=48"]
+    text = describe(*plan_of(ROOT / "yamls" / "reward_70b.yaml", *flags, "--gpu=RTX 4090"))
+    assert re.search(r"\(fsdp2\): loading 15.0 GB, then training 1\d.\d GB, of 24: fits.", text)
+    assert "CPU memory: 42.7 GB a process, 342 GB on a node of 8" in text
+    assert "Time (estimate): at most about" in text and "8 x RTX 4090" in text
 
 
 def test_what_does_not_fit_says_so(monkeypatch, no_tracing):
@@ -314,7 +368,15 @@ def test_what_does_not_fit_says_so(monkeypatch, no_tracing):
     flags = ["--num_processes=8", "--gpu_memory_gb=1", "--parallel=fsdp2"]
     plan, facts, notes = plan_of(recipe, *flags)
     assert not facts["fits"] and facts["largest_max_tokens_per_forward"] is None
-    assert "REFUSED" in describe(plan, facts, notes) and "--optim=adamw_torch" in describe(plan, facts, notes)
+    text = describe(plan, facts, notes)
+    assert "(fsdp2): REFUSED" in text and "--optim=adamw_torch" in text and "Time" not in text
+    assert facts["layouts"]["fsdp2"] | {"refused": ""} == {
+        "loading_gb": None, "training_gb": None, "fits": False, "refused": "",
+    }  # fmt: skip
+    assert re.search("fsdp2 +refused: optim: paged", text) and not re.search(r"fsdp2 .*\d\.\d", text)
+    text = describe(*plan_of(recipe, "--gpu_memory_gb=0.5"))
+    assert "of 0.5: DOES NOT FIT: loading and training take more" in text and "Time" not in text
+    assert "of 3: DOES NOT FIT: training takes more" in describe(*plan_of(recipe, "--gpu_memory_gb=3"))
 
 
 def run_plan(python, recipe, folder, *flags):
@@ -344,6 +406,21 @@ def test_the_command_writes_a_plan_and_nothing_else(tmp_path, forked_python):
     assert (plan["num_processes"], plan["gradient_accumulation_steps"], plan["global_batch_size"]) == (2, 2, 4)
     assert (plan["num_prompts"], plan["num_tokens"], plan["num_steps"]) == (12, None, 9)  # three epochs, no tokenizer
     assert "no tokenizer" in done.stdout and "2 processes = 4 prompts a step" in done.stdout
+
+
+def test_a_config_file_is_a_model_to_plan_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(layouts, "LAYOUTS", ())
+    tiny_config().save_pretrained(tmp_path)
+    (tmp_path / "config.json").rename(tmp_path / "sizes.json")
+    flags = [f"--model_config={tmp_path}/sizes.json", "--model_name_or_path=no/model", "--load_in_4bit=false"]
+    _, facts, notes = plan_of(ROOT / "yamls" / "reward_qlora.yaml", *flags, "--max_length=64", "--max_prompt_length=32")
+    assert facts["fits"] and facts["moments_gb"]["loading"]["weights"] < 0.01
+    assert f"Planned with the sizes in {tmp_path}/sizes.json" in notes and not any("Log-probs" in n for n in notes)
+    (tmp_path / "other.json").write_text('{"model_type": "none of theirs"}')
+    for file, words in [("none.json", "no such file"), ("other.json", "is no config of a model that")]:
+        with pytest.raises(UserError, match=f"model_config: .*{words}"):
+            plan_of(ROOT / "yamls" / "reward_qlora.yaml", f"--model_config={tmp_path}/{file}")
 
 
 @pytest.mark.parametrize("found", [True, False])

@@ -14,8 +14,9 @@ from alignment.configs import parse_configs
 from alignment.plan import checkpointing, estimate
 from alignment.plan import show as planning
 from alignment.plan.checkpointing import SHARE, Checkpointing, choose, decide, free_memory_gb
+from alignment.plan.describe import describe
 from alignment.plan.estimate import MemoryEstimator, longest_rows
-from alignment.plan.show import describe, make_plan
+from alignment.plan.show import make_plan
 from alignment.plan.steps import plan_run
 from nca_trainer import NCATrainer
 from run_reward import align
@@ -184,7 +185,7 @@ def test_a_plan_chooses_for_the_gpu_it_is_asked_about(monkeypatch):
     assert facts["memory_per_gpu_gb"]["total"] == chosen["with_gb"] < chosen["without_gb"] / 2
     text = describe(plan, facts, notes).splitlines()
     assert text[1] == chosen["summary"]
-    assert text[4].endswith(f"that fits, with checkpointing on: {facts['largest_max_tokens_per_forward']}")
+    assert text[6].endswith(f"that fits, with checkpointing on: {facts['largest_max_tokens_per_forward']}")
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,13 @@ from accelerate.utils import DistributedType, get_int_from_env
 
 
 def launched_layout(num_processes: int) -> str:
-    """The layout that accelerate launched, from its environment: `single`, `ddp`, `zero2`, `zero3` or `fsdp2`."""
+    """The layout that accelerate launched, from its environment: `single`, or one of `plan.layouts.LAYOUTS`."""
     if _asked_for("DEEPSPEED"):
         stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
-        return f"zero{stage}" if stage in ("2", "3") else "ddp"
+        offloads = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none") != "none"
+        return f"zero{stage}{'_offload' * offloads}" if stage in ("2", "3") else "ddp"
     if _asked_for("FSDP"):
-        return "fsdp2"
+        return "fsdp2_offload" if os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true" else "fsdp2"
     return "ddp" if num_processes > 1 else "single"
 
 

@@ -103,8 +103,15 @@ def _read_template(given: str) -> str:
     return template
 
 
-def load_config(config: PolicyConfig, trust_remote_code: bool = False) -> tuple[PretrainedConfig, str | None]:
+def load_config(
+    config: PolicyConfig, trust_remote_code: bool = False, file: str | None = None
+) -> tuple[PretrainedConfig, str | None]:
     """Loads the model's config, for planning: from its folder or the Hub, else from `SHIPPED_CONFIGS`.
+
+    Args:
+        config: Names the model.
+        trust_remote_code: Whether code that comes with the model may run.
+        file: A config.json to load in its place.
 
     Returns:
         The config, and a line to print where it is a shipped one.
@@ -112,6 +119,8 @@ def load_config(config: PolicyConfig, trust_remote_code: bool = False) -> tuple[
     Raises:
         UserError: There is no such model, and no config of that name is shipped; or it is an adapter.
     """
+    if file is not None:
+        return _read_config(file, trust_remote_code), f"Planned with the sizes in {file}"
     _check_is_no_adapter(config)
     name = config.model_name_or_path
     try:
@@ -124,6 +133,17 @@ def load_config(config: PolicyConfig, trust_remote_code: bool = False) -> tuple[
             raise UserError(f"{no_such_model(name, error)}; sizes are at hand for {', '.join(known)}") from error
         file = SHIPPED_CONFIGS / names[name]
         return AutoConfig.from_pretrained(file), f"{name} is not here: planned with the sizes in {file.name}"
+
+
+def _read_config(file: str, trust_remote_code: bool) -> PretrainedConfig:
+    """A model's config from its file."""
+    if not Path(file).is_file():
+        raise UserError(f"model_config: no such file {file}; give a model's config.json")
+    try:
+        return AutoConfig.from_pretrained(file, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(f"model_config: {file} is no config of a model that transformers knows ({reason})") from error
 
 
 def model_init_kwargs(config: PolicyConfig) -> dict[str, Any]:

@@ -10,6 +10,9 @@ from alignment.launch import launched_layout
 from alignment.models import PolicyConfig
 from alignment.plan.layouts import BITSANDBYTES, optimizer_name
 
+#: Optimizers in whose place an offloaded step of DeepSpeed is that of its own AdamW.
+_OFFLOADED = ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit")
+
 
 def incompatibilities(policy: PolicyConfig, args: TrainingArguments, layout: str) -> list[dict[str, str]]:
     """What in a recipe a layout does not support: each with `what`, `reason` and `fix`."""
@@ -18,7 +21,8 @@ def incompatibilities(policy: PolicyConfig, args: TrainingArguments, layout: str
     def add(what: str, reason: str, fix: str) -> None:
         found.append({"what": what, "reason": reason, "fix": fix})
 
-    if layout == "fsdp2":
+    engine, _, offload = layout.partition("_")
+    if engine == "fsdp2":
         # bitsandbytes::optimizer_update_32bit: "does not have a sharding strategy registered" for DTensor.
         if optimizer_name(args) in BITSANDBYTES:
             add(
@@ -42,7 +46,14 @@ def incompatibilities(policy: PolicyConfig, args: TrainingArguments, layout: str
                 f"the 4-bit weights' bytes would be cast to {compute} when they are gathered, and be lost",
                 f"--bnb_4bit_quant_storage={compute}",
             )
-    if layout == "zero3" and (policy.load_in_4bit or policy.load_in_8bit):
+    # accelerate's map_pytorch_optim_to_deepspeed puts DeepSpeed's own Adam in the place of any, and of these its AdamW.
+    if engine in ("zero2", "zero3") and offload and optimizer_name(args) not in _OFFLOADED:
+        add(
+            f"optim: {optimizer_name(args)} with {layout}",
+            "an offloaded step is made by DeepSpeed's own Adam, without its decoupled weight decay for this one",
+            "--optim=adamw_torch",
+        )
+    if engine == "zero3" and (policy.load_in_4bit or policy.load_in_8bit):
         bits = "load_in_4bit" if policy.load_in_4bit else "load_in_8bit"
         # transformers' from_pretrained: zero.Init only where `is_deepspeed_zero3_enabled() and not is_quantized`. On
         # two processes deepspeed.initialize then does not return, where it does for the same model in bfloat16.

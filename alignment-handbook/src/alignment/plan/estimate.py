@@ -103,6 +103,11 @@ class MemoryEstimator:
             return self.step(self.spec.dtype, checkpointing).activations
         return trace_step(self._spec(checkpointing), self.batch, backward=False).activations
 
+    def flops_per_token(self, layout: str) -> tuple[float, float]:
+        """Floating-point operations a token: of the policy's step, and of the reference's forward."""
+        step = self.step(self._gathered_dtype(layout), self.checkpointing)
+        return step.flops / step.tokens, step.forward_flops / step.tokens
+
     @property
     def notes(self) -> list[str]:
         """What a reader of the figures must know."""
@@ -133,7 +138,7 @@ class MemoryEstimator:
 
     def _gathered_dtype(self, layout: str) -> torch.dtype:
         """The type that weights are gathered in: where they are sharded, that of the mixed precision."""
-        sharded = layout in ("zero2", "zero3", "fsdp2") and self.spec.autocast is not None
+        sharded = layout not in ("single", "ddp") and self.spec.autocast is not None
         return self.spec.autocast if sharded and not self.spec.quantization else self.spec.dtype
 
     def _weights(self, dtype: torch.dtype) -> WeightSizes:

@@ -1,6 +1,7 @@
 """The memory of one process in each layout.
 
-The layouts are `single` (one process), `ddp`, `zero2` and `zero3` (DeepSpeed), `fsdp2` (torch). `Footprint` is what one
+The layouts are `single` (one process), `ddp`, `zero2` and `zero3` (DeepSpeed), `fsdp2` (torch), and the last three with
+offload: what is sharded lies in the memory of the CPU (DeepSpeed: the optimizer's part alone). `Footprint` is what one
 process would hold with nothing sharded. Sizes are in bytes.
 """
 
@@ -12,7 +13,7 @@ from transformers import TrainingArguments
 
 from alignment.plan.trace import WeightSizes
 
-LAYOUTS = ("ddp", "zero2", "zero3", "fsdp2")
+LAYOUTS = ("ddp", "zero2", "zero2_offload", "zero3", "zero3_offload", "fsdp2", "fsdp2_offload")
 PARTS = "weights adapter gradients optimizer activations logits reference working overhead".split()
 GB = 1e9
 
@@ -41,6 +42,10 @@ BITSANDBYTES = frozenset(name for name in OPTIMIZERS if "torch" not in name) - {
     "adamw_anyprecision", "adagrad", "rmsprop", "sgd",
 }  # fmt: skip
 
+
+#: The phase before the first step: the weights are there, and nothing was computed.
+LOADING = "loading"
+_STEP = "optimizer step"
 
 #: Bytes by part in each phase that may have the peak.
 Phases = dict[str, dict[str, float]]
@@ -78,13 +83,30 @@ def optimizer_name(args: TrainingArguments) -> str:
 
 def peak_memory(footprint: Footprint, layout: str, num_processes: int) -> tuple[str, dict[str, float]]:
     """The phase of a run with the peak, and the bytes of one process in it, by part (`PARTS`), with their `total`."""
-    phases = {}
-    for phase, held in _SHARDING[layout](footprint, num_processes).items():
+    return _fullest(_phases(footprint, layout, num_processes))
+
+
+def moments(footprint: Footprint, layout: str, num_processes: int) -> dict[str, tuple[str, dict[str, float]]]:
+    """The two moments of a run: `loading`, and of `training` the phase with the peak. Values as of `peak_memory`."""
+    phases = _phases(footprint, layout, num_processes)
+    return {"loading": (LOADING, phases.pop(LOADING)), "training": _fullest(phases)}
+
+
+def _phases(footprint: Footprint, layout: str, num_processes: int) -> Phases:
+    engine, _, offload = layout.partition("_")
+    phases = _SHARDING[engine](footprint, num_processes)
+    if offload:
+        phases = _left_on_gpu(engine, phases, footprint)
+    for phase, held in phases.items():
         phases[phase] = parts = dict.fromkeys(PARTS, 0.0) | held
         if footprint.on_gpu:
             transient = sum(parts[part] for part in ("gradients", "activations", "logits", "working"))
             parts["overhead"] = _CONTEXT + _NCCL * (num_processes > 1) + _FRAGMENTS * transient
         parts["total"] = sum(parts.values())
+    return phases
+
+
+def _fullest(phases: Phases) -> tuple[str, dict[str, float]]:
     return max(phases.items(), key=lambda phase: phase[1]["total"])
 
 
@@ -120,7 +142,8 @@ def _replicated(footprint: Footprint, num_processes: int) -> Phases:
     }
     phases = {name: fixed | m | {"gradients": m["gradients"] + buckets} for name, m in footprint.phases.items()}
     work = _optimizer_working(footprint, weights.trained)
-    return phases | {"optimizer step": fixed | {"gradients": weights.trained + buckets, "working": work}}
+    phases[_STEP] = fixed | {"gradients": weights.trained + buckets, "working": work}
+    return phases | {LOADING: fixed | {"optimizer": 0}}
 
 
 def _zero(footprint: Footprint, num_processes: int, stage: int) -> Phases:
@@ -148,7 +171,8 @@ def _zero(footprint: Footprint, num_processes: int, stage: int) -> Phases:
     }
     in_float32 = 4 * weights.num_trained / n  # the gradients, for the step
     work = buffers + _optimizer_working(footprint, in_float32)
-    return phases | {"optimizer step": fixed | {"gradients": in_float32, "working": work}}
+    phases[_STEP] = fixed | {"gradients": in_float32, "working": work}
+    return phases | {LOADING: fixed | {"optimizer": 0}}
 
 
 def _fsdp2(footprint: Footprint, num_processes: int) -> Phases:
@@ -156,13 +180,14 @@ def _fsdp2(footprint: Footprint, num_processes: int) -> Phases:
 
     accelerate (`fsdp2_prepare_model`) keeps trained weights in float32 where the run is in bf16, but for 4-bit models,
     whose adapter stays as trl makes it, bfloat16, and leaves 4-bit weights whole on each process unless they are stored
-    as bf16 numbers.
+    as bf16 numbers. The scales of 4-bit weights are no parameters, and are whole on each process always
+    (`QuantState` of bitsandbytes).
     """
     weights, n = footprint.weights, num_processes
     trained = weights.trained
     if weights.quantized or footprint.mixed_precision:
         trained = (2 if weights.quantized else 4) * weights.num_trained
-    whole = 0 if footprint.shards_quantized else weights.quantized
+    whole = _whole(footprint)
     base = weights.base if weights.adapter else trained
     fixed = {
         "weights": (base - whole) / n + whole,
@@ -177,12 +202,52 @@ def _fsdp2(footprint: Footprint, num_processes: int) -> Phases:
         name: fixed | m | {"gradients": m["gradients"] * share, "working": m["working"] + gathered}
         for name, m in footprint.phases.items()
     }
-    phases["optimizer step"] = fixed | {"gradients": trained / n, "working": _optimizer_working(footprint, trained / n)}
+    phases[_STEP] = fixed | {"gradients": trained / n, "working": _optimizer_working(footprint, trained / n)}
     if footprint.loads_reference:  # trl's prepare_fsdp shards the reference as one unit: it is gathered whole
         phases["reference"] = fixed | {"reference": weights.base / n, "working": weights.base}
-    if weights.quantized:  # "will still cause the VRAM spike": accelerate's fsdp2_prepare_model
-        phases["loading"] = {"weights": weights.base, "adapter": trained}
-    return phases
+    one = max(
+        weights.largest_layer, weights.outside_layers
+    )  # what was not sharded yet (`fully_shard`), or not whole yet
+    loaded = fixed | {"optimizer": 0, "working": one}
+    if weights.quantized and not _loads_on_cpu(footprint):  # "will still cause the VRAM spike": fsdp2_prepare_model
+        loaded = {"weights": weights.base + (base - whole) / n, "adapter": trained}
+    return phases | {LOADING: loaded}
+
+
+def _whole(footprint: Footprint) -> float:
+    """Bytes of 4-bit or 8-bit weights that FSDP2 leaves whole on each process."""
+    return footprint.weights.scales if footprint.shards_quantized else footprint.weights.quantized
+
+
+def _left_on_gpu(engine: str, phases: Phases, footprint: Footprint) -> Phases:
+    """The phases with offload: the optimizer's step is made on the CPU, where its state and its gradients are.
+
+    Under FSDP2 the sharded weights are there too, and are gathered from there (`CPUOffloadPolicy`).
+    """
+    gone = {"optimizer": 0.0}
+    if engine == "fsdp2":
+        gone |= {"weights": _whole(footprint), "adapter": 0.0, "gradients": 0.0, "reference": 0.0}
+    return {name: dict(held) | gone for name, held in phases.items() if name != _STEP}
+
+
+def host_memory(footprint: Footprint, layout: str, num_processes: int) -> float:
+    """Bytes of the CPU's memory that one process needs beside what every run does.
+
+    That is what offload takes from the GPU, and a 4-bit model that is to be sharded, which is loaded there first.
+    """
+    engine, _, offload = layout.partition("_")
+    loaded = footprint.weights.base if engine == "fsdp2" and _loads_on_cpu(footprint) else 0.0
+    if not offload:
+        return loaded
+    step = _SHARDING[engine](footprint, num_processes)[_STEP]
+    moved = step["optimizer"] + step["gradients"] + step["working"] * (engine == "fsdp2")
+    if engine == "fsdp2":
+        moved += step["weights"] - _whole(footprint) + step["adapter"] + step["reference"]
+    return max(loaded, moved)
+
+
+def _loads_on_cpu(footprint: Footprint) -> bool:
+    return bool(footprint.weights.quantized) and footprint.shards_quantized
 
 
 _SHARDING = {

@@ -6,7 +6,7 @@ A real run prints and writes the arithmetic of steps, and traces memory only whe
 
 import contextlib
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -26,13 +26,15 @@ from alignment.data.load import load_groups
 from alignment.data.prepare import prepare_rows
 from alignment.errors import UserError
 from alignment.files import write_json
-from alignment.launch import launched_layout
+from alignment.launch import launched_layout, processes_here
 from alignment.models import load_config, load_tokenizer
 from alignment.plan import layouts
 from alignment.plan.check import check_model
 from alignment.plan.checkpointing import Checkpointing, choose, free_memory_gb
 from alignment.plan.compatibility import incompatibilities
+from alignment.plan.describe import describe
 from alignment.plan.estimate import GroupLengths, MemoryEstimator, longest_rows
+from alignment.plan.hours import GPUS, Hours, gpu_here, named_gpu
 from alignment.plan.steps import Plan, plan_run, set_global_batch
 from alignment.recipe import RunConfig
 
@@ -82,14 +84,14 @@ def make_plan(configs: Configs, pairs: bool) -> tuple[Plan, dict[str, Any], list
     run, args, notes = configs.run, configs.trainer, []
     num_processes = run.num_processes or args.world_size
     set_global_batch(args, run, num_processes)
-    model_config, note = load_config(configs.policy, args.trust_remote_code)
+    model_config, note = load_config(configs.policy, args.trust_remote_code, run.model_config)
     notes += [note] if note else []
     rows = _rows(configs, pairs, notes)
     lengths = rows["length"][:] if rows is not None and "length" in rows.column_names else None
     num_prompts = run.num_prompts if rows is None else len(rows)
     if num_prompts is None and args.max_steps <= 0:
         notes.append("Steps are not known without the data: --num_prompts=N plans for N rows")
-    checked = check_model(configs.policy, args)
+    checked = check_model(configs.policy, args) if run.model_config is None else None
     notes += [checked] if checked else []
     plan = plan_run(args, num_processes, num_prompts, sum(lengths) if lengths else None)
     if lengths:
@@ -133,7 +135,7 @@ def _assumed(configs: Configs, model_config: PretrainedConfig, pairs: bool, note
 def _memory(
     configs: Configs, model_config: PretrainedConfig, groups: list[GroupLengths], plan: Plan, notes: list[str]
 ) -> dict[str, Any]:
-    """What plan.json says of memory. Arguments as in `make_plan`; `groups` is the micro-batch to plan for."""
+    """What plan.json says of memory and hours. Arguments as in `make_plan`; `groups` is the micro-batch to plan for."""
     policy, run, args = configs.policy, configs.run, configs.trainer
     num_processes = plan.num_processes
     layout = run.parallel or launched_layout(num_processes)
@@ -148,20 +150,27 @@ def _memory(
 
     table = {}
     for name in layouts.LAYOUTS:
+        if reasons := "; ".join(f"{r['what']}: {r['reason']}" for r in incompatibilities(policy, args, name)):
+            table[name] = {"loading_gb": None, "training_gb": None, "fits": False, "refused": reasons}
+            continue
         checkpointing(name)
-        total = layouts.in_gb(layouts.peak_memory(estimator.footprint(name), name, num_processes)[1])["total"]
-        refused = incompatibilities(policy, args, name)
-        reasons = "; ".join(f"{r['what']}: {r['reason']}" for r in refused) or None
-        table[name] = {"total_gb": total, "fits": total <= limit and not refused, "refused": reasons}
+        loading, training = (parts["total"] for _, parts in _moments(estimator, name, num_processes).values())
+        fits = max(loading, training) <= limit
+        table[name] = {"loading_gb": loading, "training_gb": training, "fits": fits, "refused": None}
     refused, chosen = incompatibilities(policy, args, layout), checkpointing(layout)
-    phase, held = layouts.peak_memory(estimator.footprint(layout), layout, num_processes)
-    parts = layouts.in_gb(held)
+    moments = _moments(estimator, layout, num_processes)
+    fullest, parts = max(moments.values(), key=lambda moment: moment[1]["total"])
     activations = {name: round(estimator.activations(on) / layouts.GB, 3) for name, on in _CHECKPOINTING.items()}
+    host = layouts.host_memory(estimator.footprint(layout), layout, num_processes) / layouts.GB
+    hours = estimate_hours(run, estimator, plan, layout, groups) if not refused else None
     return {
         "parallel": layout,
         "gradient_checkpointing": chosen.as_dict() if chosen else args.gradient_checkpointing,
         "memory_per_gpu_gb": parts,
-        "fullest_moment": phase,
+        "fullest_moment": fullest,
+        "moments_gb": {name: {"at": phase} | held for name, (phase, held) in moments.items()},
+        "cpu_memory_gb": round(host, 3),
+        "processes_a_node": _processes_a_node(run, num_processes),
         "activations_gb": activations,
         "tokens_per_forward": estimator.tokens,
         "gpu_memory_gb": limit,
@@ -169,7 +178,38 @@ def _memory(
         "largest_max_tokens_per_forward": estimator.largest_budget(layout, num_processes, limit),
         "layouts": table,
         "refused": refused,
+        "time": hours.as_dict() | {"summary": str(hours)} if hours else None,
     }
+
+
+def _moments(estimator: MemoryEstimator, layout: str, num_processes: int) -> dict[str, tuple[str, dict[str, float]]]:
+    """The two moments of a run, as of `layouts.moments`, in GB."""
+    moments = layouts.moments(estimator.footprint(layout), layout, num_processes)
+    return {name: (phase, layouts.in_gb(held)) for name, (phase, held) in moments.items()}
+
+
+def estimate_hours(
+    run: RunConfig, estimator: MemoryEstimator, plan: Plan, layout: str, groups: list[GroupLengths]
+) -> Hours | None:
+    """The time of the run on GPUs whose rate is known; None on others, on a CPU, or without the number of steps."""
+    gpu = named_gpu(run.gpu) if run.gpu else "H100" if not torch.cuda.is_available() else gpu_here()
+    if plan.num_steps is None or gpu is None or not _on_gpu(run):
+        return None
+    tokens, at_most = plan.num_tokens, plan.num_tokens is None
+    if tokens is None:
+        of_groups = sum(prompt + sum(responses) for prompt, responses in groups) / len(groups)
+        tokens = of_groups * plan.num_steps * plan.global_batch_size
+    policy, reference = estimator.flops_per_token(layout)
+    once = estimator.args.precompute_ref_log_probs
+    epochs = max(plan.num_epochs or 1, 1)
+    a_step = (policy + reference * (not once)) * tokens / plan.num_steps
+    before = reference * tokens / epochs if once else 0
+    return Hours(gpu, plan.num_processes, a_step, a_step * plan.num_steps + before, at_most)
+
+
+def _processes_a_node(run: RunConfig, num_processes: int) -> int:
+    """Processes of one machine: those that were launched here, or, of a launch that is planned, at most eight."""
+    return min(num_processes, 8) if run.num_processes else processes_here()
 
 
 _CHECKPOINTING = {"with_checkpointing": True, "without_checkpointing": False}
@@ -184,42 +224,20 @@ def _gpu_memory_gb(run: RunConfig, notes: list[str]) -> float:
     """Memory to fit, in GB: what was asked for, or that of the machine at hand, or `DEFAULT_GPU_GB`."""
     if run.gpu_memory_gb is not None:
         return run.gpu_memory_gb
+    if run.gpu is not None:
+        return float(GPUS[named_gpu(run.gpu)][1])
     if not _on_gpu(run):
         return round(psutil.virtual_memory().total / layouts.GB, 1)
     if torch.cuda.is_available():
         return round(torch.cuda.get_device_properties(0).total_memory / layouts.GB, 1)
-    notes.append(f"No GPU here: planned for one of {DEFAULT_GPU_GB:g} GB; --gpu_memory_gb=N plans for another")
+    notes.append(
+        f"No GPU here: planned for one of {DEFAULT_GPU_GB:g} GB; --gpu_memory_gb=N or --gpu=NAME plans for another"
+    )
     return DEFAULT_GPU_GB
 
 
 def _free_gb(configs: Configs, limit: float) -> float:
     """Memory that a run here would find free, in GB; that of the GPU to plan for where it is another."""
     here = configs.trainer.device.type == ("cuda" if _on_gpu(configs.run) else "cpu")
-    return free_memory_gb(configs.trainer.device) if here and configs.run.gpu_memory_gb is None else limit
-
-
-def describe(plan: Plan, facts: Mapping[str, Any], notes: Sequence[str]) -> str:
-    """The plan as it is printed."""
-    parts = facts["memory_per_gpu_gb"]
-    listed = ", ".join(f"{name} {parts[name]:.2f}" for name in layouts.PARTS if parts[name])
-    activations = facts["activations_gb"]
-    verdict = "fits" if facts["fits"] else "DOES NOT FIT" if not facts["refused"] else "REFUSED"
-    budget = facts["largest_max_tokens_per_forward"]
-    with_checkpointing, without = activations["with_checkpointing"], activations["without_checkpointing"]
-    checkpointing = facts["gradient_checkpointing"]
-    is_auto = isinstance(checkpointing, Mapping)
-    so = f", with checkpointing {'on' if checkpointing['on'] else 'off'}" if is_auto else ""
-    lines = [
-        str(plan),
-        *([checkpointing["summary"]] if is_auto else []),
-        f"Memory per process ({facts['parallel']}): {parts['total']:.2f} GB of {facts['gpu_memory_gb']:g}: {verdict}.",
-        f"  peak ({facts['fullest_moment']}): {listed}",
-        f"  {facts['tokens_per_forward']} tokens a forward; activations {with_checkpointing:.2f} GB with "
-        f"checkpointing, {without:.2f} without; "
-        + (f"largest max_tokens_per_forward that fits{so}: {budget}" if budget else "no max_tokens_per_forward fits"),
-    ]
-    for name, layout in facts["layouts"].items():
-        fits = "refused: " + layout["refused"] if layout["refused"] else "fits" if layout["fits"] else "does not fit"
-        lines.append(f"  {name:6} {layout['total_gb']:9.2f} GB  {fits}")
-    lines += [f"Refused: {r['what']}: {r['reason']}; use {r['fix']}" for r in facts["refused"]]
-    return "\n".join([*lines, *(f"Note: {note}." for note in notes)])
+    asked = configs.run.gpu_memory_gb is not None or configs.run.gpu is not None
+    return free_memory_gb(configs.trainer.device) if here and not asked else limit

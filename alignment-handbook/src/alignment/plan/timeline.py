@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 #: Kinds of tensors during a step: kept for the backward pass, gradients of weights, (tokens, vocabulary) values of the
 #: LM head, or anything else.
@@ -31,6 +32,10 @@ class _Life:
 class Timeline(TorchDispatchMode):
     """Records when each storage that an operation makes is allocated and freed. Each of the two is an event.
 
+    Attributes:
+        now: The latest event.
+        flops: Floating-point operations of the matrix products and attention kernels until now.
+
     Args:
         known: Tensors that were there before and are not counted: weights and inputs.
         vocabulary: Size of the last dimension that makes a tensor logits.
@@ -46,7 +51,7 @@ class Timeline(TorchDispatchMode):
 
     def __init__(self, known: Iterable[Tensor], vocabulary: int):
         super().__init__()
-        self.now = 0
+        self.now = self.flops = 0
         self._vocabulary = vocabulary
         self._lives: list[_Life] = []
         self._held = [tensor.untyped_storage() for tensor in known]  # kept, so that no other gets their ids
@@ -54,6 +59,8 @@ class Timeline(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            self.flops += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._note(leaf)

@@ -46,6 +46,7 @@ class WeightSizes:
         largest_layer: The largest decoder layer.
         outside_layers: Everything outside the decoder layers.
         quantized: What is stored in 4 or 8 bits, scales included; part of `base`.
+        scales: The scales of what is stored in 4 bits; part of `quantized`.
     """
 
     base: int
@@ -57,6 +58,7 @@ class WeightSizes:
     largest_layer: int
     outside_layers: int
     quantized: int
+    scales: int
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,15 @@ class StepMemory:
         tokens: Tokens of the forward.
         activations: Bytes kept for the backward pass, at the end of the forward.
         phases: Peak of each phase of the step, in bytes by kind: `alignment.plan.timeline.KINDS`.
+        forward_flops: Floating-point operations of the forward.
+        flops: Those of all: forward, what is recomputed, backward.
     """
 
     tokens: int
     activations: int
     phases: dict[str, dict[str, int]]
+    forward_flops: int = 0
+    flops: int = 0
 
 
 def largest_forward(
@@ -109,6 +115,7 @@ def weight_sizes(spec: StepSpec) -> WeightSizes:
     trained = [p for p in model.parameters() if p.requires_grad]
     layers = [sum(sizes[id(p)] for p in layer.parameters()) for layer in decoder_layers(base)]
     in_layers = {id(p) for layer in decoder_layers(base) for p in layer.parameters()}
+    quantized = [p for p in base.parameters() if is_quantized(p)]
     return WeightSizes(
         base=sum(size for key, size in sizes.items() if key not in adapter),
         adapter=sum(sizes[key] for key in adapter),
@@ -118,7 +125,8 @@ def weight_sizes(spec: StepSpec) -> WeightSizes:
         largest_trained=max(p.numel() * p.element_size() for p in trained),
         largest_layer=max(layers),
         outside_layers=sum(size for key, size in sizes.items() if key not in in_layers),
-        quantized=sum(sizes[id(p)] for p in base.parameters() if is_quantized(p)),
+        quantized=sum(sizes[id(p)] for p in quantized),
+        scales=sum(sizes[id(p)] - p.numel() // 2 for p in quantized) if spec.quantization == "4bit" else 0,
     )
 
 
@@ -140,7 +148,11 @@ def trace_step(spec: StepSpec, batch: Batch, backward: bool = True) -> StepMemor
         phase: {kind: extrapolate(parts[kind], deeper.phases[phase][kind]) for kind in KINDS}
         for phase, parts in shallow.phases.items()
     }
-    return StepMemory(batch["input_ids"].shape[1], extrapolate(shallow.activations, deeper.activations), phases)
+    of_layers = {
+        name: extrapolate(getattr(shallow, name), getattr(deeper, name))
+        for name in ("activations", "forward_flops", "flops")
+    }
+    return StepMemory(batch["input_ids"].shape[1], phases=phases, **of_layers)
 
 
 def _trace(spec: StepSpec, depth: int, batch: Batch, backward: bool) -> StepMemory:
@@ -161,7 +173,7 @@ def _trace(spec: StepSpec, depth: int, batch: Batch, backward: bool) -> StepMemo
             enabled = spec.autocast is not None
             with torch.autocast("cpu", dtype=spec.autocast or torch.bfloat16, enabled=enabled):
                 logps = model(**inputs)
-            forward_end = timeline.now
+            forward_end, forward_flops = timeline.now, timeline.flops
             if backward:
                 logps.sum().backward()
             end = timeline.now
@@ -174,7 +186,8 @@ def _trace(spec: StepSpec, depth: int, batch: Batch, backward: bool) -> StepMemo
         "first layer": timeline.peak(first, end),
     }
     alive = timeline.alive_at(forward_end)
-    return StepMemory(batch["input_ids"].shape[1], alive["activations"] + alive["logits"], phases)
+    activations = alive["activations"] + alive["logits"]
+    return StepMemory(batch["input_ids"].shape[1], activations, phases, forward_flops, timeline.flops)
 
 
 def _mark_backward(output: Any, timeline: Timeline, marks: list[int]) -> None:

@@ -56,15 +56,28 @@ class RunConfig:
     gpu_memory_gb: float | None = field(
         default=None,
         metadata={
-            "help": "With plan: memory of a GPU, in GB (1e9 bytes). None: that of the GPU here, of this machine where "
-            "the recipe says use_cpu, else 80; for gradient_checkpointing: auto, what is free of it."
+            "help": "With plan: memory of a GPU, in GB (1e9 bytes). None: that of the GPU here or of gpu, of this "
+            "machine where the recipe says use_cpu, else 80; for gradient_checkpointing: auto, what is free of it."
+        },
+    )
+    gpu: str | None = field(
+        default=None,
+        metadata={
+            "help": "With plan: the GPU to estimate hours for, such as H100 or 'RTX 4090', whose memory is then the "
+            "default of gpu_memory_gb. None: the GPU here, else H100."
+        },
+    )
+    model_config: str | None = field(
+        default=None,
+        metadata={
+            "help": "With plan: a config.json to plan for in place of the model's, where the model is not at hand."
         },
     )
     parallel: str | None = field(
         default=None,
         metadata={
             "help": "With plan: how the run is parallelized. None: as it was launched.",
-            "choices": ["ddp", "zero2", "zero3", "fsdp2"],
+            "choices": ["ddp", "zero2", "zero2_offload", "zero3", "zero3_offload", "fsdp2", "fsdp2_offload"],
         },
     )
     num_prompts: int | None = field(
@@ -85,4 +98,4 @@ class RunConfig:
 
 
 #: Keys of `--plan`, which describe one launch and not the run.
-PLAN_KEYS = ("plan", "num_processes", "gpu_memory_gb", "parallel", "num_prompts")
+PLAN_KEYS = ("plan", "num_processes", "gpu_memory_gb", "gpu", "model_config", "parallel", "num_prompts")
