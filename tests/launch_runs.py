@@ -17,6 +17,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed.run
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch import nn
@@ -30,9 +31,16 @@ from tests.forked import draw_nothing, run_as_main
 class WatchedTrainer(NCATrainer):
     """Writes down how it was launched, once trained."""
 
+    reference_held = None  # where the reference ran
+
+    def compute_ref_log_probs(self, model: nn.Module, inputs: Any) -> Any:
+        self.reference_held = self.reference_held or held(model)
+        return super().compute_ref_log_probs(model, inputs)
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         result = super().train(*args, **kwargs)
         facts = {"type": self.accelerator.distributed_type.value, "processes": self.args.world_size} | held(self.model)
+        facts["reference"] = self.reference_held
         (Path(self.args.output_dir) / f"rank_{self.args.process_index}.json").write_text(json.dumps(facts))
         return result
 
@@ -54,6 +62,8 @@ def held(model: nn.Module) -> dict[str, int]:
 def run(path: str) -> None:
     """All runs of a file, with the flags that follow it on the command line."""
     draw_nothing()
+    if not torch.cuda.is_available():  # CPU offload pins memory for a GPU
+        torch.Tensor.pin_memory, torch.Tensor.is_pinned = (lambda self, *_: self), (lambda self, *_: True)
     for argv in json.loads(Path(path).read_text()):
         pairs = any(flag.startswith("--make_pairs") for flag in argv)
         align([*argv, *sys.argv[2:]], WatchedPairTrainer if pairs else WatchedTrainer)

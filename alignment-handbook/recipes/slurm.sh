@@ -5,8 +5,8 @@
 #   sbatch --nodes=2 --gpus-per-node=8 alignment-handbook/recipes/slurm.sh fsdp2_qlora \
 #       run_reward.py yamls/reward_70b.yaml
 #
-# CONFIG is a file of accelerate_configs/ by its name: multi_node (DDP), fsdp2, fsdp2_qlora, deepspeed_zero2 or
-# deepspeed_zero3. Submitted from the repository's root. A recipe that runs for hours should save often (save_strategy:
+# CONFIG is a file of accelerate_configs/ by its name: multi_node (DDP), fsdp2, fsdp2_qlora, fsdp2_offload,
+# deepspeed_zero2 or deepspeed_zero3. Submitted from the repository's root. A recipe that runs for hours should save often (save_strategy:
 # steps, save_steps): a job that is queued again resumes from the newest complete checkpoint.
 #SBATCH --job-name=alignment
 #SBATCH --ntasks-per-node=1
