@@ -37,11 +37,13 @@ def test_operations_are_those_of_the_formula(checkpointing):
 PLAN = Plan(8, 1, 4, 32, num_prompts=3200, num_tokens=None, num_epochs=1, num_steps=100, warmup_steps=0)
 
 
-def hours(plan, precompute=False, gpu="a100"):
+def hours(plan, precompute=False, gpu="a100", gpu_memory_gb=None):
     """Of a model whose step takes 2e12 operations a token, and its reference 1e12; a prompt has 240 tokens."""
     args = SimpleNamespace(precompute_ref_log_probs=precompute)
     estimator = SimpleNamespace(args=args, flops_per_token=lambda layout: (2e12, 1e12))
-    return estimate_hours(RunConfig(plan=True, gpu=gpu), estimator, plan, "ddp", [(48, [48] * 4)])
+    return estimate_hours(
+        RunConfig(plan=True, gpu=gpu, gpu_memory_gb=gpu_memory_gb), estimator, plan, "ddp", [(48, [48] * 4)]
+    )
 
 
 def test_hours_of_a_run():
@@ -60,6 +62,7 @@ def test_hours_of_a_run():
 def test_hours_need_a_gpu_that_is_known(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert hours(PLAN, gpu=None).gpu == "H100"
+    assert hours(PLAN, gpu=None, gpu_memory_gb=24) is None, "a GPU of which the memory is known alone"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     assert hours(PLAN, gpu=None) is None

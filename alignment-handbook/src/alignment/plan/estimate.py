@@ -95,6 +95,7 @@ class MemoryEstimator:
             loads_reference=full,
             shards_quantized=policy.bnb_4bit_quant_storage not in (None, "uint8"),
             on_gpu=self.on_gpu,
+            accumulates=self.spec.accumulates or tokens is not None,  # more tokens than a forward takes, say
         )
 
     def activations(self, checkpointing: bool) -> int:

@@ -63,6 +63,7 @@ class Footprint:
         reference_copy: Whether the reference is a model of its own, in memory while training.
         loads_reference: Whether it is, at least while the reference's log-probs are precomputed.
         shards_quantized: Whether quantized weights are stored in a type that FSDP2 shards.
+        accumulates: Whether a step has several forwards, whose gradients are added up.
         on_gpu: Whether to add CUDA's own memory.
     """
 
@@ -74,6 +75,7 @@ class Footprint:
     loads_reference: bool
     shards_quantized: bool
     on_gpu: bool
+    accumulates: bool = False
 
 
 def optimizer_name(args: TrainingArguments) -> str:
@@ -181,7 +183,8 @@ def _fsdp2(footprint: Footprint, num_processes: int) -> Phases:
     accelerate (`fsdp2_prepare_model`) keeps trained weights in float32 where the run is in bf16, but for 4-bit models,
     whose adapter stays as trl makes it, bfloat16, and leaves 4-bit weights whole on each process unless they are stored
     as bf16 numbers. The scales of 4-bit weights are no parameters, and are whole on each process always
-    (`QuantState` of bitsandbytes).
+    (`QuantState` of bitsandbytes). Gradients are sharded when they are exchanged, after the last forward of a step:
+    until then each process holds all of them (`Accelerator.no_sync`).
     """
     weights, n = footprint.weights, num_processes
     trained = weights.trained
@@ -198,17 +201,16 @@ def _fsdp2(footprint: Footprint, num_processes: int) -> Phases:
     layers = 2 * weights.largest_layer * (1 - whole / max(weights.base, 1))
     gathered = layers + weights.outside_layers + layers * weights.trained / (weights.base + weights.adapter)
     share = trained / max(weights.trained, 1) / n
-    phases = {
-        name: fixed | m | {"gradients": m["gradients"] * share, "working": m["working"] + gathered}
-        for name, m in footprint.phases.items()
-    }
+    added_up = weights.num_trained * 2 if footprint.mixed_precision else trained
+    phases = {}
+    for name, m in footprint.phases.items():
+        gradients = added_up if footprint.accumulates else m["gradients"] * share
+        phases[name] = fixed | m | {"gradients": gradients, "working": m["working"] + gathered}
     phases[_STEP] = fixed | {"gradients": trained / n, "working": _optimizer_working(footprint, trained / n)}
     if footprint.loads_reference:  # trl's prepare_fsdp shards the reference as one unit: it is gathered whole
         phases["reference"] = fixed | {"reference": weights.base / n, "working": weights.base}
-    one = max(
-        weights.largest_layer, weights.outside_layers
-    )  # what was not sharded yet (`fully_shard`), or not whole yet
-    loaded = fixed | {"optimizer": 0, "working": one}
+    one_module = max(weights.largest_layer, weights.outside_layers)  # is whole on the GPU while it is sharded
+    loaded = fixed | {"optimizer": 0, "working": one_module}
     if weights.quantized and not _loads_on_cpu(footprint):  # "will still cause the VRAM spike": fsdp2_prepare_model
         loaded = {"weights": weights.base + (base - whole) / n, "adapter": trained}
     return phases | {LOADING: loaded}
@@ -226,7 +228,8 @@ def _left_on_gpu(engine: str, phases: Phases, footprint: Footprint) -> Phases:
     """
     gone = {"optimizer": 0.0}
     if engine == "fsdp2":
-        gone |= {"weights": _whole(footprint), "adapter": 0.0, "gradients": 0.0, "reference": 0.0}
+        gone |= {"weights": _whole(footprint), "adapter": 0.0, "reference": 0.0}
+        gone |= {} if footprint.accumulates else {"gradients": 0.0}
     return {name: dict(held) | gone for name, held in phases.items() if name != _STEP}
 
 

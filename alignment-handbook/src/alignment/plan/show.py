@@ -192,7 +192,9 @@ def estimate_hours(
     run: RunConfig, estimator: MemoryEstimator, plan: Plan, layout: str, groups: list[GroupLengths]
 ) -> Hours | None:
     """The time of the run on GPUs whose rate is known; None on others, on a CPU, or without the number of steps."""
-    gpu = named_gpu(run.gpu) if run.gpu else "H100" if not torch.cuda.is_available() else gpu_here()
+    gpu = named_gpu(run.gpu) if run.gpu else gpu_here()
+    if gpu is None and not torch.cuda.is_available() and run.gpu_memory_gb is None:
+        gpu = "H100"
     if plan.num_steps is None or gpu is None or not _on_gpu(run):
         return None
     tokens, at_most = plan.num_tokens, plan.num_tokens is None

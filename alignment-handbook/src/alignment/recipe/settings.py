@@ -64,7 +64,7 @@ class RunConfig:
         default=None,
         metadata={
             "help": "With plan: the GPU to estimate hours for, such as H100 or 'RTX 4090', whose memory is then the "
-            "default of gpu_memory_gb. None: the GPU here, else H100."
+            "default of gpu_memory_gb. None: the GPU here, else H100, but none with gpu_memory_gb."
         },
     )
     model_config: str | None = field(
