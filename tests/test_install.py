@@ -156,6 +156,14 @@ def test_command_is_the_script(tmp_path, monkeypatch, capsys):
     assert "usage: nca score " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", ["sample", "chat", "score"])
+def test_help_comes_before_the_slow_imports(command):
+    code = "import sys, nca\ntry: nca.main()\nfinally: assert 'torch' not in sys.modules"
+    run = subprocess.run([sys.executable, "-c", code, command, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert f"usage: nca {command} " in run.stdout
+
+
 def test_plan_is_train_with_plan(monkeypatch):
     started = []
     monkeypatch.setattr(nca, "run_script", lambda *arguments: started.append(arguments))

@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from alignment import errors
-from alignment.sampling.chat import HELP, chat, speakers
-from alignment.sampling.sample import SamplingConfig
 
 
 def typed() -> Iterator[str]:
     """Lines from the terminal behind a prompt, or from a pipe."""
+    from alignment.sampling.chat import HELP
+
     if not sys.stdin.isatty():
         yield from sys.stdin
         return
@@ -69,6 +69,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
                         help="type of the weights; auto: as they were saved")  # fmt: skip
     args = parser.parse_args()
+    from alignment.sampling.chat import chat, speakers  # now: it takes seconds
+    from alignment.sampling.sample import SamplingConfig
+
     config = SamplingConfig(1, args.max_new_tokens, args.temperature, args.top_p, 1, args.seed)
     who, tokenizer = speakers(args.model, args.base, args.dtype)
     chat(typed(), who, tokenizer, config, args.both)

@@ -15,13 +15,14 @@ from pathlib import Path
 
 from alignment import errors
 from alignment.errors import UserError
-from alignment.evaluation.answers import answer_alpaca_eval, answer_mt_bench
-from alignment.sampling.sample import SamplingConfig
 
 
 def main() -> None:
     """Reads the command line and answers."""
     args = _parse()
+    from alignment.evaluation.answers import answer_alpaca_eval, answer_mt_bench  # now: it takes seconds
+    from alignment.sampling.sample import SamplingConfig
+
     model_id = args.model_id or Path(args.model_name_or_path).name
     if not model_id or Path(model_id).name != model_id:
         raise UserError(f"--model_id: {model_id!r} is to name a file; give a name without slashes")

@@ -9,8 +9,6 @@ that was killed resumes where it stopped (`OUTPUT.part`) and gives the same file
 """
 
 from alignment import errors
-from alignment.sampling.sample import SamplingConfig
-from alignment.sampling.sample_file import choose_engine, sample_file
 
 #: Responses in a batch: what is written at once, and what a kill can cost.
 BATCH_SIZES = {"transformers": 64, "vllm": 1024}
@@ -37,6 +35,9 @@ def main() -> None:
     parser.add_argument("--base", help="the base of adapters, where the one that they name has moved")
     parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it exists")
     args = parser.parse_args()
+    from alignment.sampling.sample import SamplingConfig  # now: it takes seconds
+    from alignment.sampling.sample_file import choose_engine, sample_file
+
     engine = choose_engine(args.engine)
     config = SamplingConfig(
         num_samples=args.num_samples,
