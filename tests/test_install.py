@@ -12,6 +12,7 @@ import pytest
 import nca
 from alignment.errors import UserError
 from alignment.files import shipped
+from alignment.models import PolicyConfig
 from tests.conftest import ROOT
 from tests.scripts import documentation
 
@@ -193,3 +194,10 @@ def test_what_is_needed_is_the_same_in_all_projects():
     assert len({project["requires-python"] for project in projects}) == 1
     whole, *parts = [set(project["dependencies"]) for project in projects]
     assert whole == set.union(*parts)
+
+
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_quantization_without_bitsandbytes(monkeypatch, bits):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it were not installed
+    with pytest.raises(ValueError, match=f"{bits}: bitsandbytes is not installed; pip install bitsandbytes"):
+        PolicyConfig("some-model", use_peft=True, **{bits: True})

@@ -1,7 +1,6 @@
 """Models and adapters by name: which of them can be trained, and what is said of those that cannot be loaded."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -125,10 +124,3 @@ def test_an_adapter_is_found_by_its_name_on_the_hub(moved, monkeypatch):
     with torch.inference_mode():
         assert torch.equal(load_trained_model("me/adapter", base=base).eval()(IDS).logits, expected)
     assert adapter_base("me/model") is None
-
-
-@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
-def test_quantization_without_bitsandbytes(monkeypatch, bits):
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it were not installed
-    with pytest.raises(ValueError, match=f"{bits}: bitsandbytes is not installed; pip install bitsandbytes"):
-        PolicyConfig("some-model", use_peft=True, **{bits: True})
