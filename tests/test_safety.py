@@ -134,5 +134,5 @@ def test_no_tracker_unless_asked_and_then_it_gets_the_recipe(recipe, tmp_path, m
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb", "trackio"])
 def test_a_tracker_that_is_not_installed_is_named(recipe, tracker, monkeypatch):
     monkeypatch.setattr("trl_nca.config.get_available_reporting_integrations", list)
-    with pytest.raises(UserError, match=f"report_to: {tracker} is not installed"):
+    with pytest.raises(UserError, match=f"^--report_to={tracker}: {tracker} is not installed"):
         reward(recipe, f"--report_to={tracker}")
