@@ -109,6 +109,14 @@ def test_names_at_the_ends_of_lines_stay_inside_and_apart():
     assert min(np.diff(places)) > 0.07
 
 
+def test_a_group_has_one_line_of_alarm(tmp_path):
+    groups = group_runs(seeds(tmp_path, losses=("DPO",)))
+    for run, best in zip(groups[0].runs, (-0.3, 0.2, -0.5), strict=True):
+        run.held_out["rewards/chosen"] = [best, best + 0.01]
+    lines = [line for line in runs_table(groups).splitlines() if line.startswith("ALARM")]
+    assert lines == ["ALARM, DPO: best responses at worst -4.95 +- 0.05 nats a response, in 2 of 3 runs"]
+
+
 def test_other_held_out_rows_are_warned_of(tmp_path):
     runs = seeds(tmp_path, num_seeds=1)
     for run, mean in zip(runs, (0.5, 0.5), strict=True):

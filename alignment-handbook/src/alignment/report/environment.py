@@ -15,7 +15,8 @@ import torch
 
 _PACKAGES = "torch transformers trl peft accelerate datasets".split()
 _SCRIPTS = ("run_reward.py", "run_preference.py", "nca")
-_SECRET = re.compile(r"--\w*(token|password|secret|api_key)\b")
+#: A flag of a credential, and a value with one in it: `--hub_token=x`, `--model_init_kwargs={"token": "x"}`.
+_SECRET = re.compile(r"""^--\w*(token|password|secret|api_key)\b|["'](\w*_)?(token|password|secret|api_key)["']\s*:""")
 
 
 def describe_environment(device: torch.device, num_processes: int) -> dict[str, Any]:
@@ -39,8 +40,9 @@ def repeat_command(argv: Sequence[str], num_processes: int = 1) -> str | None:
     """The command line, without credentials; None where it is not that of one of this project's commands.
 
     Example:
-        >>> repeat_command(["/home/me/run_reward.py", "my recipe.yaml", "--hub_token=x"], 8)
-        "accelerate launch --num_processes=8 run_reward.py 'my recipe.yaml'"
+        >>> secrets = ["--hub_token", "x", '--model_init_kwargs={"token": "x"}']
+        >>> repeat_command(["/home/me/run_reward.py", "my recipe.yaml", *secrets, "--beta=0.1"], 8)
+        "accelerate launch --num_processes=8 run_reward.py 'my recipe.yaml' --beta=0.1"
         >>> repeat_command(["ipykernel_launcher.py", "-f", "kernel.json"])
     """
     name = Path(argv[0]).name
@@ -49,7 +51,7 @@ def repeat_command(argv: Sequence[str], num_processes: int = 1) -> str | None:
     launcher = f"accelerate launch --num_processes={num_processes} " if num_processes > 1 else "python "
     words, follows = [], False
     for word in argv[1:]:
-        is_secret = _SECRET.match(word) is not None
+        is_secret = _SECRET.search(word) is not None
         if not is_secret and not (follows and not word.startswith("--")):
             words.append(word)
         follows = is_secret and "=" not in word

@@ -105,8 +105,9 @@ def group_alarms(groups: Sequence[Group]) -> list[tuple[str, str, bool]]:
         found = [one for run in group.runs if (one := alarm(run))]
         if found:
             worst = max(found, key=lambda one: one.nats)
-            of = f", the worst of {len(found)} in {len(group.runs)} runs" if len(group.runs) > 1 else ""
-            lines.append((group.name, f"best responses {worst.size}{of}", worst.is_large))
+            of = f", in {len(found)} of {len(group.runs)} runs" if len(group.runs) > 1 else ""
+            at_worst = " at worst" if len(found) > 1 else ""
+            lines.append((group.name, f"best responses{at_worst} {worst.size}{of}", worst.is_large))
     return lines
 
 
