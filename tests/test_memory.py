@@ -459,7 +459,7 @@ def test_keys_of_a_plan(tmp_path):
     recipe = str(ROOT / "yamls" / "reward_qlora.yaml")
     with pytest.raises(UserError, match="accelerate launch --num_processes=4"):
         parse_configs([recipe, "--num_processes=4"])
-    with pytest.raises(UserError, match="gpu_memory_gb=0: must be above 0"):
+    with pytest.raises(UserError, match="^--gpu_memory_gb=0: must be above 0"):
         parse_configs([recipe, "--plan", "--gpu_memory_gb=0"])
     from alignment.output import resolve
 

@@ -18,7 +18,7 @@ from trl_nca.checkpoints import UNLOGGED_STATE, find_corruption
 def test_sigterm_saves_and_exits_0(saving_recipe, whole_run, tmp_path):
     out = tmp_path / "out"
     child = launch(saving_recipe, out, "--save_steps=1000")
-    wait_for(lambda: "'loss'" in Path(f"{out}.log").read_text() if Path(f"{out}.log").exists() else False, child)
+    wait_for(lambda: "\nstep " in Path(f"{out}.log").read_text() if Path(f"{out}.log").exists() else False, child)
     begun = time.monotonic()
     os.kill(child.pid, signal.SIGTERM)
     child.join(30)
