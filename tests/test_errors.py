@@ -1,13 +1,17 @@
 """How a script ends, and that what it writes is there whole or not at all."""
 
 import os
+import re
 import signal
+import subprocess
+import sys
 
 import pytest
 
 from alignment import errors
 from alignment.errors import UserError
 from alignment.files import atomic_path, read_json, write_json
+from tests.conftest import ROOT
 
 
 def raise_(error):
@@ -43,6 +47,14 @@ def test_a_misspelt_flag_is_named_before_one_that_is_missing():
         with pytest.raises(UserError, match=message):
             parser.parse_args(words)
     assert parser.parse_args(["--output", "x", "--top_p", "-1"]).top_p == -1
+
+
+@pytest.mark.parametrize("script", ["sample", "generate_answers", "judge", "score"])
+def test_a_script_is_quick_to_answer(script):
+    command = [sys.executable, "-X", "importtime", f"{ROOT}/alignment-handbook/scripts/{script}.py", "--ouput"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 2 and "error: unknown flag --ouput; did you mean --output" in run.stderr
+    assert not re.search(r"\|\s+(torch|transformers|trl|peft)$", run.stderr, re.M)
 
 
 def test_a_lost_process_is_told_from_other_errors(capsys, monkeypatch):
