@@ -71,7 +71,7 @@ def run_rows(run: Run) -> list[tuple[str, str, str]]:
         row("margin (implicit reward)", "rewards/margins", "+.4f"),
         ("steps", "", f"{run.step} of {run.plan.get('num_steps') or '?'}"),
         ("speed (tokens/s)", "", f"{np.median(rates):.0f}" if len(rates) else "-"),
-        ("training (s)", "", f"{training['train_runtime']:.0f}" if "train_runtime" in training else "-"),
+        ("training and its evaluations (s)", "", _number(training.get("train_runtime"), ".0f")),
     ]
 
 
