@@ -78,7 +78,7 @@ def test_packed_for_flash_attention(family, monkeypatch):
     """What a GPU's kernel is given: a stand-in that follows its contract sequence by sequence gets the same values."""
     seen = []
 
-    def varlen_attn(q, k, v, q_starts, k_starts, most_q, most_k, *, scale, window_size, enable_gqa):
+    def varlen_attn(q, k, v, q_starts, k_starts, most_q, most_k, *, scale, window_size, enable_gqa=True):
         outs = []
         queries, keys = (itertools.pairwise(starts.tolist()) for starts in (q_starts, k_starts))
         for (a, b), (c, d) in zip(queries, keys, strict=True):

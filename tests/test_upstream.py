@@ -41,6 +41,22 @@ def test_constructor_names_the_arguments_that_it_passes_on():
         assert all(parameter.annotation is not inspect.Parameter.empty for parameter in named.values())
 
 
+def test_constructor_hands_its_arguments_on(monkeypatch):
+    given, signature = {name: f"the {name}" for name in CONSTRUCTOR}, inspect.signature(DPOTrainer.__init__)
+
+    class Upstream(Exception):
+        pass
+
+    def stop(self, *args, **kwargs):
+        raise Upstream(signature.bind(self, *args, **kwargs).arguments)
+
+    monkeypatch.setattr(DPOTrainer, "__init__", stop)
+    with pytest.raises(Upstream) as caught:
+        NCATrainer(**given)
+    received = caught.value.args[0]
+    assert {name: received[name] for name in given} == given
+
+
 def test_changes_of_upstream_are_said_in_one_line():
     class Changed:
         def __init__(self, model, args=None, train_dataset=None, eval_dataset=None, processing_class=None):
