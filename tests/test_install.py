@@ -173,6 +173,14 @@ def test_plan_is_train_with_plan(monkeypatch):
     assert started == [(ROOT / "run_reward.py", "nca plan", [recipe, "--num_prompts=9", "--plan=true"])]
 
 
+def test_help_of_iterate():
+    run = subprocess.run(["bash", str(nca.SCRIPTS / "iterate.sh"), "--help"], capture_output=True, text=True)
+    assert run.returncode == 0
+    assert run.stdout.startswith("Rounds of on-policy alignment")
+    assert "RECIPE ROUNDS OUTPUT_DIR" in run.stdout
+    assert "set -euo" not in run.stdout
+
+
 def test_iterate_takes_the_python_that_runs_nca(monkeypatch):
     started = []
     monkeypatch.setattr(os, "execvpe", lambda *arguments: started.append(arguments))

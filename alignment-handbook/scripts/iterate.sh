@@ -9,6 +9,7 @@
 # It ends with the held-out score of each round, for which the recipe needs eval_file and reward_function.
 set -euo pipefail
 
+case "${1:-}" in -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;; esac
 fail() { echo "error: $1" >&2; exit 2; }
 [ $# -ge 3 ] && [ -f "$1" ] && [[ "$2" =~ ^[1-9][0-9]*$ ]] ||
   fail "usage: iterate.sh RECIPE ROUNDS OUTPUT_DIR [flags of run_reward.py ...]; RECIPE is a file, ROUNDS a number"
