@@ -55,7 +55,7 @@ def parse_recipe(argv: Sequence[str], config_types: Sequence[type]) -> tuple[Any
         is_null = flags.pop(key) == [f"--{key}=null"]
         recipe_flags.pop(key, None)
         if is_null:
-            parser.set_null(key, "command line")
+            parser.set_null(key, f"--{key}=null")
         else:
             parser.set_defaults(**{key: defaults.get(key)})
     try:
@@ -98,14 +98,18 @@ class StrictParser(TrlParser):
         """What is known of a key: its choices, and how many values it takes."""
         return next(action for action in self._actions if action.dest == key)
 
-    def set_null(self, key: str, source: str) -> None:
+    def set_null(self, key: str, place: str) -> None:
         """Makes None the default of a key, which null in a recipe means.
+
+        Args:
+            key: The key.
+            place: The recipe and the key, or the flag, for errors.
 
         Raises:
             UserError: The key is a number, which cannot be None.
         """
         if self._types.get(key) in (int, float):
-            raise UserError(f"{source}: {key}: null is no number; leave the key out for {self.get_default(key)}")
+            raise UserError(f"{place}: null is no number; leave the key out for {self.get_default(key)}")
         self.set_defaults(**{key: None})
 
     def parse_known_args(self, *args: Any, **kwargs: Any) -> tuple[argparse.Namespace, list[str]]:
@@ -148,7 +152,7 @@ def _flags_of_recipe(parser: StrictParser, path: str) -> dict[str, list[str]]:
     for key, value in recipe.items():
         action = parser.action(key)
         if value is None or (value == [] and action.nargs == "+"):
-            parser.set_null(key, path)
+            parser.set_null(key, f"{path}: {key}")
             continue
         if key in PATH_KEYS:
             value = expand_paths(value, f"{path}: {key}")
@@ -163,7 +167,7 @@ def _flags_of_command_line(parser: StrictParser, given: dict[str, list[str]]) ->
         check_known(key, [*OLD_KEYS, *(option[2:] for option in parser._option_string_actions)])
     given = translate(given, "command line")
     return {
-        key: _with_values(key, expand_paths(values, f"command line: {key}") if key in PATH_KEYS else values)
+        key: _with_values(key, expand_paths(values, f"--{key}") if key in PATH_KEYS else values)
         for key, values in given.items()
     }
 

@@ -21,7 +21,7 @@ def expand_paths(value: Any, source: str) -> Any:
 
     Args:
         value: Of a key in `PATH_KEYS`: a text, a list, a mapping, or a mapping as JSON.
-        source: The recipe's path or "command line", and the key, for errors.
+        source: The recipe's path and the key, or the flag, for errors.
 
     Raises:
         UserError: A variable is not set.
