@@ -61,10 +61,10 @@ def option_rows(parser: argparse.ArgumentParser) -> Iterator[tuple[str, str, str
             yield name, "needed" if action.required else _default(action.default), _meaning(text, action.choices)
 
 
-def own_keys(config: type) -> set[str]:
-    """The keys of a dataclass that this project adds or changes."""
+def own_keys(config: type) -> list[str]:
+    """The keys of a dataclass that this project adds or changes, as they stand in the source."""
     classes = [base for base in config.__mro__ if base.__module__.split(".")[0] in ("alignment", "trl_nca")]
-    return {name for base in classes for name in base.__annotations__}
+    return [name for base in classes for name in base.__annotations__]
 
 
 def described_keys() -> str:
@@ -77,10 +77,13 @@ def described_keys() -> str:
     lines = {}
     for part, config in Configs.__annotations__.items():
         hints, own = typing.get_type_hints(config), own_keys(config)
-        for field in filter(lambda field: field.init, dataclasses.fields(config)):
+        fields = [field for field in dataclasses.fields(config) if field.init]
+        if part == "trainer":  # a key that upstream has too stands among upstream's
+            fields.sort(key=lambda field: own.index(field.name) if field.name in own else len(own))
+        for field in fields:
             name = field.name
             group = GROUPS[part] if name in own or part == "policy" else "training"
-            if name not in own | used:
+            if name not in {*own, *used}:
                 group = "upstream"
             described = {
                 "group": "refused" if name in UNSUPPORTED else group,

@@ -5,6 +5,7 @@
 
 import functools
 import json
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -47,7 +48,10 @@ def check_command_line(argv: Sequence[str], about: str) -> None:
     """
     if {"-h", "--help", "--help=all"} & set(argv):
         everything = "--help=all" in argv or list(argv)[-2:] == ["--help", "all"]
-        print(help_text(Path(sys.argv[0]).name, about.splitlines()[0], described_keys(), everything))
+        try:
+            print(help_text(Path(sys.argv[0]).name, about.splitlines()[0], described_keys(), everything), flush=True)
+        except BrokenPipeError:  # `--help | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0)
     path, flags = split_command_line(argv)
     for key in read_yaml(path):

@@ -30,8 +30,12 @@ def help_text(script: str, about: str, keys: Mapping[str, Mapping[str, str]], ev
     lines = [f"usage: python {script} RECIPE.yaml [--key=value ...]", "", about, ""]
     lines += textwrap.wrap(
         "Each key of a recipe is also a flag, and flags win; `--key=` takes the recipe's key back. Recipes are in "
-        "yamls/. Here are the keys that most runs need"
-        + ("." if everything else "; --help=all lists all keys, in full."),
+        "yamls/. "
+        + (
+            "Here are all keys."
+            if everything
+            else "Here are the keys that most runs need; --help=all has all, in full."
+        ),
         width,
     )
     for group, heading in GROUPS.items():
