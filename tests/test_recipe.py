@@ -4,8 +4,6 @@ import json
 import logging
 import re
 import runpy
-import subprocess
-import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -18,14 +16,11 @@ from alignment.errors import UserError
 from alignment.models import PolicyConfig
 from alignment.output import resolve, start
 from alignment.recipe import OLD_KEYS, RunConfig
-from alignment.recipe.flags import check_known, described_keys, known_flags
-from alignment.recipe.help import help_text
-from alignment.recipe.parse import StrictParser, parse_recipe
+from alignment.recipe.parse import parse_recipe
 from benchmarks.figure2 import parse_sweep, sweep_arms
 from nca_trainer import NCAConfig
 from tests.conftest import ROOT
 from tests.scripts import documentation
-from trl_nca.config import UNSUPPORTED
 
 TYPES = [DataConfig, PolicyConfig, RunConfig, NCAConfig]
 MINIMAL = {"model_name_or_path": "some/model", "train_file": "rows.jsonl", "output_dir": "out", "bf16": False}
@@ -413,43 +408,6 @@ def test_the_pages_of_scripts_are_those_of_their_parsers():
     for name, flags in script_flags().items():
         page = (PAGES / name).with_suffix(".md").read_text()
         assert flags <= set(re.findall(r"^\| `(--\w+)`", page, re.M)), name
-
-
-def test_the_described_keys_are_those_of_the_parser():
-    """Where it fails, run `make docs`."""
-    generator = runpy.run_path(str(ROOT / "docs" / "generate_options.py"))
-    assert generator["described_keys"]() == generator["KEYS"].read_text(encoding="utf-8")
-    parser = StrictParser(TYPES)
-    assert {*described_keys()} == {*parser.keys} - {"help"}
-    for option in parser._option_string_actions:
-        check_known(option.lstrip("-").replace("-", "_"), [*known_flags(), "help", "h"])
-
-
-@pytest.mark.parametrize("script", ["run_reward.py", "run_preference.py"])
-@pytest.mark.parametrize(
-    ("recipe", "flags", "code", "words"),
-    [
-        ("{}", ["--help"], 0, "\nLoss and memory:\n"),
-        ("{}", ["--betta=0.5"], 2, "error: unknown flag --betta; did you mean --beta?\n"),
-        ("betta: 0.5", [], 2, ".yaml: unknown key 'betta'; did you mean 'beta'?\n"),
-        ("{}", ["beta=0.5"], 2, "write --key=value\n"),
-    ],
-)  # fmt: skip
-def test_help_and_typos_are_answered_before_the_slow_imports(tmp_path, script, recipe, flags, code, words):
-    command = [sys.executable, "-X", "importtime", ROOT / script, write(tmp_path, recipe), *flags]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == code and words in run.stdout + run.stderr
-    imported = {line.split("|")[-1].strip().split(".")[0] for line in run.stderr.splitlines()}
-    assert "yaml" in imported and not imported & {"torch", "transformers", "trl", "peft", "numpy", "datasets"}
-
-
-def test_the_help_has_the_keys_that_can_be_set():
-    short, full = (help_text("run_reward.py", "About.", described_keys(), everything) for everything in (False, True))
-    named = [re.findall(r"^  --(\S+)", text, re.M) for text in (short, full)]
-    assert {"loss_type", "learning_rate", "train_file", "lora_r", "plan"} <= {*named[0]} < {*named[1]}
-    assert {*named[1]} == {*described_keys()} - {*UNSUPPORTED}, "and none that is refused"
-    assert len(named[1]) == len({*named[1]})
-    assert max(map(len, short.splitlines())) <= 100
 
 
 def test_a_chatty_log_level_counts_on_the_command_line_alone(tmp_path, caplog):
