@@ -45,6 +45,8 @@ def _moments(facts: Mapping[str, Any]) -> list[str]:
     moments, limit = facts["moments_gb"], facts["gpu_memory_gb"]
     too_much = [name for name, held in moments.items() if held["total"] > limit]
     verdict = f"DOES NOT FIT: {' and '.join(too_much)} take{'s' * (len(too_much) == 1)} more" if too_much else "fits"
+    if too_much and (budget := facts["largest_max_tokens_per_forward"]):
+        verdict += f"; --max_tokens_per_forward={budget} fits"
     loading, training = (moments[name]["total"] for name in ("loading", "training"))
     lines = [
         f"Memory per process ({facts['parallel']}): loading {loading:.1f} GB, then training {training:.1f} GB, of "

@@ -7,8 +7,9 @@ import torch
 
 from alignment.errors import UserError
 
-#: Share of a GPU's rate that a step is taken to reach. A LoRA step of Mistral-7B with K = 4 reached 0.37 to 0.51 on one
-#: H100 (benchmarks/RESULTS.md); other models, GPUs and launches were not measured.
+#: Share of a GPU's rate that a step is taken to reach, recomputation counted. LoRA and QLoRA steps of Mistral-7B with
+#: K = 4 reached 0.37 to 0.40 on one H100 (benchmarks/RESULTS.md, whose utilisation is of the 763 TFLOP/s that a large
+#: product reached there). Other models, GPUs and launches were not measured.
 SHARE = 0.4
 
 #: Dense bfloat16 rate in TFLOP/s and memory in GB, by the words of a GPU's name. From NVIDIA's data sheets, where the
