@@ -157,7 +157,7 @@ def test_command_is_the_script(tmp_path, monkeypatch, capsys):
     assert "usage: nca score " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["sample", "chat", "score"])
+@pytest.mark.parametrize("command", ["train", "preference", "sample", "chat", "score", "merge", "report"])
 def test_help_comes_before_the_slow_imports(command):
     code = "import sys, nca\ntry: nca.main()\nfinally: assert 'torch' not in sys.modules"
     run = subprocess.run([sys.executable, "-c", code, command, "--help"], cwd=ROOT, capture_output=True, text=True)

@@ -9,7 +9,6 @@ bits say, in whole numbers.
 
 from alignment import errors
 from alignment.errors import UserError
-from alignment.merge import merge_adapter, push
 
 QUANTIZED = {"auto": None, "4bit": True, "full": False}
 
@@ -29,6 +28,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.base in QUANTIZED:
         raise UserError(f"--base: names the base; for its weights, give --base_weights {args.base}")
+    from alignment.merge import merge_adapter, push  # now: it takes seconds
+
     quantized = QUANTIZED[args.base_weights]
     difference = merge_adapter(args.adapter, args.output, args.dtype, quantized, args.base, args.modelfile)
     print(f"{args.output}: merged; logits as the adapter's to {difference:.1g} of the largest")

@@ -13,12 +13,6 @@ from pathlib import Path
 
 from alignment import errors
 from alignment.errors import UserError
-from alignment.report.figures import FORMATS, draw_all, save_all
-from alignment.report.groups import group_runs
-from alignment.report.html import REPORT, report_comparison, report_run
-from alignment.report.numbers import write_numbers
-from alignment.report.runs import read_runs
-from alignment.report.tables import runs_table
 
 
 def main() -> None:
@@ -27,8 +21,15 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output folders")
     parser.add_argument("--output", help="page to write; None: comparison.html beside the first of several")
     parser.add_argument("--figures", help="folder for the figures, numbers.csv and groups.csv; None: not written")
-    parser.add_argument("--format", choices=FORMATS, default="png", help="format of these figures")
+    parser.add_argument("--format", choices=["png", "pdf", "svg"], default="png", help="format of these figures")
     args = parser.parse_args()
+    from alignment.report.figures import draw_all, save_all  # now: it takes seconds
+    from alignment.report.groups import group_runs
+    from alignment.report.html import REPORT, report_comparison, report_run
+    from alignment.report.numbers import write_numbers
+    from alignment.report.runs import read_runs
+    from alignment.report.tables import runs_table
+
     groups = group_runs(read_runs(args.runs))
     is_single = len(args.runs) == 1
     first = Path(args.runs[0])

@@ -21,13 +21,14 @@ def help_text(script: str, about: str, keys: Mapping[str, Mapping[str, str]], ev
     """The help of a script that takes a recipe.
 
     Args:
-        script: The script's file name.
+        script: The script's file name, or `nca` and its command.
         about: What it does, in a line.
         keys: `flags.described_keys()`. Those of a group that has no heading here are refused, and not named.
         everything: Whether to describe upstream's keys too, and each in full; else in the first sentence.
     """
     width = shutil.get_terminal_size((100, 24)).columns
-    lines = [f"usage: python {script} RECIPE.yaml [--key=value ...]", "", about, ""]
+    command = f"python {script}" if script.endswith(".py") else script
+    lines = [f"usage: {command} RECIPE.yaml [--key=value ...]", "", about, ""]
     lines += textwrap.wrap(
         "Each key of a recipe is also a flag, and flags win; `--key=` takes the recipe's key back. Recipes are in "
         "yamls/. "

@@ -12,9 +12,6 @@ from alignment.report.curves import Draw, logged, ranks, rewards, speed
 from alignment.report.data_figures import draw_ks, draw_lengths, draw_scores, of_data, sampled_lengths
 from alignment.report.groups import Group
 
-#: What files of figures can be written.
-FORMATS = ("png", "pdf", "svg")
-
 _REWARD = "implicit reward (beta x nats)"
 _TRAINING: list[tuple[str, str, Draw]] = [
     (
@@ -84,7 +81,7 @@ def save_all(drawn: Sequence[Drawn], folder: Path, names: Sequence[str] = (), fi
         drawn: From `draw_all`.
         folder: Made where it is not there.
         names: Of the groups, for a legend where the lines are not named.
-        file_format: One of `FORMATS`.
+        file_format: png, pdf or svg.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, _, axes in drawn:
