@@ -385,6 +385,12 @@ def test_what_does_not_fit_says_so(monkeypatch, no_tracing):
     assert re.search("fsdp2 +refused: optim: paged", text) and not re.search(r"fsdp2 .*\d\.\d", text)
     text = describe(*plan_of(recipe, "--gpu_memory_gb=0.5"))
     assert "of 0.5: DOES NOT FIT: loading and training take more" in text and "Time" not in text
+    assert "No layout fits" not in text, "in 4 bits already"
+    for name, words in [
+        ("lora", "No layout fits; --load_in_4bit=true takes"),
+        ("full", "No layout fits; --use_peft=true"),
+    ]:
+        assert words in describe(*plan_of(ROOT / "yamls" / f"reward_{name}.yaml", "--gpu_memory_gb=0.5"))
     plan, facts, notes = plan_of(recipe, "--gpu_memory_gb=3")
     assert "of 3: DOES NOT FIT: training takes more." in describe(plan, facts, notes)
     text = describe(plan, facts | {"largest_max_tokens_per_forward": 640}, notes)

@@ -157,6 +157,9 @@ def _memory(
         loading, training = (parts["total"] for _, parts in _moments(estimator, name, num_processes).values())
         fits = max(loading, training) <= limit
         table[name] = {"loading_gb": loading, "training_gb": training, "fits": fits, "refused": None}
+    if table and not any(found["fits"] for found in table.values()) and not policy.load_in_4bit:
+        less = "--load_in_4bit=true" if policy.use_peft else "--use_peft=true (LoRA)"
+        notes.append(f"No layout fits; {less} takes less")
     refused, chosen = incompatibilities(policy, args, layout), checkpointing(layout)
     moments = _moments(estimator, layout, num_processes)
     fullest, parts = max(moments.values(), key=lambda moment: moment[1]["total"])
