@@ -461,6 +461,7 @@ def test_a_run_keeps_its_plan(tmp_path, capsys, monkeypatch, no_tracing):
     show_plan(parse_configs(argv), pairs=False)
     printed = capsys.readouterr().out
     assert "holds a run" in printed and "No GPU here" not in printed  # the recipe says use_cpu
+    assert "offload" not in printed and "Time" not in printed
     assert (tmp_path / "plan.json").read_text() == "{}"
 
 

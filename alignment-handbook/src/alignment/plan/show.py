@@ -149,7 +149,7 @@ def _memory(
         return choose(estimator, layout, num_processes, free) if free is not None else None
 
     table = {}
-    for name in layouts.LAYOUTS:
+    for name in (name for name in layouts.LAYOUTS if _on_gpu(run) or not name.endswith("_offload")):
         if reasons := "; ".join(f"{r['what']}: {r['reason']}" for r in incompatibilities(policy, args, name)):
             table[name] = {"loading_gb": None, "training_gb": None, "fits": False, "refused": reasons}
             continue
