@@ -11,6 +11,7 @@ from trl.trainer.utils import create_model_from_path
 from alignment.job import model_arguments
 from alignment.models import PolicyConfig, adapter_and_quantization, model_init_kwargs
 from tests.tiny import tiny_config
+from trl_nca import loading
 
 SHARDED = {"load_in_4bit": True, "use_peft": True, "bnb_4bit_quant_storage": "bfloat16"}
 
@@ -36,13 +37,15 @@ def bits(tensor):
 @pytest.mark.parametrize("nested", [False, True])
 def test_the_bits_are_those_of_any_loading(folder, monkeypatch, nested):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    device = torch.device("cpu", 0)  # stands for a GPU
+    monkeypatch.setattr(loading, "PartialState", lambda: SimpleNamespace(device=device))
     devices, quantize = [], Params4bit._quantize
     monkeypatch.setattr(
         Params4bit, "_quantize", lambda self, device: (devices.append(device), quantize(self, device))[1]
     )
     found, args, config = arguments(folder, use_bnb_nested_quant=nested, **SHARDED)
     assert "quantization_config" not in found and args.model_init_kwargs is None
-    assert devices and set(devices) == {torch.device("cpu")}, "each weight, on the device of the run"
+    assert set(devices) == {device}, "each weight, on the device of the run"
     model = found["model"]
     quantization = adapter_and_quantization(config)["quantization_config"]
     other = create_model_from_path(folder, quantization_config=quantization, **model_init_kwargs(config))
