@@ -13,6 +13,7 @@ import runpy
 import sys
 import typing
 from collections.abc import Iterable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -68,7 +69,7 @@ def own_keys(config: type) -> list[str]:
 
 
 def described_keys() -> str:
-    """The text of keys.json: group, type, default and meaning of each key, a line each.
+    """The text of keys.json: whose keys they are; and group, type, default and meaning of each, a line each.
 
     TRL's and transformers' keys that no recipe of this project sets are in the group "upstream", and those that the
     trainers refuse in the group "refused".
@@ -92,7 +93,8 @@ def described_keys() -> str:
                 "help": _meaning(" ".join(field.metadata.get("help", "").split()), field.metadata.get("choices")),
             }
             lines[name] = f"{json.dumps(name)}: {json.dumps(described, ensure_ascii=False)}"
-    return "{\n" + ",\n".join(lines.values()) + "\n}\n"
+    versions = json.dumps({package: version(package) for package in ("transformers", "trl")})
+    return f'{{"versions": {versions},\n"keys": {{\n' + ",\n".join(lines.values()) + "\n}}\n"
 
 
 def key_rows(config: type) -> Iterator[tuple[str, str, str]]:

@@ -8,7 +8,9 @@ import sys
 import pytest
 
 from alignment.configs import Configs
-from alignment.recipe.flags import check_known, described_keys, known_flags
+from alignment.errors import UserError
+from alignment.recipe import flags
+from alignment.recipe.flags import check_command_line, check_known, described_keys, known_flags
 from alignment.recipe.help import help_text
 from alignment.recipe.parse import StrictParser
 from tests.conftest import ROOT
@@ -43,6 +45,15 @@ def test_help_and_typos_are_answered_before_the_slow_imports(tmp_path, script, r
     assert run.returncode == code and words in run.stdout + run.stderr
     imported = {line.split("|")[-1].strip().split(".")[0] for line in run.stderr.splitlines()}
     assert "yaml" in imported and not imported & {"torch", "transformers", "trl", "peft", "numpy", "datasets"}
+
+
+def test_keys_of_other_versions_are_left_to_the_parser(tmp_path, monkeypatch):
+    (tmp_path / "recipe.yaml").write_text("{}")
+    argv = [str(tmp_path / "recipe.yaml"), "--new_key=1"]
+    with pytest.raises(UserError, match="unknown flag --new_key"):
+        check_command_line(argv, "About.")
+    monkeypatch.setattr(flags, "version", lambda package: "5.99.0")
+    assert check_command_line(argv, "About.") is None
 
 
 def test_the_help_has_the_keys_that_can_be_set():

@@ -1,6 +1,7 @@
 """The command line by itself, before trl and torch are imported: `--help` and misspelt keys are answered at once.
 
 `keys.json` describes every key; docs/generate_options.py writes it from the dataclasses, and a test holds it to them.
+Other versions of TRL and transformers than those may know other keys: `recipe.parse` then answers alone.
 """
 
 import functools
@@ -8,8 +9,9 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from alignment.errors import UserError, did_you_mean
 from alignment.recipe.help import help_text
@@ -29,9 +31,18 @@ class CommandLine(NamedTuple):
     flags: dict[str, list[str]]
 
 
-@functools.cache
 def described_keys() -> dict[str, dict[str, str]]:
     """What `keys.json` says of each key: its `group`, `type`, `default`, `help`."""
+    return _file()["keys"]
+
+
+def are_installed() -> bool:
+    """Whether the installed packages are those that the described keys are of."""
+    return all(version(package) == of_keys for package, of_keys in _file()["versions"].items())
+
+
+@functools.cache
+def _file() -> dict[str, dict[str, Any]]:
     return json.loads(Path(__file__).with_name("keys.json").read_text(encoding="utf-8"))
 
 
@@ -54,6 +65,8 @@ def check_command_line(argv: Sequence[str], about: str) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0)
     path, flags = split_command_line(argv)
+    if not are_installed():
+        return
     for key in read_yaml(path):
         check_known(key, [*described_keys(), *OLD_KEYS], path)
     for key in flags:
