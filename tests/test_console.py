@@ -49,10 +49,11 @@ def test_what_to_do_next(tmp_path, monkeypatch):
         (tmp_path / name).touch()
     scripts = os.path.relpath(ROOT / "alignment-handbook" / "scripts")
     assert next_steps(f"{tmp_path}/") == [
-        ("report", f"{tmp_path}/report.html"),
+        ("look at it", f"python -m webbrowser file://{tmp_path}/report.html"),
         ("talk to it", f"python {scripts}/chat.py {tmp_path}/"),
         ("merge it", f"python {scripts}/merge.py {tmp_path} --output {tmp_path}-merged"),
     ]
+    assert next_steps(".")[0] == ("look at it", "python -m webbrowser file://$PWD/report.html")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert next_steps(str(tmp_path))[1][1].startswith(os.path.relpath(sys.executable)), "it is not activated"
     monkeypatch.setattr(console, "SCRIPTS", tmp_path)

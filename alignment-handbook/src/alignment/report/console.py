@@ -134,7 +134,7 @@ def log_line(
 
 
 def next_steps(output_dir: str) -> list[tuple[str, str]]:
-    """What to do with a finished run: name and file or command, for the final table.
+    """What to do with a finished run: names and commands to paste, for the final table.
 
     Args:
         output_dir: The run's folder. What has no adapter is whole, and needs no merging.
@@ -143,14 +143,17 @@ def next_steps(output_dir: str) -> list[tuple[str, str]]:
     here = Path(sys.executable)
     is_found = Path(shutil.which("python") or "").parent == here.parent  # the environment is activated
 
+    python = "python" if is_found else os.path.relpath(here)
+
     def command(script: str) -> str:
         file = SCRIPTS / f"{script}.py"
-        python = "python" if is_found else os.path.relpath(here)
         return f"{python} {os.path.relpath(file)}" if file.is_file() else f"nca {script}"
 
     steps = [("talk to it", f"{command('chat')} {output_dir}")]
-    if (Path(output_dir) / "report.html").is_file():
-        steps.insert(0, ("report", str(Path(output_dir) / "report.html")))
+    report = Path(output_dir) / "report.html"
+    if report.is_file():
+        address = f"file://{report}" if report.is_absolute() else f"file://$PWD/{report}"
+        steps.insert(0, ("look at it", f"{python} -m webbrowser {address}"))
     if (Path(output_dir) / "adapter_config.json").is_file():
         folder = output_dir.rstrip("/")
         steps.append(("merge it", f"{command('merge')} {folder} --output {folder}-merged"))
