@@ -17,7 +17,6 @@ says what to fix.
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from alignment import errors
 from alignment.recipe.flags import check_command_line
@@ -47,7 +46,7 @@ from alignment.launch import peak_memory_gb
 from alignment.models import model_init_kwargs
 from alignment.plan.show import show_plan
 from alignment.report.callback import ReportCallback
-from alignment.report.card import write_card
+from alignment.report.card import ShownOnHub
 from alignment.report.console import print_lines
 from nca_trainer import NCATrainer
 from trl_nca.checkpoints import RunStopped
@@ -125,18 +124,8 @@ def build_trainer(job: Job, trainer_class: type[NCATrainer]) -> NCATrainer:
         args.gradient_checkpointing = args.activation_checkpointing = job.checkpointing.on
     args.model_init_kwargs = {**model_init_kwargs(policy), **(args.model_init_kwargs or {})}
 
-    class Trainer(trainer_class):
-        def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-            """Upstream calls this when it saves or uploads; its own card knows no recipe, data or results."""
-            if self.is_world_process_zero():
-                write_card(self.args.output_dir, policy.model_name_or_path)
-
-        def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
-            """Upstream calls this first. What it raises is of the Hub, the network or the token, not of the model."""
-            try:
-                super().init_hf_repo(*args, **kwargs)
-            except Exception as error:
-                raise UserError(f"push_to_hub: the Hub makes no repository: {error}; or --push_to_hub=false") from error
+    class Trainer(ShownOnHub, trainer_class):
+        """With this project's model card."""
 
     try:
         trainer = Trainer(

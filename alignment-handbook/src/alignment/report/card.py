@@ -11,6 +11,7 @@ import yaml
 from huggingface_hub import try_to_load_from_cache
 
 from alignment.configs import Configs
+from alignment.errors import UserError
 from trl_nca.paper import CITATION
 
 _RESULTS = {
@@ -40,6 +41,22 @@ _NUM_SHOWN = 2
 _HUB_NAME = re.compile(r"([\w.-]+/)?[\w.-]+")
 #: First parts of a path that look like an owner on the Hub.
 _FOLDERS = ("models", "model", "runs", "data", "output", "outputs", "checkpoints", "results")
+
+
+class ShownOnHub:
+    """What a trainer of `trl` that derives from this first writes beside its model, and says of the Hub's faults."""
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Upstream calls this when it saves or uploads; its own card knows no recipe, data or results."""
+        if self.is_world_process_zero():
+            write_card(self.args.output_dir, self.args.recipe["model_name_or_path"])
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """Upstream calls this first. What it raises is of the Hub, the network or the token, not of the model."""
+        try:
+            super().init_hf_repo(*args, **kwargs)
+        except Exception as error:
+            raise UserError(f"push_to_hub: the Hub makes no repository: {error}; or --push_to_hub=false") from error
 
 
 def write_card(folder: str | Path, base: str, run: str | None = None, name: str | None = None) -> None:
