@@ -31,7 +31,7 @@ from alignment.report.callback import write_report
 from alignment.report.environment import describe_environment
 from alignment.report.runs import ENVIRONMENT
 from alignment.report.tables import final_table
-from alignment.report.trackers import send
+from alignment.report.trackers import sample_logs, send
 from alignment.sampling.reward_function import RewardFunction, load_reward_function
 from trl_nca.config import NCAConfig
 from trl_nca.loading import load_4bit_on_cpu
@@ -183,7 +183,4 @@ def write_results(trainer: DPOTrainer, results: dict[str, Any]) -> None:
         trainer.create_model_card()
         print("\n" + final_table(results))
         if samples := results["samples"]:
-            low, high = samples["score_after_interval"]
-            send(
-                trainer, {"samples/score": samples["score_after"], "samples/score_low": low, "samples/score_high": high}
-            )
+            send(trainer, sample_logs(samples["score_after"], samples["score_after_interval"]))
