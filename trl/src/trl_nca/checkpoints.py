@@ -96,8 +96,8 @@ def staged(output_dir: str) -> Iterator[str]:
             (checkpoint,) = folder.iterdir()
             _publish(checkpoint)
     except Exception as error:
+        reason = write_error_reason(error, folder)
         shutil.rmtree(folder, ignore_errors=True)
-        reason = write_error_reason(error)
         if reason is None:
             raise
         stopped = RunStopped(f"{output_dir}: a checkpoint cannot be written: {reason}. Fix that; {RESUME_HINT}")
@@ -131,13 +131,31 @@ def rotate(output_dir: str, limit: int | None, kept: set[str]) -> None:
     shutil.rmtree(removed, ignore_errors=True)
 
 
-def write_error_reason(error: Exception) -> str | None:
-    """Why files cannot be written, if an error says so; None for any other error."""
+def write_error_reason(error: Exception, folder: Path | None = None) -> str | None:
+    """Why files cannot be written, if an error says so; None for any other error.
+
+    Args:
+        error: What the writing ended with.
+        folder: Where it was to write; it is written to once more where the error, as torch's, does not say why.
+    """
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
         return error.strerror  # and not what the Hub's client says, which is an OSError too
     if isinstance(error, SafetensorError) or "PytorchStreamWriter" in str(error) or "inline_container" in str(error):
         found = re.search(r"(No space left on device|Read-only file system|Disk quota exceeded)", str(error))
-        return found[0] if found else f"is the disk full? ({str(error).splitlines()[0]})"
+        refused = found[0] if found else _try_to_write(folder)
+        return refused or f"is the disk full? ({str(error).splitlines()[0]})"
+    return None
+
+
+def _try_to_write(folder: Path | None) -> str | None:
+    """What the file system says of a megabyte more in a folder; None if it takes it, or the folder has gone."""
+    try:
+        if folder:
+            (folder / "probe").write_bytes(bytes(2**20))
+    except FileNotFoundError:
+        return None
+    except OSError as refused:
+        return refused.strerror
     return None
 
 
