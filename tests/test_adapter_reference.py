@@ -183,20 +183,33 @@ def test_an_adapter_that_was_trained_before_starts_from_itself(tmp_path):
     assert logged(trainer, "rewards/rank_0")[0] == pytest.approx(0, abs=1e-5)
 
 
+SWITCHED = {
+    "plain": {},
+    "trained beside": {"modules_to_save": ["lm_head"]},
+    "tokens": {"trainable_token_indices": [5, 6]},
+    "parameters": {"target_modules": ["q_proj"], "target_parameters": ["mlp.gate_proj.weight", "mlp.up_proj.weight"]},
+    "DoRA": {"use_dora": True},
+}
+
+
 @pytest.mark.parametrize("adapter", [None, "ref"])
-def test_the_switch_does_what_pefts_context_does(adapter):
-    config = lora(init_lora_weights=False, modules_to_save=["lm_head"])
+@pytest.mark.parametrize("settings", SWITCHED.values(), ids=SWITCHED)
+def test_the_switch_does_what_pefts_context_does(settings, adapter):
+    config = LoraConfig(**{"r": 4, "target_modules": ["q_proj", "down_proj"]} | settings, task_type="CAUSAL_LM")
     model = get_peft_model(llama(), config)
     if adapter:
         model.add_adapter(adapter, config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter += "modules_to_save" in name  # what is trained beside the adapter is no longer the base's
+            if any(part in name for part in ("lora_", "modules_to_save", "trainable_tokens")):
+                parameter += 0.1 * torch.randn_like(parameter)
     ids, before = torch.arange(3, 20)[None], [p.requires_grad for p in model.parameters()]
     with torch.no_grad():
         policy = model(ids).logits
         with use_adapter(model, adapter):
             expected = model(ids).logits
+        for parameter, requires_grad in zip(model.parameters(), before, strict=True):
+            parameter.requires_grad_(requires_grad)  # PEFT's leaves some otherwise
         with AdapterSwitch(model).off():
             assert torch.equal(model(ids).logits, expected)
         assert torch.equal(model(ids).logits, policy)
