@@ -24,7 +24,6 @@ from alignment.recipe.flags import check_command_line
 if __name__ == "__main__":  # now: the imports below take seconds
     errors.run(lambda: check_command_line(sys.argv[1:], __doc__))
 
-import torch
 from accelerate import PartialState
 
 from alignment import output
@@ -33,15 +32,7 @@ from alignment.data.prepare import describe_group
 from alignment.data.report import summary
 from alignment.errors import UserError
 from alignment.evaluation.held_out import compare_samples
-from alignment.job import (
-    Job,
-    fewer_held_out_rows,
-    model_arguments,
-    prepare_job,
-    sample_held_out,
-    start_output,
-    write_results,
-)
+from alignment.job import Job, model_arguments, prepare_job, sample_held_out, start_output, training, write_results
 from alignment.launch import peak_memory_gb
 from alignment.models import model_init_kwargs
 from alignment.plan.show import show_plan
@@ -49,12 +40,6 @@ from alignment.report.callback import ReportCallback
 from alignment.report.card import ShownOnHub
 from alignment.report.console import print_lines
 from nca_trainer import NCATrainer
-from trl_nca.checkpoints import RunStopped
-
-_LESS_MEMORY = (
-    "The step does not fit the memory of the device. What takes less: --gradient_checkpointing=true, then a smaller "
-    "--max_tokens_per_forward; --plan=true says how much it would be."
-)
 
 
 def align(argv: Sequence[str], trainer_class: type[NCATrainer]) -> None:
@@ -80,14 +65,8 @@ def align(argv: Sequence[str], trainer_class: type[NCATrainer]) -> None:
     trainer = build_trainer(job, trainer_class)
     start_output(job)
     before = sample_held_out(job, trainer, "before")
-    try:
-        with fewer_held_out_rows(job, trainer):
-            train_metrics = trainer.train(resume_from_checkpoint=job.checkpoint).metrics
-    except RunStopped as stopped:
-        raise UserError(str(stopped)) from stopped
-    except torch.OutOfMemoryError as error:
-        error.add_note(_LESS_MEMORY)  # the last line of the traceback
-        raise
+    with training(job, trainer):
+        train_metrics = trainer.train(resume_from_checkpoint=job.checkpoint).metrics
     trainer.save_model()
     trainer.save_state()
     eval_metrics = trainer.evaluate() if "eval" in job.rows else None

@@ -10,7 +10,7 @@ from datasets import Dataset
 from transformers.integrations.integration_utils import MLflowCallback
 
 from alignment import output
-from alignment.job import fewer_held_out_rows
+from alignment.job import training
 from alignment.report import callback
 from alignment.report.callback import ReportCallback
 from alignment.report.runs import read_run
@@ -175,6 +175,6 @@ def test_evaluations_in_training_take_the_first_rows():
     trainer = SimpleNamespace(eval_dataset=Dataset.from_list([{"i": i} for i in range(5)]))
     for most, left in ((None, 5), (2, 2), (9, 5)):
         run = SimpleNamespace(eval_prompts_in_training=most)
-        with fewer_held_out_rows(SimpleNamespace(configs=SimpleNamespace(run=run)), trainer):
+        with training(SimpleNamespace(configs=SimpleNamespace(run=run)), trainer):
             assert trainer.eval_dataset["i"] == [*range(left)]
         assert len(trainer.eval_dataset) == 5

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
@@ -33,10 +34,16 @@ from alignment.report.runs import ENVIRONMENT
 from alignment.report.tables import final_table
 from alignment.report.trackers import sample_logs, send
 from alignment.sampling.reward_function import RewardFunction, load_reward_function
+from trl_nca.checkpoints import RunStopped
 from trl_nca.config import NCAConfig
 from trl_nca.loading import load_4bit_on_cpu
 
 logger = logging.getLogger(__name__)
+
+_LESS_MEMORY = (
+    "The step does not fit the memory of the device. What takes less: --gradient_checkpointing=true, then a smaller "
+    "--max_tokens_per_forward; --plan=true says how much it would be."
+)
 
 
 class Job(NamedTuple):
@@ -161,13 +168,24 @@ def sample_held_out(job: Job, trainer: DPOTrainer, when: str) -> list[dict[str, 
 
 
 @contextlib.contextmanager
-def fewer_held_out_rows(job: Job, trainer: DPOTrainer) -> Iterator[None]:
-    """Inside, evaluations take the first `eval_prompts_in_training` rows alone, where that is set."""
+def training(job: Job, trainer: DPOTrainer) -> Iterator[None]:
+    """A context to train in: evaluations take the first `eval_prompts_in_training` rows alone, where that is set.
+
+    Raises:
+        UserError: The run was stopped, and why.
+    """
     whole, most = trainer.eval_dataset, job.configs.run.eval_prompts_in_training
     if whole is not None and most is not None:
         trainer.eval_dataset = whole.select(range(min(most, len(whole))))
-    yield
-    trainer.eval_dataset = whole
+    try:
+        yield
+    except RunStopped as stopped:
+        raise UserError(str(stopped)) from stopped
+    except torch.OutOfMemoryError as error:
+        error.add_note(_LESS_MEMORY)  # the last line of the traceback
+        raise
+    finally:
+        trainer.eval_dataset = whole
 
 
 def write_results(trainer: DPOTrainer, results: dict[str, Any]) -> None:
