@@ -1,7 +1,7 @@
 r"""Trainers that align a language model with K scored responses a prompt, or with pairs.
 
-A step, in `compute_loss`: log-probs of the responses under policy and reference (`trl_nca.logps`), implicit rewards
-\(r = \beta\,(\log\pi - \log\pi_{ref})\), targets from the scores, and one of the losses (`trl_nca.losses`).
+A step, in `compute_loss`: log-probs of the responses under policy and reference (`trl_nca.logps`); targets from the
+scores, implicit rewards \(r = \beta\,(\log\pi - \log\pi_{ref})\) (`trl_nca.objective`); a loss (`trl_nca.losses`).
 
 The trainers override named seams of trl 1.16's `DPOTrainer` only: `trl_nca.seams`, checked when this is imported.
 """
@@ -30,9 +30,9 @@ from trl_nca.config import NCAConfig
 from trl_nca.distributed import most_forwards, no_sync, policy_as_reference
 from trl_nca.layers import cast_adapter_to_float32, keep_4bit_weights
 from trl_nca.logps import Batch, prepare, response_logps
-from trl_nca.losses import LOSSES, SEPARABLE, reward_targets
 from trl_nca.metrics import group_metrics
 from trl_nca.nonfinite import SkipNonFiniteSteps
+from trl_nca.objective import make_targets, prompt_losses
 from trl_nca.preemption import StopOnSigterm
 from trl_nca.reference import cache_file, describe_reference, reference_logps
 from trl_nca.responses import TOKENIZED_FEATURES
@@ -89,8 +89,8 @@ class NCATrainer(AtomicCheckpoints, DPOTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         **kwargs: Any,
     ):
-        kwargs["data_collator"] = kwargs.get("data_collator") or GroupCollator()
         args = args or NCAConfig(output_dir="nca-run")
+        kwargs["data_collator"] = kwargs.get("data_collator") or GroupCollator(args.ld_alpha)
         super().__init__(
             model, ref_model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, optimizers=optimizers,
             processing_class=processing_class, peft_config=peft_config, quantization_config=quantization_config,
@@ -149,6 +149,8 @@ class NCATrainer(AtomicCheckpoints, DPOTrainer):
             return AdapterReference(policy, self._is_sharded, precomputed=self.precompute_ref_logps)
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        if self.args.reference_free:
+            return dataset.add_column("ref_logps", [[0.0] * len(scores) for scores in dataset["scores"][:]])
         if self.args.max_tokens_per_forward and not self.args.precompute_ref_batch_size:
             batch_size = max(batch_size, 32)  # rows to fill forwards with: their tokens are bounded anyway
         model = self.ref_model or policy_as_reference(self)
@@ -160,6 +162,7 @@ class NCATrainer(AtomicCheckpoints, DPOTrainer):
 
         reference = self.accelerator.unwrap_model(model)
         settings = {"precision": self.accelerator.mixed_precision, "shared_prompt": self._shared_prompt}
+        settings |= {} if self.args.ld_alpha is None else {"ld_alpha": self.args.ld_alpha}
         switched_off = self._adapter_reference.switched_off if self._adapter_reference else None
         description = describe_reference(reference, dataset, switched_off, **settings)
         file = cache_file(description, self.args.ref_logps_dir)
@@ -173,9 +176,12 @@ class NCATrainer(AtomicCheckpoints, DPOTrainer):
     ) -> tuple[list[Any], Tensor]:
         """The micro-batches of one optimizer step, and the number of prompts in them over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        batches = [b | {"num_forwards": n} for b, n in zip(batches, self._most_forwards(batches), strict=True)]
-        num_prompts = torch.full((), sum(len(batch["scores"]) for batch in batches), device=device)  # not copied there
-        return batches, self.accelerator.reduce(num_prompts, reduction="sum")
+        counts = [sum(len(b["scores"]) for b in batches), sum(b.get("best_length", 0) for b in batches)]
+        totals = torch.stack([torch.full((), count, device=device) for count in counts])  # filled there, not copied
+        num_prompts, best_length = self.accelerator.reduce(totals, reduction="sum")
+        forwards = self._most_forwards(batches)
+        more = [{"num_forwards": n, "mean_best_length": best_length / num_prompts} for n in forwards]
+        return [b | m for b, m in zip(batches, more, strict=True)], num_prompts
 
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Tensor | None = None
@@ -185,13 +191,10 @@ class NCATrainer(AtomicCheckpoints, DPOTrainer):
         ref_logps = inputs.get("ref_logps")
         if ref_logps is None:
             ref_logps = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
-        targets = self._targets(scores, mask)
+        inputs = {"mean_best_length": inputs.get("best_length", 0) / len(scores)} | inputs  # of the step, in training
+        targets = make_targets(scores, mask, self.args, self.pairs)
+        losses_of = functools.partial(prompt_losses, batch=inputs, ref_logps=ref_logps, targets=targets, args=self.args)
         router = RouterLoss(inputs, self.router_aux_loss_coef if self.aux_loss_enabled else None)
-
-        def losses_of(logps: Tensor) -> tuple[Tensor, Tensor]:
-            """Losses, shape (B,), and implicit rewards, shape (B, K), of log-probs of shape (B, K)."""
-            rewards = self.beta * (logps - ref_logps)
-            return LOSSES[self.args.loss_type](rewards, targets.to(rewards.dtype), mask), rewards
 
         def average(losses: Tensor) -> Tensor:
             """This micro-batch's part of the mean over the prompts of the global batch."""
@@ -206,7 +209,7 @@ class NCATrainer(AtomicCheckpoints, DPOTrainer):
             logps = logps_for_training(
                 logps_fn,
                 chunks,
-                separable=self.args.loss_type in SEPARABLE,
+                separable=self.args.loss.separable,
                 backward=lambda logps: self._backward(average(losses_of(logps)[0])),
                 no_sync=lambda: no_sync(self.accelerator, model),
                 at_least=at_least,
@@ -215,14 +218,10 @@ class NCATrainer(AtomicCheckpoints, DPOTrainer):
             logps = logps_without_gradient(logps_fn, chunks, at_least)
         losses, rewards = losses_of(logps)
         loss = average(losses)
-        self.step_metrics.record(router.metrics | group_metrics(losses, rewards, logps, scores, mask), inputs)
+        ref_logps = None if self.args.reference_free else ref_logps
+        metrics = router.metrics | group_metrics(losses, rewards, logps, scores, mask, ref_logps)
+        self.step_metrics.record(metrics, inputs)
         return (loss, {"rewards": rewards}) if return_outputs else loss
-
-    def _targets(self, scores: Tensor, response_mask: Tensor) -> Tensor:
-        """Targets of the responses. Shape (B, K), from scores of shape (B, K)."""
-        scores = scores.clone()
-        scores[:, 0] += self.args.tie_break
-        return reward_targets(scores, self.args.alpha, response_mask)
 
     @functools.cached_property
     def _shared_prompt(self) -> bool:
@@ -245,7 +244,7 @@ class NCATrainer(AtomicCheckpoints, DPOTrainer):
 
     def _most_forwards(self, batches: list[Batch]) -> list[NumForwards]:
         """Of all processes for each batch, where weights are sharded and each forward takes all of them; else none."""
-        most, separable = self.args.max_tokens_per_forward, self.args.loss_type in SEPARABLE
+        most, separable = self.args.max_tokens_per_forward, self.args.loss.separable
         if most is None or not self._is_sharded:
             return [NumForwards()] * len(batches)
         counts = [count_forwards(batch, most, self._shared_prompt, separable) for batch in batches]
@@ -289,6 +288,3 @@ class PairwiseNCATrainer(NCATrainer):
 
     def _to_groups(self, dataset: Dataset) -> Dataset:
         return scored_pairs(dataset)
-
-    def _targets(self, scores: Tensor, response_mask: Tensor) -> Tensor:
-        return reward_targets(scores, 0.0, response_mask)  # one-hot on chosen

@@ -75,7 +75,6 @@ def align(argv: Sequence[str], trainer_class: type[NCATrainer]) -> None:
         "train": train_metrics,
         "eval": eval_metrics,
         "samples": compare_samples(before, after) if before and after else None,
-        "beta": configs.trainer.beta,
         "seconds": time.monotonic() - started,
         "peak_memory_gb": peak_memory_gb(),
         "output_dir": configs.trainer.output_dir,

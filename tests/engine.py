@@ -19,7 +19,7 @@ from transformers import (
 from tests.tiny import SIZES, tiny_config
 from trl_nca.chunks import NO_MORE, logps_for_training, split_batch
 from trl_nca.logps import prepare, response_logps
-from trl_nca.losses import LOSSES, SEPARABLE, reward_targets
+from trl_nca.losses import LOSSES
 
 FAMILIES = {
     "llama": (LlamaForCausalLM, tiny_config()),
@@ -53,8 +53,9 @@ def make_model(dropout=0.0, dtype=torch.float64):
 def losses_of(loss_type, batch, beta=0.05):
     scores = batch["scores"]
     ref_logps = torch.linspace(-40, -20, scores.numel(), device=scores.device).view(scores.shape)
-    targets = reward_targets(scores, 0.3, batch["response_mask"])
-    return lambda logps: LOSSES[loss_type](beta * (logps - ref_logps), targets, batch["response_mask"])
+    loss, mask = LOSSES[loss_type], batch["response_mask"]
+    targets = loss.targets(scores, mask, 0.3, beta)
+    return lambda logps: loss.loss(beta * (logps - ref_logps), targets.to(logps.dtype), mask)
 
 
 def step(model, batch, loss_type, most, at_least=NO_MORE, no_sync=contextlib.nullcontext, runs=None, beta=0.05):
@@ -69,7 +70,7 @@ def step(model, batch, loss_type, most, at_least=NO_MORE, no_sync=contextlib.nul
     logps = logps_for_training(
         run,
         split_batch(batch, most),
-        separable=loss_type in SEPARABLE,
+        separable=LOSSES[loss_type].separable,
         backward=lambda logps: loss(logps).sum().backward(),
         no_sync=no_sync,
         at_least=at_least,

@@ -12,7 +12,7 @@ from tests.tiny import SHAPES, rows_of
 from trl_nca.chunks import NumForwards, count_forwards, logps_without_gradient, split_batch
 from trl_nca.collate import GroupCollator
 from trl_nca.logps import response_logps
-from trl_nca.losses import SEPARABLE
+from trl_nca.losses import LOSSES
 
 lengths = st.integers(1, 9)
 shapes = st.lists(st.tuples(lengths, st.lists(lengths, min_size=2, max_size=6)), min_size=1, max_size=5)
@@ -85,7 +85,7 @@ def test_idle_chunks_change_nothing(loss_type):
     model, batch = make_model(), GroupCollator()(rows_of(SHAPES))
     expected = gradients(model, batch, loss_type, 12)
     runs = []
-    own = count_forwards(batch, 12, shared_prompt=True, separable=loss_type in SEPARABLE)
+    own = count_forwards(batch, 12, shared_prompt=True, separable=LOSSES[loss_type].separable)
     found = gradients(model, batch, loss_type, 12, at_least=NumForwards(own.chunks + 3, own.before + 3), runs=runs)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
     assert sum(with_gradient for with_gradient, _ in runs) == len(split_batch(batch, 12)) + 3 == own.chunks + 3

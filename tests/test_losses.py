@@ -47,7 +47,7 @@ def test_golden_rewards(case):
     scores[:, 0] += 0.01  # the 2024 scripts' tie-break
     policy = f64(case["policy_logps"]).requires_grad_()
     rewards = case["beta"] * (policy - f64(case["reference_logps"]))
-    losses = LOSSES[case["loss_type"]](rewards, reward_targets(scores, case["temperature_alpha"]))
+    losses = LOSSES[case["loss_type"]].loss(rewards, reward_targets(scores, case["temperature_alpha"]))
     torch.testing.assert_close(losses.mean().item(), case["loss"], rtol=0, atol=1e-9)
     torch.testing.assert_close(grad_of(losses, policy), f64(case["grad_policy_logps"]), rtol=0, atol=1e-9)
 
@@ -57,7 +57,7 @@ def test_golden_rewards(case):
 def test_golden_pairs(case):
     policy = f64([case["policy_chosen_logps"], case["policy_rejected_logps"]]).T.contiguous().requires_grad_()
     ref = f64([case["reference_chosen_logps"], case["reference_rejected_logps"]]).T
-    losses = LOSSES[case["loss_type"]](case["beta"] * (policy - ref), f64([[1, 0]]).expand_as(ref))
+    losses = LOSSES[case["loss_type"]].loss(case["beta"] * (policy - ref), f64([[1, 0]]).expand_as(ref))
     torch.testing.assert_close(losses, f64(case["out_losses"]), rtol=0, atol=1e-9)
     expected = f64([case["grad_policy_chosen"], case["grad_policy_rejected"]]).T
     torch.testing.assert_close(grad_of(losses, policy), expected, rtol=0, atol=1e-9)

@@ -16,7 +16,7 @@ from tests.engine import make_model, step
 from tests.tiny import rows_of
 from trl_nca.chunks import NumForwards, count_forwards, split_batch
 from trl_nca.collate import GroupCollator
-from trl_nca.losses import SEPARABLE
+from trl_nca.losses import LOSSES
 
 # The second process has more to do: its groups are longer and need more chunks.
 SHAPES = [[(7, (3, 5, 1))], [(12, (6, 2, 9, 8)), (3, (4, 9))]]
@@ -64,7 +64,7 @@ def with_sharded_weights(rank):
         assert model.get_base_model().lm_head.weight.to_local().numel() == whole / 2, "nothing was sharded"
         batch = GroupCollator()(rows_of(SHAPES[rank]))
         # Each forward and backward takes weights from both: without idle ones one would wait for the other.
-        forwards = count_forwards(batch, 20, shared_prompt=True, separable=loss_type in SEPARABLE)
+        forwards = count_forwards(batch, 20, shared_prompt=True, separable=LOSSES[loss_type].separable)
         assert forwards == [NumForwards(1, 0), NumForwards(4, 0 if loss_type == "NCA" else 3)][rank]
         at_least = NumForwards(largest(forwards.chunks), largest(forwards.before))
         step(model, batch, loss_type, 20, at_least, functools.partial(no_exchange, model))

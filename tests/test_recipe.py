@@ -182,7 +182,11 @@ def test_every_old_key_leads_to_a_known_key():
         (MINIMAL, ["--los_type=NCA"], r"^unknown flag --los_type; did you mean --loss_type\?"),
         (MINIMAL, ["--bet=1"], "unknown flag --bet"),
         (MINIMAL, ["beta=1"], "write --key=value"),
-        (MINIMAL | {"loss_type": "foo"}, [], "recipe.yaml: loss_type: unknown loss 'foo'; .*, biasedNCA$"),
+        (
+            MINIMAL | {"loss_type": "foo"},
+            [],
+            "recipe.yaml: loss_type: unknown loss 'foo'; .*, biasedNCA for pairs, or your own: FILE.py:NAME$",
+        ),
         (MINIMAL, ["--loss_type=NCAA"], r"^--loss_type=NCAA: unknown loss 'NCAA'; .*; did you mean 'NCA'\?$"),
         (MINIMAL | {"loss_type": "foo"}, ["--beta=1"], "recipe.yaml: loss_type: unknown"),
         (MINIMAL, ["--eval_strategy", "step"], r"^--eval_strategy=step: invalid choice.*; did you mean 'steps'\?$"),

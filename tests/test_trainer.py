@@ -11,6 +11,8 @@ from trl import DPOConfig, DPOTrainer
 from nca_trainer import NCAConfig, PairwiseNCATrainer
 from tests.tiny import SIZES
 from tests.trainers import DEFAULTS, assert_same_curve, logged, make_trainer, pair_rows, reward_rows, run
+from trl_nca.losses import LOSSES
+from trl_nca.objective import make_targets
 
 
 @functools.cache
@@ -147,14 +149,17 @@ def test_metrics_count_every_prompt_once(tmp_path):
 def test_tie_break_goes_to_the_first_response(tmp_path):
     trainer = make_trainer(tmp_path, reward_rows(4), alpha=0.0, tie_break=0.01, max_steps=1)
     scores, mask = torch.tensor([[0.5, 0.5, 0.1]]), torch.ones(1, 3, dtype=torch.bool)
-    assert trainer._targets(scores, mask).tolist() == [[1, 0, 0]]
+    assert make_targets(scores, mask, trainer.args).tolist() == [[1, 0, 0]]
     assert scores.tolist()[0][0] == 0.5, "the scores that are logged stay as they are"
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"loss_type": "ipo"}, "unknown loss 'ipo'; choose one of NCA"),
+        (
+            {"loss_type": "kto"},
+            "loss_type: unknown loss 'kto'; choose one of NCA, .* DPO, .* or your own: FILE.py:NAME",
+        ),
         ({"beta": 0.0}, "beta: must be > 0"),
         ({"alpha": -1.0}, "alpha: must be >= 0"),
         ({"alpha": float("nan")}, "alpha: must be >= 0"),
@@ -162,9 +167,15 @@ def test_tie_break_goes_to_the_first_response(tmp_path):
         ({"max_prompt_length": 1024}, "max_prompt_length: 1024 fills max_length"),
         ({"padding_free": True}, "padding_free: True is not supported"),
         ({"use_liger_kernel": True}, "use_liger_kernel: True is not supported"),
-        ({"label_smoothing": 0.1}, "label_smoothing: 0.1 is not supported"),
-        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: 0.1 is not supported: acts inside upstream's loss"),
-        ({"discopop_tau": 0.1}, "discopop_tau: 0.1 is not supported: acts inside upstream's loss"),
+        ({"label_smoothing": 0.1}, "label_smoothing: is for losses of pairs with labels, and NCA has none"),
+        ({"label_smoothing": 0.5, "loss_type": "DPO"}, "label_smoothing: from 0 to below 0.5"),
+        ({"margin": 0.1, "loss_type": "IPO"}, "margin: is for losses of pairs with labels, and IPO has none"),
+        ({"ld_alpha": 1.1}, "ld_alpha: from 0 to 1, got 1.1"),
+        ({"ld_alpha": 0.5, "sft_weight": 0.1}, "sft_weight: a response has one log-prob, and ld_alpha changes it"),
+        ({"sft_weight": -0.1}, "sft_weight: must be >= 0"),
+        ({"normalize": "words"}, "normalize: none or tokens; got 'words'"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: 0.1 is not supported: is the Trainer's"),
+        ({"discopop_tau": 0.1}, "discopop_tau: 0.1 is not supported: DiscoPOP is none of the losses here"),
         ({"f_alpha_divergence_coef": 1.0}, "f_alpha_divergence_coef: 1.0 is not supported"),
         ({"pad_to_multiple_of": 8}, "pad_to_multiple_of: 8 is not supported: .* packed without padding"),
         ({"truncation_mode": "keep_end"}, "truncation_mode: 'keep_end' is not supported: prompts lose their beginning"),
@@ -177,11 +188,11 @@ def test_config_refuses(tmp_path, settings, message):
         NCAConfig(output_dir=str(tmp_path), **DEFAULTS | settings)
 
 
-@pytest.mark.parametrize("written", ["nca", "NCA", "infonca", "InfoNCA", "dpo", "BIASEDNCA"])
+@pytest.mark.parametrize("written", ["nca", "NCA", "infonca", "InfoNCA", "dpo", "BIASEDNCA", "Qrpo"])
 def test_loss_type_in_any_case(tmp_path, written):
     config = NCAConfig(output_dir=str(tmp_path), **DEFAULTS, loss_type=written)
     assert config.loss_type.lower() == written.lower()
-    assert config.loss_type in ("NCA", "InfoNCA", "DPO", "biasedNCA")
+    assert config.loss_type in LOSSES
 
 
 def test_a_model_that_cannot_share_prompts_says_so(tmp_path, monkeypatch):

@@ -8,12 +8,13 @@ that is patched by `shared_prompt` (attention; `sharing` says for which models, 
 result against the model's own; `router` balances the experts of a mixture.
 `loading` loads 4-bit models that will be sharded.
 `adapter_reference` gives a policy the reference's weights, and `reference` keeps the reference's log-probs on disk.
-`losses` and `metrics` take log-probs and know no model.
+`objective` makes losses of log-probs, by the table in `losses`; these and `metrics` know no model.
 
-Around the step: `config` has the settings, `step_metrics` gathers metrics, `checkpoints` writes checkpoints whole,
-`preemption` stops on SIGTERM, `nonfinite` skips steps that are not finite, `distributed`, `code_hash` and `paper` are
-small helpers, `stops` knows the tokens at which sampling stops, and `portable` makes saved folders readable elsewhere.
-`seams` names what the trainers override in upstream's.
+Around the step: `config` has the settings, `loss_config` those of the loss, and `user_code` loads functions of a user's
+file; `step_metrics` gathers metrics, `checkpoints` writes checkpoints whole, `preemption` stops on SIGTERM, `nonfinite`
+skips steps that are not finite, `distributed`, `code_hash` and `paper` are small helpers, `stops` knows the tokens at
+which sampling stops, and `portable` makes saved folders readable elsewhere. `seams` names what the trainers override in
+upstream's.
 
 The trainers themselves are in `nca_trainer`, and can be imported from here: they are looked up when they are asked for,
 so that a part of this package costs no more than itself.

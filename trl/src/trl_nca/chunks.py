@@ -113,11 +113,12 @@ def _select(batch: Batch, chosen: set[tuple[int, int]]) -> Batch:
             num_targets += length
     mask = torch.tensor([[length > 0 for length in row] for row in lengths])  # (B, K)
     contexts = [length if b in prompts else 0 for b, length in enumerate(layout.context_lengths)]
+    of_targets = {key: batch[key] for key in ("targets", "token_weights") if key in batch}
     return batch | {
         "response_mask": to_device(mask, batch["response_mask"].device),
         "input_ids": torch.cat([batch["input_ids"][:, part] for part in tokens], dim=1),
         "position_ids": torch.cat([batch["position_ids"][:, part] for part in tokens], dim=1),
-        "targets": torch.cat([batch["targets"][part] for part in targets]),
+        **{key: torch.cat([values[part] for part in targets]) for key, values in of_targets.items()},
         "layout": GroupLayout(contexts, lengths, layout.device),
     }
 

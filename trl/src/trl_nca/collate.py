@@ -3,6 +3,7 @@
 Legend: B prompts, K responses (the largest of the batch), T packed tokens, R response tokens.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,9 @@ class GroupCollator:
                 [1.0000, 2.0000, 3.0000]], dtype=torch.float64)
     """
 
+    #: Weight of the tokens past the end of a prompt's shortest response; None: all count alike.
+    ld_alpha: float | None = None
+
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Collates rows of the tokenized data set.
 
@@ -48,9 +52,11 @@ class GroupCollator:
                 its file.
 
         Returns:
-            `scores` (float64) and `response_mask` (bool), shape (B, K), padded with 0 and False;
+            `scores` (float64), `response_mask` (bool) and `response_lengths`, shape (B, K), padded with 0 and False;
             `input_ids` and `position_ids`, shape (1, T); `targets`, the tokens of all responses, shape (R,);
+            `token_weights`, float32, shape (R,), with `ld_alpha`;
             `ref_logps`, shape (B, K), where the rows have it;
+            `best_length`, tokens of the responses with the highest scores, together;
             `layout`, a `GroupLayout`: the lengths of contexts and responses, on the CPU;
             `location`, B texts to name the rows by.
         """
@@ -71,13 +77,24 @@ class GroupCollator:
             # First in the batch: the Trainer takes the number of examples from the first tensor it meets.
             "scores": _padded([row["scores"] for row in rows], torch.float64),
             "response_mask": response_lengths > 0,
+            "response_lengths": response_lengths,
             "input_ids": torch.tensor([input_ids]),
             "position_ids": torch.tensor([position_ids]),
             "targets": torch.tensor(targets),
         }
+        if self.ld_alpha is not None:
+            batch["token_weights"] = torch.tensor([w for row in rows for w in _token_weights(row, self.ld_alpha)])
         if "ref_logps" in rows[0]:
             batch["ref_logps"] = _padded([row["ref_logps"] for row in rows], torch.float32)
+        batch["best_length"] = sum(len(row["response_ids"][row["scores"].index(max(row["scores"]))]) for row in rows)
         return batch | {"layout": layout, "location": [row.get("location", "") for row in rows]}
+
+
+def _token_weights(row: dict[str, Any], ld_alpha: float) -> Iterator[float]:
+    """1 for each token of the row's responses, `ld_alpha` past the length of the shortest."""
+    shortest = min(len(response) for response in row["response_ids"])
+    for response in row["response_ids"]:
+        yield from (1.0 if t < shortest else ld_alpha for t in range(len(response)))
 
 
 def _padded(rows: list[list[Any]], dtype: torch.dtype) -> Tensor:

@@ -9,20 +9,21 @@ import torch
 from transformers.integrations import get_available_reporting_integrations
 from trl import DPOConfig
 
-from trl_nca.losses import LOSSES
+from trl_nca.loss_config import LossConfig
 
-_LOSS = "acts inside upstream's loss, which these trainers do not use"
 _FORWARD = "acts inside upstream's forward, which these trainers do not use"
+_NO_KL = "implicit rewards are log-ratios, those of the reverse KL, and the targets of the losses are made for these"
 #: Keys of `DPOConfig` that these trainers do not support: the value that asks for nothing, and the reason.
 UNSUPPORTED: dict[str, tuple[Any, str]] = {
-    "loss_weights": (None, _LOSS),
-    "ld_alpha": (None, _LOSS),
-    "f_divergence_type": ("reverse_kl", _LOSS),
-    "f_alpha_divergence_coef": (0.5, _LOSS),
-    "discopop_tau": (0.05, _LOSS),
-    "label_smoothing": (0.0, _LOSS),
-    "label_smoothing_factor": (0.0, _LOSS),
-    "use_weighting": (False, _LOSS),
+    "loss_weights": (None, "a run has one loss; sft_weight adds the likelihood of the best response to it"),
+    "f_divergence_type": ("reverse_kl", _NO_KL),
+    "f_alpha_divergence_coef": (0.5, _NO_KL),
+    "discopop_tau": (
+        0.05,
+        "DiscoPOP is none of the losses here; a function of your own may be (loss_type: FILE.py:NAME)",
+    ),
+    "label_smoothing_factor": (0.0, "is the Trainer's, of the next token; label_smoothing is that of a pair's label"),
+    "use_weighting": (False, "WPO weighs pairs by probabilities of all tokens, which the fused head does not return"),
     "use_liger_kernel": (False, _FORWARD),
     "padding_free": (False, _FORWARD + "; rows are packed without padding anyway"),
     "pad_to_multiple_of": ("auto", _FORWARD + "; rows are packed without padding"),
@@ -43,41 +44,13 @@ warnings.filterwarnings("ignore", r"`\w*gradient_checkpointing\w*` is deprecated
 
 
 @dataclass
-class NCAConfig(DPOConfig):
+class NCAConfig(LossConfig, DPOConfig):
     r"""Training arguments: those of `trl.DPOConfig` (and so of `transformers.TrainingArguments`), and these.
 
     Raises:
         ValueError: A value is out of range, or a key of `DPOConfig` is set that is not supported.
     """
 
-    loss_type: str = field(
-        default="NCA",
-        metadata={
-            "help": "Loss, in any case: NCA or InfoNCA for any K; DPO (InfoNCA of a pair) or biasedNCA for pairs. "
-            "run_preference.py has no default, because TRL's is another."
-        },
-    )
-    beta: float = field(
-        default=0.01,
-        metadata={
-            "help": "Multiplies the log-ratio policy / reference, summed over the response's tokens. Larger keeps the "
-            "policy closer to the reference. Must be > 0."
-        },
-    )
-    alpha: float = field(
-        default=1e-4,
-        metadata={
-            "help": "Temperature of the targets softmax(score / alpha), in the unit of the scores. Small is one-hot on "
-            "the best response, large is uniform; 0 is exactly one-hot, ties sharing the weight. Not used with pairs."
-        },
-    )
-    tie_break: float = field(
-        default=0.0,
-        metadata={
-            "help": "Added to the first response's score before the targets, in the unit of the scores. 0.01 is what "
-            "the 2024 scripts did."
-        },
-    )
     max_prompt_length: int | None = field(
         default=None,
         metadata={"help": "Most tokens of a prompt; a longer one loses its beginning. None: no bound of its own."},
@@ -153,13 +126,9 @@ class NCAConfig(DPOConfig):
         return self.__dict__ | {"hub_token": None, "model_init_kwargs": kwargs}
 
     def __post_init__(self) -> None:
-        by_lower = {name.lower(): name for name in LOSSES}
-        if str(self.loss_type).lower() not in by_lower:
-            raise ValueError(f"loss_type: unknown loss {self.loss_type!r}; choose one of {', '.join(LOSSES)}")
-        if not self.beta > 0:
-            raise ValueError(f"beta: must be > 0, got {self.beta}")
-        if not self.alpha >= 0:
-            raise ValueError(f"alpha: must be >= 0, got {self.alpha}")
+        self.check_loss()
+        # Without a reference its log-probs are 0 in each row, so that no model is kept for them.
+        self.precompute_ref_log_probs = self.precompute_ref_log_probs or self.reference_free
         for key in (
             "per_device_train_batch_size",
             "gradient_accumulation_steps",
@@ -194,7 +163,7 @@ class NCAConfig(DPOConfig):
                     f"gradient_checkpointing_kwargs: {key} is not supported: TRL switches checkpointing off for the "
                     "reference and on again without it; remove it"
                 )
-        self.loss_type = by_lower[str(self.loss_type[0]).lower()]  # upstream makes a list of it
+        (self.loss_type,) = self.loss_type  # upstream makes a list of it
         for tracker in self.report_to:
             _check_tracker(tracker)
 

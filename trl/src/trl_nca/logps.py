@@ -111,7 +111,8 @@ def response_logps(model: nn.Module, batch: Batch, shared_prompt: bool, router: 
         router: Where it is enabled, the load-balancing loss of this forward is added to it.
 
     Returns:
-        Log-probs in nats, float32 or wider, 0 for padded responses. Shape (B, K).
+        Log-probs in nats, float32 or wider, 0 for padded responses. Shape (B, K). Where the batch has `token_weights`,
+        the sums are of weighted tokens.
     """
     inputs = model_inputs(batch, shared_prompt)
     if router is not None and router.enabled:
@@ -121,6 +122,8 @@ def response_logps(model: nn.Module, batch: Batch, shared_prompt: bool, router: 
     if router is not None and router.enabled:
         per_token_logps, balance = per_token_logps
         router.add(batch, balance)
+    if "token_weights" in batch:
+        per_token_logps = per_token_logps * batch["token_weights"]
     response_index = _layout(batch).response_index  # (R,)
     logps = per_token_logps.new_zeros(batch["scores"].numel()).index_add(0, response_index, per_token_logps)
     return logps.view(batch["scores"].shape)

@@ -8,7 +8,12 @@ from torch.nn.functional import pad
 
 
 def group_metrics(
-    losses: Tensor, rewards: Tensor, logps: Tensor, scores: Tensor, response_mask: Tensor
+    losses: Tensor,
+    rewards: Tensor,
+    logps: Tensor,
+    scores: Tensor,
+    response_mask: Tensor,
+    ref_logps: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Metrics of each prompt of a batch, to be averaged over all prompts that have them.
 
@@ -20,11 +25,13 @@ def group_metrics(
         logps: Summed log-probs under the policy, in nats. Shape (B, K).
         scores: Scores of the data. Shape (B, K).
         response_mask: True for real responses, at least two in each row. Shape (B, K).
+        ref_logps: Summed log-probs under the reference, in nats; None without one. Shape (B, K).
 
     Returns:
         Tensors of shape (B,), float32, under TRL's names: `loss`, `rewards/chosen`, `rewards/rejected`,
         `rewards/margins`, `rewards/accuracies` (share of the rest that chosen beats, a tie counting a half: 0.5 at step
-        0), `logps/chosen`, `logps/rejected`, and `rewards/rank_0` (best score) to `rewards/rank_{K-1}`, NaN where a
+        0), `logps/chosen`, `logps/rejected`, with a reference `logratios/chosen`: `logps/chosen` less the reference's,
+        0 at step 0, and `rewards/rank_0` (best score) to `rewards/rank_{K-1}`, NaN where a
         prompt has fewer responses.
 
     Example:
@@ -56,6 +63,8 @@ def group_metrics(
         "logps/chosen": logps[:, 0],
         "logps/rejected": mean_of_rest(logps),
     }
+    if ref_logps is not None:
+        metrics["logratios/chosen"] = logps[:, 0] - ref_logps.float().gather(-1, order)[:, 0]
     ranked = rewards.masked_fill(~real, torch.nan)
     return metrics | {f"rewards/rank_{k}": ranked[:, k] for k in range(ranked.shape[1])}
 

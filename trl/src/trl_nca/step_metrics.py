@@ -77,7 +77,7 @@ class StepMetrics:
             trainer.nonfinite.mark_non_finite([])
         if mode == "train" and trainer.args.include_num_input_tokens_seen != "no":
             trainer.state.num_input_tokens_seen += int(sum(tokens))
-        if mode == "train" and trainer.state.global_step == 0:
+        if mode == "train" and trainer.state.global_step == 0 and "logratios/chosen" in names:
             self._check_start(dict(zip(names, columns, strict=True)))
         for name, values in zip(names, columns, strict=True):
             if name == "loss" and mode == "train":  # the Trainer logs it, over the accumulation steps
@@ -89,9 +89,8 @@ class StepMetrics:
         return None if grad_norm is None else norms[0]
 
     def _check_start(self, metrics: dict[str, list[float]]) -> None:
-        """Warns where the first step's rewards are not 0: the reference is another model than training starts from."""
-        logratios = [reward / self.trainer.args.beta for reward in metrics["rewards/chosen"]]
-        largest = max(map(abs, logratios), default=0.0)
+        """Warns where the first step's log-ratios are not 0: training does not start from the reference."""
+        largest = max(map(abs, metrics["logratios/chosen"]), default=0.0)
         if largest > _ROUNDING * max(map(abs, metrics["logps/chosen"]), default=0.0):
             logger.warning(
                 "Before the first step, policy and reference differ in the log-prob of a response by up to %.2g nats: "

@@ -45,29 +45,26 @@ def alarm(run: Run) -> Alarm | None:
     The start is zero: the policy begins as the reference. Noise is two standard errors, over the held-out prompts of
     the newest evaluation; without such, over the last windows of training that were logged.
     """
-    values, what, part = _rewards_of_best(run)
+    values, what, part = _nats_of_best(run)
     if len(values) < 2:
         return None
-    mean, error = values.mean(), values.std(ddof=1) / math.sqrt(len(values))
+    mean, error = float(values.mean()), float(values.std(ddof=1)) / math.sqrt(len(values))
     if not mean + _BEYOND_NOISE * error < 0:  # NaN is no alarm of this kind
         return None
-    nats, start = float(-mean / run.beta), run.start_of_best(part)
-    proportion = f" of {-start:.3g} a response ({100 * nats / -start:.1f} %)" if start else " a response"
-    size = f"{-nats:.3g} +- {error / run.beta:.2g} nats{proportion}"
+    start = run.start_of_best(part)
+    proportion = f" of {-start:.3g} a response ({100 * mean / start:.1f} %)" if start else " a response"
+    size = f"{mean:.3g} +- {error:.2g} nats{proportion}"
     advice = "Try a smaller learning_rate, or a larger beta"
     if run.recipe.get("loss_type") != "NCA":
         advice += "; NCA is the loss that is to keep it up"
-    text = (
-        f"The likelihood of the best responses is below its start: {size}, implicit reward {mean:.3g}, "
-        f"beta {run.beta:g}, {what}. {advice}."
-    )
-    return Alarm(nats, -start if start else None, size, text)
+    text = f"The likelihood of the best responses is below its start: {size}, beta {run.beta:g}, {what}. {advice}."
+    return Alarm(-mean, -start if start else None, size, text)
 
 
-def _rewards_of_best(run: Run) -> tuple[np.ndarray, str, str]:
-    """Implicit rewards of the best responses, by prompt or by window, what they are of, and the prefix of their log."""
-    held_out = run.of_prompts("rewards/chosen")
+def _nats_of_best(run: Run) -> tuple[np.ndarray, str, str]:
+    """What the best responses have gained, by prompt or by window, what they are of, and the prefix of their log."""
+    held_out = run.gained_by_best(run.of_prompts)
     if len(held_out):
         return held_out, f"{len(held_out)} held-out prompts, step {run.held_out['step']}", "eval_"
-    windows = run.curve("rewards/chosen")[1][-_WINDOWS:]
+    windows = run.gained_by_best(lambda key: run.curve(key)[1])[-_WINDOWS:]
     return windows, f"the last {len(windows)} logged windows of training, step {run.step}", ""

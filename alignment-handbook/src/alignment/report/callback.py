@@ -28,7 +28,7 @@ from alignment.report.trackers import sample_logs, send
 logger = logging.getLogger(__name__)
 
 #: Logged numbers of each held-out prompt that are kept.
-_OF_PROMPTS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies")
+_OF_PROMPTS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "logratios/chosen")
 
 
 class ReportCallback(TrainerCallback):

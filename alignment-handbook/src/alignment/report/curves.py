@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 
 from alignment.report.axes import COLOURS, GREY, Style, explain_strength, name_at_ends, name_lines, say, style
 from alignment.report.groups import Group
+from trl_nca.losses import LOSSES
 
 #: Draws something of groups of runs; nothing where they have no numbers for it.
 Draw = Callable[[Axes, Sequence[Group]], None]
@@ -121,6 +122,8 @@ def rewards(axes: Axes, groups: Sequence[Group]) -> None:
     against_epoch(axes, "implicit reward (beta x nats)", groups, "rewards/chosen")
     axes.figure.subplots_adjust(right=0.7)
     name_lines(axes, ends)
+    if run.recipe.get("normalize") == "tokens" or getattr(LOSSES.get(run.loss), "per_token", False):
+        return  # implicit rewards are of a token
     nats = axes.secondary_yaxis(1.22, functions=(lambda r: r / run.beta, lambda n: n * run.beta))
     nats.set_ylabel("nats gained on the reference")
     nats.spines["right"].set_visible(True)

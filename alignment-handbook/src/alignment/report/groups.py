@@ -89,9 +89,9 @@ MEASURES = {
     "margin (reward)": "+.3f",
     "loss (nats a prompt)": ".4f",
 }
-#: Logged names of some of them, and what they are divided by.
-_LOGGED = {"accuracy (share)": "rewards/accuracies", "best (nats)": "rewards/chosen",
-           "margin (reward)": "rewards/margins", "loss (nats a prompt)": "loss"}  # fmt: skip
+#: Logged names of some of them.
+_LOGGED = {"accuracy (share)": "rewards/accuracies", "margin (reward)": "rewards/margins",
+           "loss (nats a prompt)": "loss"}  # fmt: skip
 
 
 def measure(run: Run, name: str) -> np.ndarray:
@@ -102,16 +102,19 @@ def measure(run: Run, name: str) -> np.ndarray:
             return after
         before = prompt_means(run.before) if run.before else np.array([])
         return after - before if len(after) == len(before) else np.array([])
-    unit = run.beta if name == "best (nats)" else 1.0
+    if name == "best (nats)":
+        of_prompts = run.gained_by_best(run.of_prompts)
+        last = run.gained_by_best(run.last, "eval_" if run.last("eval_loss") is not None else "")
+        return of_prompts if len(of_prompts) else np.array([] if last is None else [last])
     of_prompts = run.of_prompts(_LOGGED[name])
     if name == "margin (reward)":
         best, rest = run.of_prompts("rewards/chosen"), run.of_prompts("rewards/rejected")
         of_prompts = best - rest if len(best) == len(rest) else of_prompts
     if len(of_prompts):
-        return of_prompts / unit
+        return of_prompts
     part = "eval_" if run.last("eval_loss") is not None else ""
     value = run.last(part + _LOGGED[name])
-    return np.array([] if value is None else [value / unit])
+    return np.array([] if value is None else [value])
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:

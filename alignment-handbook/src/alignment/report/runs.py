@@ -1,13 +1,12 @@
 """Reads a run from its output folder, finished or not: curves, settings and samples."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from alignment import output
 from alignment.errors import UserError
@@ -61,6 +60,11 @@ class Run:
         return float(self.recipe["beta"])
 
     @property
+    def has_reference(self) -> bool:
+        """Whether implicit rewards are against a reference, which the policy is at the start."""
+        return not self.recipe.get("reference_free")
+
+    @property
     def step(self) -> int:
         """The last logged step."""
         return int(max((entry["step"] for entry in self.history), default=0))
@@ -82,11 +86,13 @@ class Run:
     def start(self, key: str) -> float | None:
         """A logged number at step 0, where the policy is the reference; None where that does not decide it."""
         name = key.removeprefix("eval_")
+        if not self.has_reference:
+            return None
         if name == "loss":
             return start_loss(self, is_held_out=key != name)
         if name == "rewards/accuracies":  # ties, which count a half
             return 0.5
-        return 0.0 if name.startswith("rewards/") else None
+        return 0.0 if name.startswith(("rewards/", "logratios/")) else None
 
     def last(self, key: str) -> float | None:
         """A logged number's last value; of an evaluation, that at the end of the run, once there is one."""
@@ -98,8 +104,24 @@ class Run:
 
     def start_of_best(self, part: str) -> float | None:
         """Log-likelihood of a best response at the start, in nats. `part`: "eval_", or "" in training."""
-        logps, reward = self.last(f"{part}logps/chosen"), self.last(f"{part}rewards/chosen")
-        return None if logps is None or reward is None else logps - reward / self.beta
+        logps, gained = self.last(f"{part}logps/chosen"), self.gained_by_best(self.last, part)
+        return None if logps is None or gained is None else logps - gained
+
+    def gained_by_best(self, read: Callable[[str], Any], part: str = "") -> Any:
+        """What best responses have gained on the reference, in nats.
+
+        Args:
+            read: Gives a logged number by its name: `last`, `of_prompts`, or a curve's values.
+            part: "eval_", or "" in training.
+
+        Returns:
+            What `read` returns; None or nothing where the run has no reference.
+        """
+        found = read(f"{part}logratios/chosen") if self.has_reference else read("")
+        if found is not None and np.size(found):
+            return found
+        rewards = read(f"{part}rewards/chosen") if self.has_reference else None  # of runs that log no log-ratios
+        return found if rewards is None or not np.size(rewards) else rewards / self.beta
 
     def of_prompts(self, name: str) -> np.ndarray:
         """A number of each held-out prompt at the newest evaluation. Shape (prompts,), or (0,) without one."""
@@ -185,20 +207,12 @@ def _read_history(folder: Path) -> list[dict[str, float]]:
 
 
 def start_loss(run: Run, is_held_out: bool) -> float | None:
-    """The mean loss at step 0, where all implicit rewards are 0; None where targets or unknown numbers decide it."""
+    """The mean loss at step 0, where all implicit rewards are 0; None where scores or unknown numbers decide it."""
     report = run.data_report or {}
-    histogram = (report.get("eval") if is_held_out else report) or {}
-    counts, loss = histogram.get("k_histogram"), LOSSES.get(run.loss)
-    if not counts or loss is None:
+    counts = ((report.get("eval") if is_held_out else report) or {}).get("k_histogram")
+    if not counts or run.loss not in LOSSES or any(run.recipe.get(key) for key in ("margin", "sft_weight")):
         return None
-    total = 0.0
-    for k, num_rows in counts.items():
-        rewards, one_hot = torch.zeros(1, int(k)), torch.eye(int(k))[:1]
-        try:
-            values = [float(loss(rewards, targets)) for targets in (one_hot, torch.full_like(rewards, 1 / int(k)))]
-        except (TypeError, ValueError):  # a loss of pairs on more responses, or one that takes more than these
-            return None
-        if abs(values[0] - values[1]) > 1e-5:
-            return None
-        total += num_rows * values[0]
-    return total / sum(counts.values())
+    start = LOSSES[run.loss].start
+    if start is None:
+        return None
+    return sum(num_rows * start(int(k)) for k, num_rows in counts.items()) / sum(counts.values())

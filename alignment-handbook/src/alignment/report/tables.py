@@ -52,7 +52,7 @@ def run_rows(run: Run) -> list[tuple[str, str, str]]:
     and the first row says so.
     """
     part = "" if run.last("eval_loss") is None else "eval_"
-    best, start, rates = run.last(f"{part}rewards/chosen"), run.start_of_best(part), run.speed()[1]
+    best, start, rates = run.gained_by_best(run.last, part), run.start_of_best(part), run.speed()[1]
     training = (run.results or {}).get("train") or {}
     before, after = (float(np.nanmean(prompt_means(rows))) if rows else None for rows in (run.before, run.after))
 
@@ -65,7 +65,7 @@ def run_rows(run: Run) -> list[tuple[str, str, str]]:
         row("accuracy (share of the others)", "rewards/accuracies", ".3f"),
         row("loss (nats a prompt)", "loss", ".4f"),
         ("log p of the best (nats)", _number(start, ".2f"), _number(run.last(f"{part}logps/chosen"), ".2f")),
-        ("best, against the start (nats)", "0", _number(None if best is None else best / run.beta, "+.2f")),
+        ("best, against the start (nats)", "0", _number(best, "+.2f")),
         row("best (implicit reward)", "rewards/chosen", "+.4f"),
         row("others (implicit reward)", "rewards/rejected", "+.4f"),
         row("margin (implicit reward)", "rewards/margins", "+.4f"),
@@ -128,7 +128,7 @@ def final_table(results: dict[str, Any]) -> str:
 
     Args:
         results: `train` and `eval`: metrics of the Trainer (`eval` None without held-out rows); `samples`: from
-            `compare_samples`, or None; `beta`; `seconds`; `peak_memory_gb`; `output_dir`.
+            `compare_samples`, or None; `seconds`; `peak_memory_gb`; `output_dir`.
     """
     rows: list[tuple[str, str]] = []
     samples, held_out = results["samples"], results["eval"]
@@ -144,10 +144,12 @@ def final_table(results: dict[str, Any]) -> str:
             ("mean length (words)", f"{samples['words_before']:.1f} -> {samples['words_after']:.1f}"),
         ]
     if held_out:
-        # The policy starts as the reference, and the reward is beta times what it has gained on it since.
-        start = held_out["eval_logps/chosen"] - held_out["eval_rewards/chosen"] / results["beta"]
+        best, gained = held_out["eval_logps/chosen"], held_out.get("eval_logratios/chosen")
+        start = (
+            "" if gained is None else f"{best - gained:.2f} -> "
+        )  # the policy starts as the reference, if it has one
         rows += [
-            ("log p(best response)", f"{start:.2f} -> {held_out['eval_logps/chosen']:.2f}"),
+            ("log p(best response)", f"{start}{best:.2f}"),
             ("held-out loss", f"{held_out['eval_loss']:.4f}"),
             ("reward accuracy", f"{held_out['eval_rewards/accuracies']:.3f}"),
             ("reward margin", f"{held_out['eval_rewards/margins']:+.4f}"),

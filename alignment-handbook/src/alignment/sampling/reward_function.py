@@ -1,26 +1,21 @@
 """Reward functions: loaded from a file and called in one way, wherever responses are scored."""
 
-import contextlib
-import importlib.util
 import inspect
 import itertools
 import math
 import sys
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from alignment.data.row import Row
 from alignment.errors import UserError
 from alignment.resumable import content_hash, fingerprint
+from trl_nca.user_code import in_words, load_function
 
 RewardFunction = Callable[..., list[float | None]]
 #: Scores of one row's responses. None: the scorer does not apply.
 Scores = list[float | None]
-
-#: Of the names under which the files are modules.
-_PREFIX = "reward_function_"
 
 #: Columns that a reward function is not given by name.
 _NOT_PASSED = ("prompt", "responses", "scores", "score_parts")
@@ -29,31 +24,13 @@ _NOT_PASSED = ("prompt", "responses", "scores", "score_parts")
 def load_reward_function(spec: str) -> RewardFunction:
     """Loads a function (prompts, completions, **columns) -> scores, TRL's signature, from `FILE.py:NAME`.
 
-    The file is a module like any other: it is in `sys.modules`, where dataclasses with postponed annotations look
-    for it, and may import the files beside it.
-
     Raises:
         UserError: No such file or function, or the file fails; names its line.
     """
-    file, _, name = spec.rpartition(":")
-    if not Path(file).is_file():
-        raise UserError(f"reward_function: {spec!r} names no file; write FILE.py:NAME")
-    path = Path(file).resolve()
-    module_name = f"{_PREFIX}{content_hash(str(path))}"  # which hides no other module of the file's name
-    module_spec = importlib.util.spec_from_file_location(module_name, path)
-    if module_spec is None:
-        raise UserError(f"reward_function: {file} is no Python file; write FILE.py:NAME")
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_name] = module
     try:
-        with _first_in_path(str(path.parent)):
-            _forget_namesakes(path.parent)
-            module_spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        raise UserError(f"reward_function: {file} cannot be loaded: {_in_words(error, str(path))}") from error
-    if not callable(getattr(module, name, None)):
-        raise UserError(f"reward_function: {file} has no function {name!r}")
-    return getattr(module, name)
+        return load_function(spec)
+    except ValueError as error:
+        raise UserError(f"reward_function: {error}") from error
 
 
 def code_fingerprint(spec: str) -> str:
@@ -65,27 +42,6 @@ def code_fingerprint(spec: str) -> str:
     beside = sorted(path for path in loaded if path.parent == file.parent and path != file)
     hashes = [fingerprint(str(path)) for path in (file, *beside)]
     return content_hash(hashes) if beside else hashes[0]
-
-
-@contextlib.contextmanager
-def _first_in_path(folder: str) -> Iterator[None]:
-    """Looks for modules in a folder first, as for a script; and from then on last, for imports inside of functions."""
-    sys.path.insert(0, folder)
-    try:
-        yield
-    finally:
-        sys.path.remove(folder)
-        if folder not in sys.path:
-            sys.path.append(folder)
-
-
-def _forget_namesakes(folder: Path) -> None:
-    """Has a `utils.py` beside this file imported, where another reward function has brought one of its own."""
-    others = {Path(m.__file__).parent for name, m in sys.modules.items() if name.startswith(_PREFIX)} - {folder}
-    for file in folder.glob("*.py"):
-        namesake = getattr(sys.modules.get(file.stem), "__file__", None)
-        if namesake is not None and Path(namesake).resolve().parent in others:
-            del sys.modules[file.stem]
 
 
 def call_reward_function(function: RewardFunction, name: str, rows: list[Row], locations: list[str]) -> list[Scores]:
@@ -156,7 +112,7 @@ def call_score_parts(
     except UserError:
         raise
     except Exception as error:
-        reason = _in_words(error, getattr(getattr(parts, "__code__", None), "co_filename", None))
+        reason = in_words(error, getattr(getattr(parts, "__code__", None), "co_filename", None))
         raise UserError(
             f"{_span(locations)}: {name}_parts fails: {reason}; it must return a dict of numbers for each completion"
         ) from error
@@ -189,16 +145,8 @@ def _failure(function: RewardFunction, name: str, rows: list[Row], locations: li
             found, error = location, alone
             break
     code = getattr(inspect.unwrap(function), "__code__", None)
-    reason = _in_words(error, getattr(code, "co_filename", None))
+    reason = in_words(error, getattr(code, "co_filename", None))
     return UserError(f"{found}: {name} fails: {reason}; return None where it does not apply")
-
-
-def _in_words(error: BaseException, file: str | None) -> str:
-    """An error with its line: the last one in a file that its traceback passed, or in any."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if frame.filename == file]
-    place = error if isinstance(error, SyntaxError) else (own or frames)[-1]
-    return f"{type(error).__name__}: {error} ({Path(place.filename or '').name}, line {place.lineno})"
 
 
 def _span(locations: list[str]) -> str:

@@ -1,0 +1,72 @@
+"""From the log-probs of a batch to the losses of its prompts, as the settings of a run say.
+
+Legend: B prompts, K responses. A batch is that of `GroupCollator`.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from trl_nca.config import NCAConfig
+from trl_nca.logps import Batch
+from trl_nca.losses.targets import smoothed_labels
+
+
+def make_targets(scores: Tensor, response_mask: Tensor, args: NCAConfig, pairs: bool = False) -> Tensor:
+    """What the loss learns from.
+
+    Args:
+        scores: Scores of the data, or 1 and 0 of a preference pair. Shape (B, K).
+        response_mask: True for real responses. Shape (B, K).
+        args: loss_type, alpha, beta, tie_break, label_smoothing.
+        pairs: Whether the scores are of preference pairs, which are sure: alpha and tie_break do not count.
+
+    Returns:
+        Targets of the responses. Shape (B, K).
+    """
+    alpha = 0.0 if pairs else args.alpha
+    if args.tie_break and not pairs:
+        scores = scores.clone()
+        scores[:, 0] += args.tie_break
+    targets = args.loss.targets(scores, response_mask, alpha, args.beta)
+    if args.label_smoothing:
+        targets = smoothed_labels(targets, args.label_smoothing) * response_mask
+    return targets
+
+
+def prompt_losses(
+    logps: Tensor, batch: Batch, ref_logps: Tensor, targets: Tensor, args: NCAConfig
+) -> tuple[Tensor, Tensor]:
+    r"""The losses of a batch, and the implicit rewards in them.
+
+    .. math:: r_i = \beta\,[\log \pi(y_i|x) - \log \pi_{ref}(y_i|x)] \quad \text{or, a token,} \quad r_i / |y_i|
+
+    Args:
+        logps: Summed log-probs of the responses, in nats. Shape (B, K).
+        batch: `scores`, `response_mask`, `response_lengths`; `weight`, where the rows have one.
+        ref_logps: Those under the reference; 0 without one. Shape (B, K).
+        targets: From `make_targets`. Shape (B, K).
+        args: loss_type, beta, normalize, margin, sft_weight.
+
+    Returns:
+        Losses, times the rows' weights, shape (B,), and implicit rewards, shape (B, K).
+    """
+    mask = batch["response_mask"]
+    rewards = args.beta * (logps - ref_logps)
+    if args.per_token:
+        rewards = rewards / batch["response_lengths"].clamp(min=1)
+    compared = rewards
+    if args.margin:
+        compared = rewards - args.margin * _best(batch["scores"], mask)
+    losses = args.loss.loss(compared, targets.to(rewards.dtype), mask)
+    if args.sft_weight:
+        nll = -(logps * _best(batch["scores"], mask)).sum(dim=-1)  # (B,)
+        losses = losses + args.sft_weight * nll / batch["mean_best_length"]
+    if "weight" in batch:
+        losses = losses * batch["weight"]
+    return losses, rewards
+
+
+def _best(scores: Tensor, response_mask: Tensor) -> Tensor:
+    """1 at the response with the highest score, the first of them on a tie. Shape (B, K)."""
+    return one_hot(scores.masked_fill(~response_mask, -torch.inf).argmax(dim=-1), scores.shape[-1])
