@@ -185,7 +185,7 @@ def test_every_old_key_leads_to_a_known_key():
         (
             MINIMAL | {"loss_type": "foo"},
             [],
-            "recipe.yaml: loss_type: unknown loss 'foo'; .*, biasedNCA for pairs, or your own: FILE.py:NAME$",
+            "recipe.yaml: loss_type: unknown loss 'foo'; .*, biasedNCA$",
         ),
         (MINIMAL, ["--loss_type=NCAA"], r"^--loss_type=NCAA: unknown loss 'NCAA'; .*; did you mean 'NCA'\?$"),
         (MINIMAL | {"loss_type": "foo"}, ["--beta=1"], "recipe.yaml: loss_type: unknown"),

@@ -158,7 +158,7 @@ def test_tie_break_goes_to_the_first_response(tmp_path):
     [
         (
             {"loss_type": "kto"},
-            "loss_type: unknown loss 'kto'; choose one of NCA, .* DPO, .* or your own: FILE.py:NAME",
+            "loss_type: unknown loss 'kto', and no FILE.py:NAME; choose one of NCA, .*, or, with pairs, DPO,",
         ),
         ({"beta": 0.0}, "beta: must be > 0"),
         ({"alpha": -1.0}, "alpha: must be >= 0"),

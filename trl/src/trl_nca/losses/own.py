@@ -46,8 +46,8 @@ def loss_name(loss_type: str) -> str:
         any_number = [name for name, loss in LOSSES.items() if loss.num_responses is None]
         pairs = [name for name in LOSSES if name not in any_number]
         raise ValueError(
-            f"unknown loss {loss_type!r}; choose one of {', '.join(any_number)} for any K, {', '.join(pairs)} for "
-            "pairs, or your own: FILE.py:NAME"
+            f"unknown loss {loss_type!r}, and no FILE.py:NAME; choose one of {', '.join(any_number)}, or, with pairs, "
+            f"{', '.join(pairs)}"
         )
     return by_lower[loss_type.lower()]
 
