@@ -149,7 +149,7 @@ class NCATrainer(AtomicCheckpoints, DPOTrainer):
             return AdapterReference(policy, self._is_sharded, precomputed=self.precompute_ref_logps)
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        if self.args.reference_free:
+        if not self.args.has_reference:
             return dataset.add_column("ref_logps", [[0.0] * len(scores) for scores in dataset["scores"][:]])
         if self.args.max_tokens_per_forward and not self.args.precompute_ref_batch_size:
             batch_size = max(batch_size, 32)  # rows to fill forwards with: their tokens are bounded anyway
@@ -218,7 +218,7 @@ class NCATrainer(AtomicCheckpoints, DPOTrainer):
             logps = logps_without_gradient(logps_fn, chunks, at_least)
         losses, rewards = losses_of(logps)
         loss = average(losses)
-        ref_logps = None if self.args.reference_free else ref_logps
+        ref_logps = ref_logps if self.args.has_reference else None
         metrics = router.metrics | group_metrics(losses, rewards, logps, scores, mask, ref_logps)
         self.step_metrics.record(metrics, inputs)
         return (loss, {"rewards": rewards}) if return_outputs else loss

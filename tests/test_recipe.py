@@ -185,9 +185,9 @@ def test_every_old_key_leads_to_a_known_key():
         (
             MINIMAL | {"loss_type": "foo"},
             [],
-            "recipe.yaml: loss_type: unknown loss 'foo'; .*, biasedNCA$",
+            "recipe.yaml: loss_type: unknown loss 'foo', .*, biasedNCA$",
         ),
-        (MINIMAL, ["--loss_type=NCAA"], r"^--loss_type=NCAA: unknown loss 'NCAA'; .*; did you mean 'NCA'\?$"),
+        (MINIMAL, ["--loss_type=NCAA"], r"^--loss_type=NCAA: unknown loss 'NCAA', .*; did you mean 'NCA'\?$"),
         (MINIMAL | {"loss_type": "foo"}, ["--beta=1"], "recipe.yaml: loss_type: unknown"),
         (MINIMAL, ["--eval_strategy", "step"], r"^--eval_strategy=step: invalid choice.*; did you mean 'steps'\?$"),
         (MINIMAL, ["--eval-strategy=step"], r"^--eval_strategy=step: invalid choice.*; did you mean 'steps'\?$"),
@@ -316,6 +316,25 @@ def test_the_loss_is_named_and_pairs_need_its_name(tmp_path):
         loss({"beta": 0.1}, pairs=True)
     with pytest.raises(UserError, match="loss_type: is not given"):
         loss(given, "--loss_type=", pairs=True)
+
+
+def test_a_loss_of_ones_own_is_recorded_with_its_hash(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def loss(rewards, targets, response_mask):\n    return -(rewards * targets).sum(-1)\n")
+    recipe = resolve(parse(tmp_path, MINIMAL, f"--loss_type={file}:loss"))
+    assert recipe["loss_type"] == f"{file}:loss"
+    assert parse(tmp_path, recipe)[3].loss.num_responses is None
+    file.write_text(file.read_text().replace("-(", "-2 * ("))
+    with pytest.raises(UserError, match="loss_file_hash: .* is not the file that the run began with"):
+        parse(tmp_path, recipe)
+    with pytest.raises(UserError, match=r"^--loss_type=.*mine.py has no function 'other'"):
+        parse(tmp_path, MINIMAL, f"--loss_type={file}:other")
+
+
+def test_a_losss_own_defaults_are_not_left_in_the_recipe(tmp_path):
+    recipe = resolve(parse(tmp_path, MINIMAL, "--loss_type=SimPO"))
+    args = parse(tmp_path, recipe, "--loss_type=DPO")[3]
+    assert (args.margin_of_best, args.has_reference, args.per_token) == (0, True, False)
 
 
 def test_no_recipe_and_missing_recipe():

@@ -128,7 +128,7 @@ class NCAConfig(LossConfig, DPOConfig):
     def __post_init__(self) -> None:
         self.check_loss()
         # Without a reference its log-probs are 0 in each row, so that no model is kept for them.
-        self.precompute_ref_log_probs = self.precompute_ref_log_probs or self.reference_free
+        self.precompute_ref_log_probs = self.precompute_ref_log_probs or not self.has_reference
         for key in (
             "per_device_train_batch_size",
             "gradient_accumulation_steps",

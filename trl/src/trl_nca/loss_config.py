@@ -101,8 +101,18 @@ class LossConfig:
         """Whether implicit rewards are divided by the response's tokens."""
         return self.normalize == "tokens" or self.loss.per_token
 
+    @property
+    def has_reference(self) -> bool:
+        """Whether implicit rewards are against the reference."""
+        return not (self.reference_free or self.loss.reference_free)
+
+    @property
+    def margin_of_best(self) -> float:
+        """What is taken off the best response's implicit reward in the loss."""
+        return self.loss.margin if self.margin is None else self.margin
+
     def check_loss(self) -> None:
-        """Finds the loss, and makes what follows from it.
+        """Finds the loss, and checks its settings.
 
         Raises:
             ValueError: It is not there, or a setting is out of its range or not for this loss.
@@ -131,7 +141,6 @@ class LossConfig:
         for key in ("label_smoothing", "margin"):
             if getattr(self, key) and not loss.has_labels:
                 raise ValueError(f"{key}: is for losses of pairs with labels, and {self.loss_type} has none; remove it")
-        self.margin = loss.margin if self.margin is None else self.margin
         if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
             raise ValueError(f"ld_alpha: from 0 to 1, got {self.ld_alpha}")
         if not 0 <= self.sft_weight < math.inf:
@@ -141,4 +150,3 @@ class LossConfig:
                 "sft_weight: a response has one log-prob, and ld_alpha changes it: the likelihood would not be that of "
                 "the best response; remove one of the two"
             )
-        self.reference_free = self.reference_free or loss.reference_free

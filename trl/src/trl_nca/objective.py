@@ -56,8 +56,8 @@ def prompt_losses(
     if args.per_token:
         rewards = rewards / batch["response_lengths"].clamp(min=1)
     compared = rewards
-    if args.margin:
-        compared = rewards - args.margin * _best(batch["scores"], mask)
+    if args.margin_of_best:
+        compared = rewards - args.margin_of_best * _best(batch["scores"], mask)
     losses = args.loss.loss(compared, targets.to(rewards.dtype), mask)
     if args.sft_weight:
         nll = -(logps * _best(batch["scores"], mask)).sum(dim=-1)  # (B,)

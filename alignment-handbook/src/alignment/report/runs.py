@@ -62,7 +62,7 @@ class Run:
     @property
     def has_reference(self) -> bool:
         """Whether implicit rewards are against a reference, which the policy is at the start."""
-        return not self.recipe.get("reference_free")
+        return not (self.recipe.get("reference_free") or getattr(LOSSES.get(self.loss), "reference_free", False))
 
     @property
     def step(self) -> int:
@@ -120,7 +120,8 @@ class Run:
         found = read(f"{part}logratios/chosen") if self.has_reference else read("")
         if found is not None and np.size(found):
             return found
-        rewards = read(f"{part}rewards/chosen") if self.has_reference else None  # of runs that log no log-ratios
+        logs_no_ratios = self.has_reference and self.loss in LOSSES
+        rewards = read(f"{part}rewards/chosen") if logs_no_ratios else None
         return found if rewards is None or not np.size(rewards) else rewards / self.beta
 
     def of_prompts(self, name: str) -> np.ndarray:

@@ -91,7 +91,7 @@ def _try(loss: Loss) -> None:
     scores = torch.linspace(0.0, 1.0, 2 * k, dtype=torch.float64).view(2, k).flip(0)
     targets = loss.targets(scores, mask, 0.5, 0.1)
     if not isinstance(targets, Tensor) or targets.shape != scores.shape:
-        raise ValueError(f"makes targets {_form(targets)} of scores of shape {tuple(scores.shape)}")
+        raise ValueError(f"makes {_form(targets)} of scores of shape {tuple(scores.shape)}; targets have the same")
     rewards = torch.linspace(-0.3, 0.4, 2 * k, dtype=torch.float64).view(2, k).requires_grad_()
     losses = loss.loss(rewards, targets, mask)
     if not isinstance(losses, Tensor) or losses.shape != (2,):
@@ -121,4 +121,4 @@ def _is_coupled(loss: Loss, rewards: Tensor, targets: Tensor, mask: Tensor, grad
 
 
 def _form(value: object) -> str:
-    return f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{value!r:.60}"
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{value!r:.60}"
