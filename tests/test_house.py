@@ -12,7 +12,7 @@ PACKAGES = {"alignment": ROOT / "alignment-handbook/src", "trl_nca": ROOT / "trl
 #: Modules and folders of `alignment`: each imports those before it only.
 ORDER = (
     "errors files recipe models input_limits launch output resumable data configs plan sampling evaluation report "
-    "checks job serving merge"
+    "sweep checks job serving merge"
 ).split()
 
 #: All of the losses but the loader of a user's.

@@ -42,12 +42,13 @@ def read_json(path: Path) -> Any | None:
 
 
 def shipped(name: str) -> Path:
-    """Path of a file or folder that comes with the project: `yamls`, `scripts` and `recipes`, and what is in them.
+    """Path of a file or folder that comes with the project: `yamls`, `scripts`, `recipes`, and `run_*.py`.
 
-    A wheel has the three inside the package, a clone where git has them: beside `src`, and at its root.
+    A wheel has the folders inside the package and the files beside it, a clone where git has them: beside `src`, and at
+    its root.
     """
     package = Path(str(importlib.resources.files("alignment")))
-    places = [folder / name for folder in (package, package.parents[1], package.parents[2])]
+    places = [folder / name for folder in (package, *package.parents[:3])]
     return next((path for path in places if path.exists()), places[0])
 
 
