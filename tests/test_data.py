@@ -326,6 +326,37 @@ def test_eval_fraction_keeps_rows_of_a_prompt_together(tmp_path):
         load_groups(DataConfig(train_file=path, eval_fraction=1e-9))
 
 
+@pytest.mark.parametrize("split", ["eval_file", "dataset_mixer", "eval_fraction", "test_split_size"])
+def test_held_out_rows_keep_all_their_responses(tmp_path, split):
+    rng = random.Random(0)
+    rows = [numbered(i % 40, responses=[f"a{k}" for k in range(5)], scores=[rng.random() for _ in range(5)])
+            for i in range(80)]  # fmt: skip
+    train, path = write_jsonl(tmp_path / "train.jsonl", rows[:30]), write_jsonl(tmp_path / "rows.jsonl", rows)
+    held_out = write_jsonl(tmp_path / "test.jsonl", rows[30:40])
+    sources = {
+        "eval_file": {"train_file": train, "eval_file": held_out},
+        "dataset_mixer": {"dataset_mixer": {str(tmp_path): 1.0}},
+        "eval_fraction": {"train_file": path, "eval_fraction": 0.3},
+        "test_split_size": {"dataset_mixture": {"datasets": [{"id": path}], "test_split_size": 0.3}},
+    }[split]
+    whole, cut = (load_groups(DataConfig(**sources, **few))[0] for few in ({}, {"num_responses": 2}))
+    assert {len(scores) for scores in cut["train"]["scores"]} == {2}
+    assert {len(scores) for scores in whole["train"]["scores"]} == {5}
+    assert cut["eval"].to_list() == whole["eval"].to_list()
+    assert cut["train"]["prompt"][:] == whole["train"]["prompt"][:]
+    pairs = load_groups(
+        DataConfig(**sources, num_responses=3, choose_responses="bottom", make_pairs="best_worst"), True
+    )
+    assert [row["responses"] for row in pairs[0]["eval"].to_list()] == [
+        [row["responses"][row["scores"].index(pick(row["scores"]))] for pick in (max, min)]
+        for row in whole["eval"].to_list()
+    ]
+    # Where it is what makes the pairs, it makes them of held-out rows too: these could not be read otherwise.
+    for settings_ in ({"pairs": True}, {"only_pairs": True}):
+        found = load_groups(DataConfig(**sources, num_responses=2), **settings_)[0]
+        assert {len(scores) for part in found.values() for scores in part["scores"]} == {2}
+
+
 def test_prompts_on_both_sides_end_the_run(tmp_path):
     train = write_jsonl(tmp_path / "train.jsonl", [numbered(i) for i in range(5)])
     held_out = write_jsonl(tmp_path / "eval.jsonl", [numbered(i) for i in range(4, 9)])

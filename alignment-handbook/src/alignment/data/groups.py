@@ -64,7 +64,8 @@ class RowConfig:
         },
     )
     num_responses: int | None = field(
-        default=None, metadata={"help": "Use at most this many responses of a row. None: all of them."}
+        default=None,
+        metadata={"help": "Use at most this many responses of a row. None: all of them, as of held-out rows always."},
     )
     choose_responses: str = field(
         default="spread",

@@ -5,7 +5,7 @@ What a row may look like is in `formats`, what happens to a bad one in `rules`, 
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from alignment.data.groups import RowConfig
 from alignment.data.outcomes import check_columns, check_dropped, count_outcomes, kept_rows
 from alignment.data.reading import column, load_source
 from alignment.errors import UserError
+
+Load = Callable[..., Dataset]
 
 
 @dataclass
@@ -114,8 +116,9 @@ def load_groups(
     control_tokens: list[str] | None = None,
     num_proc: int | None = None,
     keep_columns: bool = False,
+    only_pairs: bool = False,
 ) -> tuple[dict[str, Dataset], dict[str, dict[str, Any]]]:
-    """Loads the rows to train on and the held-out rows.
+    """Loads the rows to train on, and the held-out rows, of which `config.num_responses` takes no responses.
 
     Args:
         config: Sources of the rows, and how they are read.
@@ -124,6 +127,8 @@ def load_groups(
         control_tokens: Texts of the tokenizer's control tokens that are looked for in the rows.
         num_proc: Processes to read with. None: one for each core.
         keep_columns: Keep the rows' other columns, for a reward function.
+        only_pairs: Whether the loss compares two responses and no more: where `config.num_responses` makes the pairs,
+            it makes those of held-out rows too.
 
     Returns:
         `train` and, where there are held-out rows, `eval`: data sets with the columns of `GROUP_FEATURES`; and for each
@@ -141,17 +146,14 @@ def load_groups(
         num_proc=num_proc,
         keep_columns=keep_columns,
     )
-    if config.train_file is not None:
-        files = {"train": config.train_file, "eval": config.eval_file}
-        rows = {name: load(file) for name, file in files.items() if file is not None}
-    elif config.dataset_mixture:
-        rows = _load_mixture(config.dataset_mixture, load)
-    else:
-        rows = _load_mixer(config, load)
+    # The measure of a run must not change with the number of responses that it is trained on.
+    is_cut = config.num_responses is not None and not ((pairs or only_pairs) and config.make_pairs is None)
+    load_whole = partial(load, config=replace(config, num_responses=None)) if is_cut else load
+    rows = _load_sources(config, load, load_whole)
     check_columns(list(rows.values()), config)
-    if config.eval_fraction is not None:
-        hashes = column(rows["train"], "prompt_hash").to_numpy()
-        rows = _split(rows["train"], (hashes >= 0) & (hashes < config.eval_fraction * 2**63), "eval_fraction")
+    if "eval" not in rows and (key := _split_key(config)) is not None:
+        whole = _load_sources(config, load_whole, load_whole)["train"] if is_cut else rows["train"]
+        rows = _split(rows["train"], whole, _held_out_rows(config, whole), key)
     counts = {name: count_outcomes(part) for name, part in rows.items()}
     for name, count in counts.items():
         check_dropped(name, count, config.max_dropped_fraction)
@@ -198,7 +200,17 @@ def check_rows(rows: Dataset, only_pairs: bool, template: str | None) -> None:
         )
 
 
-def _load_mixer(config: DataConfig, load: Callable[..., Dataset]) -> dict[str, Dataset]:
+def _load_sources(config: DataConfig, load: Load, load_whole: Load) -> dict[str, Dataset]:
+    """The rows by `train` and, where a source is held out as a whole, `eval`."""
+    if config.train_file is not None:
+        held_out = {} if config.eval_file is None else {"eval": load_whole(config.eval_file)}
+        return {"train": load(config.train_file)} | held_out
+    if config.dataset_mixture:
+        return {"train": _load_mixture(config.dataset_mixture, load)}
+    return _load_mixer(config, load, load_whole)
+
+
+def _load_mixer(config: DataConfig, load: Load, load_whole: Load) -> dict[str, Dataset]:
     splits = config.dataset_splits or (["train"] if config.eval_fraction is not None else ["train", "test"])
     if not any("train" in split for split in splits):
         raise UserError(f"dataset_splits: no train split in {splits}; one name must contain 'train'")
@@ -211,11 +223,11 @@ def _load_mixer(config: DataConfig, load: Callable[..., Dataset]) -> dict[str, D
                 part = load(path, split, name)
                 parts["train"].append(part.select(range(round(len(part) * fraction))))
             elif not Path(path).is_file():  # a file is one split
-                parts["eval"].append(load(path, split, name))
+                parts["eval"].append(load_whole(path, split, name))
     return {name: concatenate_datasets(found) for name, found in parts.items() if found}
 
 
-def _load_mixture(mixture: dict[str, Any], load: Callable[..., Dataset]) -> dict[str, Dataset]:
+def _load_mixture(mixture: dict[str, Any], load: Load) -> Dataset:
     sources = mixture.get("datasets")
     if not sources or not all(isinstance(source, dict) and "id" in source for source in sources):
         raise UserError("dataset_mixture: 'datasets' must be a list of sources, each with an 'id'")
@@ -224,17 +236,28 @@ def _load_mixture(mixture: dict[str, Any], load: Callable[..., Dataset]) -> dict
         weight = _fraction(source.get("weight", 1.0), f"dataset_mixture: the weight of {source['id']}")
         part = load(source["id"], source.get("split", "train"), source.get("config"))
         parts.append(part.select(range(round(len(part) * weight))))
-    rows = concatenate_datasets(parts)
-    size = mixture.get("test_split_size")
-    if size is None:
-        return {"train": rows}
-    # Whole prompts, in random order, until there are as many rows as asked for.
+    return concatenate_datasets(parts)
+
+
+def _split_key(config: DataConfig) -> str | None:
+    """The key that holds out a part of the rows; None where there is none."""
+    if config.eval_fraction is not None:
+        return "eval_fraction"
+    return "test_split_size" if (config.dataset_mixture or {}).get("test_split_size") is not None else None
+
+
+def _held_out_rows(config: DataConfig, rows: Dataset) -> np.ndarray:
+    """Whether each row is held out, with all others of its prompt. Shape (rows,)."""
     hashes = column(rows, "prompt_hash").to_numpy()
+    if config.eval_fraction is not None:
+        return (hashes >= 0) & (hashes < config.eval_fraction * 2**63)
+    # Whole prompts, in random order, until there are as many rows as asked for.
+    mixture = config.dataset_mixture or {}
+    size = mixture["test_split_size"]
     prompts, counts = np.unique(hashes[hashes >= 0], return_counts=True)
     order = np.random.default_rng(mixture.get("seed", 0)).permutation(len(prompts))
     before = np.cumsum(counts[order]) - counts[order]
-    taken = order[before < (size * counts.sum() if size < 1 else size)]
-    return _split(rows, np.isin(hashes, prompts[taken]), "test_split_size")
+    return np.isin(hashes, prompts[order[before < (size * counts.sum() if size < 1 else size)]])
 
 
 def _fraction(value: Any, what: str) -> float:
@@ -248,10 +271,20 @@ def _fraction(value: Any, what: str) -> float:
     return number
 
 
-def _split(rows: Dataset, held_out: np.ndarray, key: str) -> dict[str, Dataset]:
+def _split(train: Dataset, whole: Dataset, held_out: np.ndarray, key: str) -> dict[str, Dataset]:
+    """The rows whose prompts are not held out, and those that are.
+
+    Args:
+        train: Rows to train on, all of them.
+        whole: The same rows with all their responses.
+        held_out: Whether each of these is held out. Shape (rows of whole,).
+        key: That says so, for errors.
+    """
     if not held_out.any() or held_out.all():
         raise UserError(f"{key}: leaves {'no' if held_out.all() else 'all'} rows to train on; change it")
-    return {"train": rows.select(np.flatnonzero(~held_out)), "eval": rows.select(np.flatnonzero(held_out))}
+    prompts = column(whole, "prompt_hash").to_numpy()[held_out]
+    stay = ~np.isin(column(train, "prompt_hash").to_numpy(), prompts)
+    return {"train": train.select(np.flatnonzero(stay)), "eval": whole.select(np.flatnonzero(held_out))}
 
 
 def _shared_prompts(train: Dataset, held_out: Dataset) -> list[int]:

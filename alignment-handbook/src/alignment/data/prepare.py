@@ -38,8 +38,9 @@ def prepare_rows(
     Raises:
         UserError: They cannot be trained on; see `load_groups`.
     """
-    raw, counts = load_groups(config, pairs, control_tokens(tokenizer), args.dataset_num_proc, keep_columns)
-    check_rows(raw["train"], only_pairs=args.loss.num_responses == 2, template=tokenizer.chat_template)
+    only_pairs = args.loss.num_responses == 2
+    raw, counts = load_groups(config, pairs, control_tokens(tokenizer), args.dataset_num_proc, keep_columns, only_pairs)
+    check_rows(raw["train"], only_pairs=only_pairs, template=tokenizer.chat_template)
     chosen = actions(config.row_rules)
     rows, reports = {}, {}
     for name, dataset in raw.items():
