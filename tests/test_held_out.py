@@ -36,7 +36,9 @@ def rows(tmp_path):
 @pytest.fixture(autouse=True)
 def _samples(monkeypatch):
     """No model is asked."""
-    monkeypatch.setattr(held_out, "sample_responses", lambda model, tokenizer, prompts, **_: SAMPLES[: len(prompts)])
+    monkeypatch.setattr(
+        held_out, "sample_or_read", lambda folder, model, tokenizer, prompts, **_: SAMPLES[: len(prompts)]
+    )
 
 
 def score(rows, function, **settings):

@@ -44,6 +44,8 @@ def test_two_arms_are_run_and_compared(recipe, tmp_path, monkeypatch, capsys, fo
     assert "dpo: run_preference.py --make_pairs=best_worst\n2 runs, 2 at a time" in printed
     assert "2 of 2  " in printed and "held-out score" in printed
     assert (tmp_path / "out" / "sweep.html").exists()
+    assert len(list((tmp_path / "out" / "samples_before").glob("*.json"))) == 1, "drawn once for both"
+    assert len(list((tmp_path / "out" / "ref_logps").glob("*.jsonl"))) == 4, "of all responses, and of pairs"
     recipes = {arm: yaml.safe_load((tmp_path / "out" / arm / "seed-5" / "recipe.yaml").read_text())
                for arm in ("NCA", "dpo")}  # fmt: skip
     assert recipes["dpo"]["make_pairs"] == "best_worst" and recipes["dpo"]["loss_type"] == "DPO"

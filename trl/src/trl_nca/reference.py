@@ -79,14 +79,14 @@ def describe_reference(model: nn.Module, dataset: Dataset, adapter: str | None, 
     """
     config = base_model(model).config.to_diff_dict()
     description = {
-        "weights": sorted(set(gather_object([_hash_weights(model, adapter)]))),  # one, unless they are sharded
+        "weights": sorted(set(gather_object([hash_weights(model, adapter)]))),  # one, unless they are sharded
         "config": {k: v for k, v in config.items() if not k.startswith("_") and k != "transformers_version"},
         "adapters": {n: c.to_dict() for n, c in model.peft_config.items() if n != adapter}
         if isinstance(model, PeftModel)
         else {},
         "rows": _hash_rows(dataset),
         "engine": code_hash(ENGINE),
-        "packages": _package_versions(model),
+        "packages": package_versions(model),
         **settings,
     }
     return json.loads(
@@ -118,7 +118,8 @@ def _append(file: Path, entries: list[dict[str, Any]]) -> None:
         stream.writelines(json.dumps(entry) + "\n" for entry in entries)
 
 
-def _hash_weights(model: nn.Module, adapter: str | None) -> str:
+def hash_weights(model: nn.Module, adapter: str | None = None) -> str:
+    """A hash of the weights that this process holds, without those of an adapter."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict(keep_vars=True).items()):
         if adapter in name.split("."):
@@ -145,7 +146,7 @@ def _hash_rows(dataset: Dataset) -> str:
     return digest.hexdigest()
 
 
-def _package_versions(model: nn.Module) -> dict[str, str]:
+def package_versions(model: nn.Module) -> dict[str, str]:
     """Versions of the packages that do the arithmetic: `PACKAGES`, and those of layers, such as a quantization's."""
     names = PACKAGES | {type(module).__module__.partition(".")[0] for module in model.modules()}
     versions = {name: getattr(sys.modules.get(name), "__version__", None) for name in sorted(names)}

@@ -102,4 +102,4 @@ def _of_evaluation(configs: Configs, has_held_out: bool) -> Iterator[tuple[str, 
         yield "load_best_model_at_end is false", "metric_for_best_model greater_is_better"
     if not run.reward_function or not has_held_out:
         reason = _HELD_OUT if run.reward_function else "there is no reward_function"
-        yield reason, "num_eval_samples max_eval_prompts max_new_tokens temperature"
+        yield reason, "num_eval_samples max_eval_prompts max_new_tokens temperature samples_before_dir"

@@ -65,7 +65,7 @@ class RowConfig:
     )
     num_responses: int | None = field(
         default=None,
-        metadata={"help": "Use at most this many responses of a row. None: all of them, as of held-out rows always."},
+        metadata={"help": "Use at most this many responses of a row that is trained on. None: all of them."},
     )
     choose_responses: str = field(
         default="spread",

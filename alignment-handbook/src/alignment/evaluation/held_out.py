@@ -9,8 +9,9 @@ from datasets import Dataset
 from alignment.errors import UserError
 from alignment.input_limits import check_input, input_limits
 from alignment.recipe import RunConfig
+from alignment.sampling.kept import sample_or_read
 from alignment.sampling.reward_function import RewardFunction, call_reward_function, call_score_parts
-from alignment.sampling.sample import encode_prompt, sample_responses
+from alignment.sampling.sample import encode_prompt
 
 
 def sample_and_score(
@@ -32,7 +33,7 @@ def sample_and_score(
         reward_function: From `load_reward_function`.
         config: How many samples, how long, at what temperature.
         seed: Seeds the samples.
-        when: "before" or "after" training, for the progress bar.
+        when: "before" or "after" training. Those of before may be kept ones, see `config.samples_before_dir`.
 
     Returns:
         For each prompt `prompt`, `samples` (texts) and their `scores`, None where the function does not apply; and
@@ -43,7 +44,8 @@ def sample_and_score(
     """
     rows = rows.select(range(min(config.max_eval_prompts, len(rows))))
     prompts, columns = rows["prompt"][:], rows["columns"][:]
-    samples = sample_responses(
+    samples = sample_or_read(
+        config.samples_before_dir if when == "before" else None,
         model,
         tokenizer,
         prompts,

@@ -10,8 +10,8 @@ from alignment.errors import UserError
 #: Keys whose value, or whose mapping's keys and texts, are paths.
 PATH_KEYS = (
     "output_dir train_file eval_file dataset_mixer dataset_mixture model_name_or_path tokenizer_name_or_path "
-    "ref_logps_dir chat_template resume_from_checkpoint reward_function loss_type deepspeed fsdp_config "
-    "accelerator_config"
+    "ref_logps_dir samples_before_dir chat_template resume_from_checkpoint reward_function loss_type deepspeed "
+    "fsdp_config accelerator_config"
 ).split()
 
 _VARIABLE = re.compile(r"\$(?:\{(\w+)\}|([A-Za-z_]\w*))")

@@ -42,6 +42,13 @@ class RunConfig:
     )
     max_new_tokens: int = field(default=256, metadata={"help": "Most tokens of a sample."})
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the samples; 0 is greedy."})
+    samples_before_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder that keeps the samples before training for later runs with the same model, prompts, "
+            "number, length, temperature and seed, as those of a sweep. None: they are not kept."
+        },
+    )
     plan: bool = field(
         default=False,
         metadata={

@@ -13,7 +13,8 @@ from alignment.report.runs import Run
 
 #: Keys that say which of several equal runs it is, and where its files lie.
 _NOT_SETTINGS = (
-    "seed data_seed output_dir run_name logging_dir hub_model_id ref_logps_dir project trackio_space_id"
+    "seed data_seed output_dir run_name logging_dir hub_model_id ref_logps_dir samples_before_dir project "
+    "trackio_space_id"
 ).split()
 #: Student's t at 97.5 %, by degrees of freedom from 1; the last one stands for all that are more.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,

@@ -14,7 +14,7 @@ from alignment.recipe.flags import check_known, known_flags
 
 REWARD, PREFERENCE = "run_reward.py", "run_preference.py"
 #: Keys that a sweep sets itself, run by run.
-OWN_KEYS = ("seed", "output_dir", "ref_logps_dir", "resume_from_checkpoint", "overwrite_output_dir")
+OWN_KEYS = "seed output_dir ref_logps_dir samples_before_dir resume_from_checkpoint overwrite_output_dir".split()
 #: Keys that ask for something else than a run.
 _NO_RUN = ("show_batch", *PLAN_KEYS)
 

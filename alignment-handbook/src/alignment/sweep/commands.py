@@ -13,8 +13,6 @@ from alignment.recipe import read_yaml
 from alignment.report.runs import ENVIRONMENT
 from alignment.sweep.arms import OWN_KEYS, Arm, as_flags
 
-#: What the runs of a sweep share, in its folder.
-REF_LOGPS = "ref_logps"
 #: Keys that a sweep or a run sets otherwise than the recipe, and that do not change what is learned.
 _NOT_COMPARED = (*OWN_KEYS, "eval_strategy", "push_to_hub", "precompute_ref_log_probs", "save_total_limit")
 
@@ -65,11 +63,13 @@ def command(run: Planned, shared: Path) -> list[str]:
     """
     around = {
         "precompute_ref_log_probs": "true",
-        "ref_logps_dir": shared / REF_LOGPS,
+        "ref_logps_dir": shared / "ref_logps",
         "push_to_hub": "false",
         "overwrite_output_dir": "false",
         "resume_from_checkpoint": "true",
     }
+    if run.arm.resolved.get("reward_function"):
+        around["samples_before_dir"] = shared / "samples_before"
     settings = around | dict(run.arm.settings) | {"seed": run.seed, "output_dir": run.folder}
     return [sys.executable, str(shipped(run.arm.script)), run.arm.recipe, *as_flags(settings)]
 
