@@ -41,6 +41,7 @@ from trl_nca.sampler import group_by_length
 from trl_nca.seams import check_seams
 from trl_nca.self_check import evaluating
 from trl_nca.step_metrics import StepMetrics
+from trl_nca.token_metrics import TokenMetrics
 
 check_seams(DPOTrainer)
 
@@ -195,6 +196,7 @@ class NCATrainer(AtomicCheckpoints, DPOTrainer):
         targets = make_targets(scores, mask, self.args, self.pairs)
         losses_of = functools.partial(prompt_losses, batch=inputs, ref_logps=ref_logps, targets=targets, args=self.args)
         router = RouterLoss(inputs, self.router_aux_loss_coef if self.aux_loss_enabled else None)
+        tokens = TokenMetrics(inputs)
 
         def average(losses: Tensor) -> Tensor:
             """This micro-batch's part of the mean over the prompts of the global batch."""
@@ -204,7 +206,7 @@ class NCATrainer(AtomicCheckpoints, DPOTrainer):
             # Gradients are averaged over processes; times their number, that is the sum over all prompts.
             return losses.sum() * self.accelerator.num_processes / num_items_in_batch
 
-        logps_fn, (chunks, at_least) = self._logps_fn(model, router), self._chunks(inputs)
+        logps_fn, (chunks, at_least) = self._logps_fn(model, router, tokens), self._chunks(inputs)
         if torch.is_grad_enabled():
             logps = logps_for_training(
                 logps_fn,
@@ -219,8 +221,8 @@ class NCATrainer(AtomicCheckpoints, DPOTrainer):
         losses, rewards = losses_of(logps)
         loss = average(losses)
         ref_logps = ref_logps if self.args.has_reference else None
-        metrics = router.metrics | group_metrics(losses, rewards, logps, scores, mask, ref_logps)
-        self.step_metrics.record(metrics, inputs)
+        of_rewards = group_metrics(losses, rewards, logps, scores, mask, ref_logps)
+        self.step_metrics.record(router.metrics | tokens.metrics | of_rewards, inputs)
         return (loss, {"rewards": rewards}) if return_outputs else loss
 
     @functools.cached_property
@@ -233,9 +235,9 @@ class NCATrainer(AtomicCheckpoints, DPOTrainer):
         except ValueError as error:
             raise (RunStopped(str(error)) if self.is_in_train else error) from error
 
-    def _logps_fn(self, model: nn.Module, router: RouterLoss | None = None) -> Callable[[Batch], Tensor]:
-        run = self.accelerator.autocast()(response_logps)
-        return functools.partial(run, model, shared_prompt=self._shared_prompt, router=router)
+    def _logps_fn(self, model: nn.Module, *collectors: RouterLoss | TokenMetrics) -> Callable[[Batch], Tensor]:
+        run, shared_prompt = self.accelerator.autocast()(response_logps), self._shared_prompt
+        return lambda batch: run(model, batch, shared_prompt, *collectors)
 
     def _chunks(self, inputs: Batch) -> tuple[list[Batch], NumForwards]:
         """The chunks, and the forwards to run at least: of a training step's batches they are known before it."""

@@ -52,7 +52,7 @@ def _cases(tokens: int, size: int, device: str) -> dict[str, tuple[Callable[...,
     silu = one_pass._SILU
     logits, targets = 4 * draw(tokens // 8, 32 * size), torch.randint(0, 32 * size, (tokens // 8,), device=device)
     return {
-        "cross-entropy": (cross_entropy, (logits, targets, True)),
+        "cross-entropy": (cross_entropy, (logits, targets, True, True)),
         "gate": (one_pass._gate, (draw(tokens, wide), draw(tokens, wide), silu[0])),
         "gate, gradient": (one_pass._gate_gradients, (*(draw(tokens, wide) for _ in range(3)), *silu)),
         "rotation": (one_pass._rotate, turned),

@@ -53,7 +53,7 @@ def test_values_and_gradients(trained, rows):
     head, hidden, targets, weights = case(trained)
     wanted = [hidden, *(head.parameters() if trained else ())]
     expected = head(hidden).log_softmax(-1)[torch.arange(23), targets]
-    logps = target_logps(head, hidden, targets, rows, trained)
+    logps, _ = target_logps(head, hidden, targets, rows, trained)
     torch.testing.assert_close(logps, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(
         torch.autograd.grad(weights @ logps, wanted),
@@ -66,14 +66,14 @@ def test_values_and_gradients(trained, rows):
 @pytest.mark.parametrize("trained", [True, False])
 def test_gradcheck(trained):
     head, hidden, targets, _ = case(trained, vocabulary=7)
-    assert torch.autograd.gradcheck(lambda h: target_logps(head, h, targets, 4, trained), hidden)
+    assert torch.autograd.gradcheck(lambda h: target_logps(head, h, targets, 4, trained)[0], hidden)
 
 
 @pytest.mark.parametrize("trained", [True, False])
 def test_logits_of_all_tokens_are_never_there(trained):
     head, hidden, targets, weights = case(trained, vocabulary=500)
     with LargestTensor() as largest:
-        (weights @ target_logps(head, hidden, targets, 4, trained)).backward()
+        (weights @ target_logps(head, hidden, targets, 4, trained, True)[0]).backward()
     assert largest.numel <= max(4 * 500, head.weight.numel())
     with LargestTensor() as largest:
         head(hidden).log_softmax(-1)
@@ -83,8 +83,10 @@ def test_logits_of_all_tokens_are_never_there(trained):
 def test_no_gradient_no_memory():
     head, hidden, targets, _ = case(trained=False)
     with torch.no_grad():
-        assert target_logps(head, hidden, targets, 5, False).grad_fn is None
-    assert target_logps(head, hidden[:0], targets[:0], 5, False).shape == (0,)
+        assert target_logps(head, hidden, targets, 5, False)[0].grad_fn is None
+    for trained in (True, False):
+        logps, statistics = target_logps(head, hidden[:0], targets[:0], 5, trained, True)
+        assert logps.shape == (0,) and statistics.shape == (0, 2)
 
 
 @pytest.mark.parametrize("trained", [True, False])

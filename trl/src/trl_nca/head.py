@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutput
 
-from trl_nca.cross_entropy import CrossEntropy, Loss, cross_entropy, fused_cross_entropy
+from trl_nca.cross_entropy import CrossEntropy, fused_cross_entropy
 from trl_nca.layout import padded_inputs
 from trl_nca.rotary import length_dependent, longest_shared, rotating_by_row
 from trl_nca.router import load_balancing_loss
@@ -39,9 +39,9 @@ def fuse_head(model: nn.Module) -> None:
     `targets`, shape (R,), are token ids, and `positions`, shape (R,), the places in the flattened rows, of `row_length`
     tokens (default: of those that run), that predict them; the result is their log-probs, shape (R,). Only these
     positions are projected, in the way of `run_device`, "cuda" or "cpu" (default: of the device that they are on).
-    Without `targets` the model runs as before. With `output_router_logits` a mixture of experts returns its
-    load-balancing loss too. To be called on the bare model; wrapped by PEFT, DDP, FSDP or DeepSpeed it takes the
-    arguments all the same.
+    Without `targets` the model runs as before. Returned too, in this order: with `token_statistics` those of
+    `cross_entropy`, shape (R, 2), and with `output_router_logits` a mixture of experts' load-balancing loss. To be
+    called on the bare model; wrapped by PEFT, DDP, FSDP or DeepSpeed it takes the arguments all the same.
     """
     if hasattr(model.forward, "is_fused"):
         return
@@ -55,6 +55,7 @@ def fuse_head(model: nn.Module) -> None:
         row_length: int | None = None,
         targets: Tensor | None = None,
         run_device: str | None = None,
+        token_statistics: bool = False,
         **kwargs: Any,
     ) -> Any:
         if targets is None:
@@ -77,18 +78,14 @@ def fuse_head(model: nn.Module) -> None:
         rest = [child for name, child in self.named_children() if name != decoder]
         trained = any(p.requires_grad for child in rest for p in child.parameters())
         device = run_device or hidden.device.type
-        logps = target_logps(
-            functools.partial(_project, self, decoder),
-            hidden,
-            targets,
-            tokens_at_once(device, self.config.get_text_config().vocab_size),
-            trained,
-            fused_cross_entropy if device == "cuda" else cross_entropy,
-        )
+        at_once = tokens_at_once(device, self.config.get_text_config().vocab_size)
+        project = functools.partial(_project, self, decoder)
+        logps, statistics = target_logps(project, hidden, targets, at_once, trained, token_statistics)
+        returned = (logps, statistics) if token_statistics else (logps,)
         if kwargs.get("output_router_logits"):
             mask = kwargs.get("attention_mask") if layout is None else None
-            return logps, load_balancing_loss(self, outputs.router_logits, mask)
-        return logps
+            returned += (load_balancing_loss(self, outputs.router_logits, mask),)
+        return returned if len(returned) > 1 else logps
 
     forward.is_fused = True
     model.forward = types.MethodType(forward, model)
@@ -160,8 +157,8 @@ def target_logps(
     targets: Tensor,
     at_once: int,
     trained: bool,
-    loss: Loss = cross_entropy,
-) -> Tensor:
+    needs_statistics: bool = False,
+) -> tuple[Tensor, Tensor]:
     """Log-probs of the targets, `at_once` of them at a time; memory is (at_once, V), whatever R is.
 
     Args:
@@ -170,24 +167,27 @@ def target_logps(
         targets: Token ids. Shape (R,).
         at_once: Tokens that are projected together.
         trained: Whether weights of `project` are trained.
-        loss: `cross_entropy` or its like.
+        needs_statistics: Whether statistics are made.
 
     Returns:
-        Log-probs in nats, float32 or wider. Shape (R,).
+        Log-probs in nats, float32 or wider, shape (R,); and the statistics of `cross_entropy`, without gradient, shape
+        (R, 2), or nothing.
     """
     if trained and torch.is_grad_enabled():
 
-        def piece(h: Tensor, t: Tensor) -> Tensor:
-            return CrossEntropy.apply(project(h), t, loss)
+        def piece(h: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+            return CrossEntropy.apply(project(h), t, needs_statistics)
 
         pieces = zip(hidden.split(at_once), targets.split(at_once), strict=True)
         # Hidden states alone are kept; logits are made again for the gradient.
-        return -torch.cat([checkpoint(piece, h, t, use_reentrant=False, preserve_rng_state=False) for h, t in pieces])
-    return _FrozenHead.apply(hidden, targets, project, at_once, loss)
+        results = [checkpoint(piece, h, t, use_reentrant=False, preserve_rng_state=False) for h, t in pieces]
+        losses, statistics = zip(*results, strict=True)
+        return -torch.cat(losses), torch.cat(statistics)
+    return _FrozenHead.apply(hidden, targets, project, at_once, needs_statistics)
 
 
 class _FrozenHead(torch.autograd.Function):
-    """Log-probs whose gradient is made on the way forward, so that the logits are made once.
+    """Log-probs whose gradient is made on the way forward, so that the logits are made once; and statistics.
 
     Where the head is not trained, all that a loss sends back to a token is one number g, the derivative by its
     log-prob, and the gradient of its hidden state is g times a vector that is known in advance. Those vectors, shape
@@ -196,33 +196,48 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, targets: Tensor, project: Callable[[Tensor], Tensor], at_once: int, loss: Loss
-    ) -> Tensor:
+        ctx: Any,
+        hidden: Tensor,
+        targets: Tensor,
+        project: Callable[[Tensor], Tensor],
+        at_once: int,
+        needs_statistics: bool,
+    ) -> tuple[Tensor, Tensor]:
         needs_gradient = ctx.needs_input_grad[0]
         gradients = torch.empty_like(hidden) if needs_gradient else None  # of the cross-entropy, -log p
         losses = [hidden.new_zeros(0, dtype=torch.float32)]
+        statistics = [hidden.new_zeros(0, 2, dtype=torch.float32)]
         for at in range(0, len(targets), at_once):
             part = slice(at, at + at_once)
-            part_losses, by_hidden = _piece(project, hidden[part], targets[part], loss, needs_gradient)
+            part_losses, by_hidden, part_statistics = _piece(
+                project, hidden[part], targets[part], needs_gradient, needs_statistics
+            )
             losses.append(part_losses)
+            statistics.append(part_statistics)
             if needs_gradient:
                 gradients[part] = by_hidden
         if needs_gradient:
             ctx.save_for_backward(gradients)
-        return -torch.cat(losses)
+        all_statistics = torch.cat(statistics)
+        ctx.mark_non_differentiable(all_statistics)
+        return -torch.cat(losses), all_statistics
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         (gradients,) = ctx.saved_tensors
         return (-gradient[:, None] * gradients).to(gradients.dtype), None, None, None, None
 
 
 def _piece(
-    project: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, loss: Loss, needs_gradient: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Cross-entropies, shape (n,), and their gradients by the hidden states, shape (n, H). Its logits end with it."""
+    project: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, needs_gradient: bool, needs_statistics: bool
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Cross-entropies, shape (n,), their gradients by the hidden states, shape (n, H), and statistics, shape (n, 2).
+
+    Its logits end with it.
+    """
     with torch.set_grad_enabled(needs_gradient):
         h = hidden.detach().requires_grad_(needs_gradient)
         logits = project(h.view_as(h))  # (n, V); a view, for hooks on the head that do not take a leaf
-    losses, by_logits = loss(logits.detach(), targets, needs_gradient)
-    return losses, torch.autograd.grad(logits, h, by_logits)[0] if needs_gradient else None
+    losses, by_logits, statistics = fused_cross_entropy(logits.detach(), targets, needs_gradient, needs_statistics)
+    by_hidden = torch.autograd.grad(logits, h, by_logits)[0] if needs_gradient else None
+    return losses, by_hidden, statistics

@@ -21,6 +21,7 @@ from trl_nca.router import RouterLoss
 from trl_nca.self_check import Probe, evaluating
 from trl_nca.shared_prompt import NAME, CannotShare
 from trl_nca.sharing import Attention, base_model, share_prompts, unshare_prompts
+from trl_nca.token_metrics import TokenMetrics
 
 Batch = dict[str, Any]  # tensors, the layout, and the rows' locations
 
@@ -98,7 +99,13 @@ def _share(models: Sequence[nn.Module], probes: Sequence[Probe], required: bool)
     return True
 
 
-def response_logps(model: nn.Module, batch: Batch, shared_prompt: bool, router: RouterLoss | None = None) -> Tensor:
+def response_logps(
+    model: nn.Module,
+    batch: Batch,
+    shared_prompt: bool,
+    router: RouterLoss | None = None,
+    token_metrics: TokenMetrics | None = None,
+) -> Tensor:
     r"""Log-prob of each response given its prompt, summed over the response's tokens.
 
     .. math:: \log \pi(y | x) = \sum_t \log \pi(y_t | x, y_{<t})
@@ -109,19 +116,24 @@ def response_logps(model: nn.Module, batch: Batch, shared_prompt: bool, router: 
         shared_prompt: What `prepare` returned. True: run packed, each prompt once. False: every response is run in
             a padded row of its own, behind its own copy of the prompt.
         router: Where it is enabled, the load-balancing loss of this forward is added to it.
+        token_metrics: Where this forward counts, the statistics of its tokens are added to it.
 
     Returns:
         Log-probs in nats, float32 or wider, 0 for padded responses. Shape (B, K). Where the batch has `token_weights`,
         the sums are of weighted tokens.
     """
     inputs = model_inputs(batch, shared_prompt)
-    if router is not None and router.enabled:
-        inputs["output_router_logits"] = True
+    with_router = router is not None and router.enabled
+    with_tokens = token_metrics is not None and token_metrics.enabled
+    inputs |= {"output_router_logits": True} if with_router else {}
+    inputs |= {"token_statistics": True} if with_tokens else {}
     with _without_padding_masks():
-        per_token_logps = model(**inputs)  # (R,)
-    if router is not None and router.enabled:
-        per_token_logps, balance = per_token_logps
-        router.add(batch, balance)
+        outputs = model(**inputs)
+    per_token_logps, *beside = outputs if with_router or with_tokens else (outputs,)  # (R,)
+    if with_router:
+        router.add(batch, beside.pop())
+    if with_tokens:
+        token_metrics.add(batch, beside.pop())
     if "token_weights" in batch:
         per_token_logps = per_token_logps * batch["token_weights"]
     response_index = _layout(batch).response_index  # (R,)

@@ -8,6 +8,7 @@ from alignment.data.reading import column
 from alignment.errors import UserError, did_you_mean
 from trl_nca.config import NCAConfig
 from trl_nca.metrics import group_metrics
+from trl_nca.token_metrics import TokenMetrics
 
 #: What the Trainer itself measures.
 _OF_TRAINER = ("runtime", "samples_per_second", "steps_per_second")
@@ -52,7 +53,7 @@ def evaluation_metrics(held_out: Dataset, config: PretrainedConfig) -> list[str]
     """Names of what an evaluation on these rows gives, without the prefix `eval_`."""
     num_responses = max(map(len, column(held_out, "scores").to_pylist()))
     ones = torch.ones(1, num_responses)
-    names = list(group_metrics(ones[:, 0], ones, ones, ones, ones.bool()))
+    names = [*TokenMetrics.NAMES, *group_metrics(ones[:, 0], ones, ones, ones, ones.bool())]
     if hasattr(config.get_text_config(), "output_router_logits"):
         names.append("aux_loss")
     return [*names, *_OF_TRAINER]
