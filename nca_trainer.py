@@ -60,6 +60,7 @@ class NCATrainer(AtomicCheckpoints, DPOTrainer):
         args: An `NCAConfig`.
         train_dataset: Columns `prompt`, `responses` (K a row), `scores` (K numbers), see
             `trl_nca.responses.ResponseTokenizer`; or the already tokenized `prompt_ids`, `response_ids`, `scores`.
+            A column `weight` multiplies the loss of its prompt.
         eval_dataset: The same, or a dict of them.
         processing_class: The tokenizer. Default: the model's own.
         peft_config, quantization_config: An adapter, such as a `LoraConfig`, and a base in 4 or 8 bits under it.
@@ -125,7 +126,7 @@ class NCATrainer(AtomicCheckpoints, DPOTrainer):
         return scored_responses(dataset)
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = [*TOKENIZED_FEATURES, "ref_logps"]
+        self._signature_columns = [*TOKENIZED_FEATURES, "weight", "ref_logps"]
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         if self.args.train_sampling_strategy != "group_by_length":

@@ -54,6 +54,7 @@ def test_what_does_not_matter_has_the_same_key(tmp_path):
     assert key(changed(model(), "lora_A.default")) == first
     assert key(changed(model(), "modules_to_save.default")) == first
     assert key(model(r=4)) == first, "the adapter that is switched off"
+    assert key(model(), [row | {"weight": 2.0, "scores": [1, 0], "location": "here"} for row in ROWS]) == first
     model().base_model.model.save_pretrained(tmp_path)
     moved = model()
     moved.base_model.model.config._name_or_path = str(tmp_path)

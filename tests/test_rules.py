@@ -87,6 +87,7 @@ BAD = {
     "unreadable_score": (row(scores=[0.1, 0.9, "N/A"]), {}),
     "non_finite_score": (row(scores=[0.1, 0.9, math.nan]), {}),
     "score_out_of_range": (row(scores=[0.1, 0.9, -1]), {"score_range": [0, 1]}),
+    "bad_weight": (row(weight=-1), {}),
     "duplicate_response": (row(responses=["Rome", "Paris", "Rome"]), {}),
     "too_few_responses": (row(responses=["Rome"], scores=[1]), {}),
     "identical_scores": (row(scores=[0.5, 0.5, 0.5]), {}),

@@ -48,14 +48,14 @@ class GroupCollator:
 
         Args:
             rows: Each with `prompt_ids` (ints, at least one), `response_ids` (K lists of ints), `scores` (K numbers)
-                and, where the reference was precomputed, `ref_logps` (K numbers); also `location`, the row's place in
-                its file.
+                and, where the reference was precomputed, `ref_logps` (K numbers); also `weight` (a number, or None
+                for 1), where the data have it, and `location`, the row's place in its file.
 
         Returns:
             `scores` (float64), `response_mask` (bool) and `response_lengths`, shape (B, K), padded with 0 and False;
             `input_ids` and `position_ids`, shape (1, T); `targets`, the tokens of all responses, shape (R,);
             `token_weights`, float32, shape (R,), with `ld_alpha`;
-            `ref_logps`, shape (B, K), where the rows have it;
+            `ref_logps`, shape (B, K), and `weight` (float32), shape (B,), where the rows have them;
             `best_length`, tokens of the responses with the highest scores, together;
             `layout`, a `GroupLayout`: the lengths of contexts and responses, on the CPU;
             `location`, B texts to name the rows by.
@@ -84,6 +84,9 @@ class GroupCollator:
         }
         if self.ld_alpha is not None:
             batch["token_weights"] = torch.tensor([w for row in rows for w in _token_weights(row, self.ld_alpha)])
+        if "weight" in rows[0]:
+            weights = [1.0 if row["weight"] is None else row["weight"] for row in rows]
+            batch["weight"] = torch.tensor(weights, dtype=torch.float32)
         if "ref_logps" in rows[0]:
             batch["ref_logps"] = _padded([row["ref_logps"] for row in rows], torch.float32)
         batch["best_length"] = sum(len(row["response_ids"][row["scores"].index(max(row["scores"]))]) for row in rows)

@@ -5,6 +5,7 @@ import logging
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import extract_prompt
@@ -16,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def scored_responses(dataset: Dataset) -> Dataset:
-    """Rows of `prompt`, `responses` and `scores` (or `rewards`).
+    """Rows of `prompt`, `responses` and `scores` (or `rewards`), and of other columns as they are.
 
     Raises:
         ValueError: A column is missing.
@@ -58,7 +59,11 @@ def tokenized_rows(dataset: Dataset, name: str, tokenizer: PreTrainedTokenizerBa
         name: Name of the data set, for messages.
         tokenizer: The policy's.
         args: The limits, and the number of processes.
+
+    Raises:
+        ValueError: See `check_weights`.
     """
+    check_weights(dataset, name)
     limits, desc = (args.max_length, args.max_prompt_length), f"Tokenizing {name}"
     rows, report = tokenize_dataset(dataset, tokenizer, *limits, num_proc=args.dataset_num_proc, desc=desc)
     if report["rows_dropped"] or report["responses_cut"]:
@@ -80,8 +85,9 @@ def checked_rows(dataset: Dataset, name: str) -> Dataset:
 
     Raises:
         ValueError: A row has no prompt, fewer than two responses, an empty one, or another number of scores; names the
-            first.
+            first. See also `check_weights`.
     """
+    check_weights(dataset, name)
     table = dataset.select_columns(["prompt_ids", "response_ids", "scores"]).with_format("arrow")[:]
     prompts, responses, scores = (table[column].combine_chunks() for column in table.column_names)
     num_responses = _lengths(responses)
@@ -100,6 +106,32 @@ def checked_rows(dataset: Dataset, name: str) -> Dataset:
     if "length" in dataset.column_names:
         return dataset
     return dataset.map(lambda row: {"length": group_length(row)}, desc=f"Measuring {name}")
+
+
+def check_weights(dataset: Dataset, name: str) -> None:
+    """Checks the column `weight`, where there is one; a row without a weight has the weight 1.
+
+    Raises:
+        ValueError: A weight is no finite number of 0 or more, which is named; or all of them are 0.
+    """
+    if "weight" not in dataset.column_names:
+        return
+    column = dataset.select_columns(["weight"]).with_format("arrow")[:]["weight"].combine_chunks()
+    if not any(is_of(column.type) for is_of in (pa.types.is_integer, pa.types.is_floating, pa.types.is_null)):
+        raise ValueError(
+            f"{name}: the column weight holds {column.type}; it is to be numbers, which multiply the losses of their "
+            "prompts: rename or remove it if it says something else"
+        )
+    weights = pc.fill_null(column.cast(pa.float64()), 1.0).to_numpy(zero_copy_only=False)
+    is_bad = ~((weights >= 0) & (weights <= torch.finfo(torch.float32).max))  # NaN is neither
+    if is_bad.any():
+        row = int(is_bad.argmax())
+        raise ValueError(
+            f"{name}: {dataset[row]['location']}: the weight is {weights[row]:g} ({int(is_bad.sum())} such rows); "
+            "a weight is a finite number of 0 or more"
+        )
+    if len(weights) and not weights.any():
+        raise ValueError(f"{name}: all weights are 0: nothing would be learned; change or remove the column weight")
 
 
 def _lengths(lists: pa.Array) -> np.ndarray:

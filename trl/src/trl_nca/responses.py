@@ -124,6 +124,7 @@ class ResponseTokenizer:
 
         Args:
             row: `prompt` (messages or text), `responses` (K texts, or K lists of messages) and `scores` (K numbers).
+                A `weight` and a `location` are handed on.
 
         Returns:
             `prompt_ids` (ints), `response_ids` (K lists of ints), `scores`, `length` (tokens of the packed group),
@@ -134,6 +135,7 @@ class ResponseTokenizer:
         """
         done = {"prompt_ids": [], "response_ids": [], "scores": row["scores"], "prompt_trimmed": False,
                 "responses_cut": 0, "merged": False, "broken": [], "dropped": "", "detail": ""}  # fmt: skip
+        done |= {"weight": row["weight"]} if "weight" in row else {}
         try:
             prompt_ids, response_ids, done["broken"] = self._encode_row(row["prompt"], row["responses"])
             done |= fit_row(prompt_ids, response_ids, row["scores"], self.tokenizer.bos_token_id, self.limits)
@@ -229,17 +231,18 @@ def tokenize_dataset(
     Large data sets are done in pieces that are cached one by one: a killed run resumes where it stopped.
 
     Args:
-        dataset: Columns `prompt`, `responses` (K >= 2 a row, K may differ by row), `scores`, and `location`, if the
-            rows can be named. Others are dropped.
+        dataset: Columns `prompt`, `responses` (K >= 2 a row, K may differ by row), `scores`, and where they are there
+            `weight` and `location`, which the rows are named by. Others are dropped.
         tokenizer, max_length, max_prompt_length, actions, min_responses: See `ResponseTokenizer`.
         num_proc: Processes to use; None for this one.
         desc: Label of the progress bar.
 
     Returns:
-        The data set with columns `prompt_ids`, `response_ids`, `scores`, `length`, `location`, and a report; see
-        `_report`.
+        The data set with columns `prompt_ids`, `response_ids`, `scores`, `length`, `location`, `weight` where it was
+        there, and a report; see `_report`.
     """
     tokenize = ResponseTokenizer(tokenizer, max_length, max_prompt_length, actions, min_responses)
+    weight = {"weight": Value("float64")} if "weight" in dataset.column_names else {}
     pieces = []
     for start in range(0, max(len(dataset), 1), _PIECE_ROWS):
         piece = dataset.select(range(start, min(start + _PIECE_ROWS, len(dataset))))
@@ -247,7 +250,7 @@ def tokenize_dataset(
             piece.map(
                 tokenize,
                 remove_columns=dataset.column_names,
-                features=Features({**TOKENIZED_FEATURES, **_OUTCOME}),
+                features=Features({**TOKENIZED_FEATURES, **weight, **_OUTCOME}),
                 num_proc=num_proc if len(dataset) > 1000 else None,  # starting processes takes longer than a few rows
                 new_fingerprint=tokenize.key(piece._fingerprint),
                 desc=desc if len(dataset) <= _PIECE_ROWS else f"{desc}, from row {start + 1} of {len(dataset)}",

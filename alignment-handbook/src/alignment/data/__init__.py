@@ -5,6 +5,7 @@ raw rows of them, `columns` renames columns where the recipe says so, `formats` 
 (`ultrafeedback` scores of aspects), `messages` reads texts and messages, `conversations` parts them into prompt and
 answers, `records` joins rows of one response each, `rules` drops or fixes bad rows, `groups` chooses responses and
 makes pairs, `reading` does all that piece by piece into a cache, `load` mixes and splits sources, `outcomes` counts
-what became of each row, `prepare` tokenizes, and `report` describes what is left, with the `notes` on what was not
-read. `row` has what they share. `convert` writes rows to a file in place of training on them.
+what became of each row, `prepare` tokenizes, and `report` describes what is left, with the `targets` that a loss
+makes of the scores, the `weights` of the rows, and the `notes` on what was not read. `row` has what they share.
+`convert` writes rows to a file in place of training on them.
 """

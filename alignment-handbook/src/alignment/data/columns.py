@@ -11,9 +11,10 @@ from alignment.errors import did_you_mean
 #: Names that a column may be given.
 TARGETS = (
     "prompt", "system", "responses", "scores", "chosen", "rejected", "score_chosen", "score_rejected",
-    "prompt_id", "response", "score", "completion", "label",
+    "prompt_id", "response", "score", "completion", "label", "weight",
 )  # fmt: skip
 
+_OF_NUMBERS = re.compile(r"scores?(_\w+)?|label|weight")
 #: Columns that the group is made of, which are not handed to a reward function.
 _OF_GROUP = re.compile(r"prompts?|responses|scores|rewards|score_parts|completions|chosen|rejected|(score_)?A\d+")
 
@@ -42,8 +43,8 @@ def paths_of(columns: dict[str, Any] | None) -> list[str]:
 
 def text_columns(columns: dict[str, Any] | None) -> list[str]:
     """The columns that the key says are texts, whatever they look like."""
-    of_text = {target: path for target, path in (columns or {}).items() if "score" not in target and target != "label"}
-    return paths_of(of_text)
+    are_texts = {target: path for target, path in (columns or {}).items() if not _OF_NUMBERS.fullmatch(target)}
+    return paths_of(are_texts)
 
 
 def rename(row: Row, columns: dict[str, Any] | None) -> tuple[Row, list[str]]:

@@ -17,6 +17,7 @@ from alignment.data.notes import describe_notes
 from alignment.data.outcomes import check_columns, check_dropped, count_outcomes, kept_rows
 from alignment.data.reading import column, load_source
 from alignment.data.report import Columns, describe
+from alignment.data.weights import describe_weights
 from alignment.errors import UserError
 from alignment.files import atomic_path
 from alignment.models import load_trained_tokenizer
@@ -100,7 +101,7 @@ def convert(inputs: Sequence[str], config: ConvertConfig) -> dict[str, Any]:
         measured, tokenized = tokenize_dataset(kept, tokenizer)
         columns = Columns.of_tokens(measured) if len(measured) else columns
     notes = describe_notes(counts.pop("noted"), len(kept))
-    report = counts | notes | describe(columns, config.alpha)
+    report = counts | notes | describe(columns, config.alpha) | describe_weights(kept)
     report["warnings"] += notes["warnings"]
     if tokenized["rows_dropped"]:
         first = next(iter(tokenized["examples"].values()))[0]
@@ -137,7 +138,7 @@ def _write(rows: Dataset, to: str, file: Path, name: str) -> None:
 
 def _shape(row: dict[str, Any], to: str) -> dict[str, Any]:
     if to == "list":
-        return {name: row[name] for name in ("prompt", "responses", "scores")}
+        return {name: row[name] for name in ("prompt", "responses", "scores", "weight") if name in row}
     chosen, rejected = ([{"role": "assistant", "content": text}] for text in row["responses"])
     return {
         "prompt": row["prompt"],
@@ -145,4 +146,5 @@ def _shape(row: dict[str, Any], to: str) -> dict[str, Any]:
         "rejected": rejected,
         "score_chosen": row["scores"][0],
         "score_rejected": row["scores"][1],
+        **({"weight": row["weight"]} if "weight" in row else {}),
     }

@@ -34,11 +34,14 @@ def unwrap(row: Any) -> Any:
 
 
 def as_record(row: Row, score: str = "overall") -> Row | None:
-    """Reads a row of one response as `id`, `prompt`, `system`, `response`, `score`, `noted`; None for another form.
+    """Reads a row of one response as `id`, `prompt`, `system`, `response`, `score`, `weight` and `noted`.
 
     Args:
         row: The row as it was read.
         score: Which aspects of HelpSteer's are the score, see `ultrafeedback.parse_score`.
+
+    Returns:
+        The record; None for a row of another form.
 
     Raises:
         BadRow: It is of this form, and has what cannot be read.
@@ -63,6 +66,7 @@ def as_record(row: Row, score: str = "overall") -> Row | None:
         "system": _system(fields),
         "response": fields.take(response),
         "score": value,
+        "weight": fields.take("weight"),
     }
     return record | {"noted": fields.unread()}
 
@@ -99,8 +103,9 @@ def to_group(
     value = _prompt(fields, ("prompt",) if shared else PROMPTS)  # beside turns, other columns may be about anything
     prompt = None if value is None else messages_of(value, "the prompt", keys)
     prompt = conversations.join(prompt, _system(fields), shared)
+    weight = fields.take("weight")
     noted = [*fields.unread(), *(f"message key {key}" for key in sorted(keys))]
-    return Group(prompt, texts, scores, found.fixed, found.ranked, noted)
+    return Group(prompt, texts, scores, found.fixed, found.ranked, noted, weight)
 
 
 def read_prompt(row: Row) -> Messages:

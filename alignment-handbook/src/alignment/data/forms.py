@@ -11,7 +11,7 @@ from typing import Any
 from alignment.data import ultrafeedback
 from alignment.data.columns import suggestion
 from alignment.data.messages import as_objects, is_empty, read_written
-from alignment.data.row import BadRow, Row
+from alignment.data.row import BadRow, Row, as_number
 
 #: Columns that are a list of responses, and of their scores.
 _RESPONSES = ("responses", "all_generated_responses", "generations", "completions", "candidates", "outputs", "answers")
@@ -88,7 +88,7 @@ def find_responses(fields: Fields, pairs: bool, unscored_pairs: bool, make_pairs
         return _ranked_pair(fields)
     is_numbered_pair = all(name in row for name in ("response_0", "response_1", "better_response_id"))
     if is_numbered_pair and (pairs or unscored_pairs):
-        return _ranked_by_number(fields)
+        return _ranked_byas_number(fields)
     columns = f"its columns are {', '.join(map(str, row)) or 'none'}"
     if is_pair or is_numbered_pair:
         hint = f", or say where they are, such as {suggestion(row)}" if is_pair else ""
@@ -170,7 +170,7 @@ def _preference(fields: Fields, score: str) -> Scored | None:
     """HelpSteer's pairs: the difference of the scores is the preference."""
     for first, second, strength in _PREFERENCES:
         if first in fields.row and second in fields.row and strength in fields.row:
-            value = _number(fields.take(strength))
+            value = as_number(fields.take(strength))
             scores = [None, None] if value is None else [-value / 2, value / 2]
             return Scored([fields.take(first), fields.take(second)], scores)
     return None
@@ -204,7 +204,7 @@ def _ranked_pair(fields: Fields) -> Scored:
     return Scored([fields.take("chosen"), fields.take("rejected")], [1.0, 0.0], ranked=True)
 
 
-def _ranked_by_number(fields: Fields) -> Scored:
+def _ranked_byas_number(fields: Fields) -> Scored:
     """PKU-SafeRLHF's pairs."""
     responses = [fields.take("response_0"), fields.take("response_1")]
     better = re.search(r"[01]$", str(fields.take("better_response_id")).strip())
@@ -227,12 +227,5 @@ def _common_key(objects: list[Row], names: tuple[str, ...]) -> str | None:
 
 def _from_rank(rank: Any) -> Any:
     """A score of a rank, 1 for the best: the rank with its sign changed."""
-    number = _number(rank)
+    number = as_number(rank)
     return rank if number is None else -number
-
-
-def _number(value: Any) -> float | None:
-    try:
-        return None if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None

@@ -180,6 +180,7 @@ class GroupReader:
                 [1.0, 0.0] if self.pairs else [group.scores[a], group.scores[b]],
                 group.fixed,
                 noted=group.noted,
+                weight=group.weight,
             )
             for a, b in found
         ]

@@ -91,6 +91,8 @@ def check_dropped(name: str, counts: dict[str, Any], max_fraction: float) -> Non
 
 
 def kept_rows(rows: Dataset) -> Dataset:
-    """The rows of `load_source` that were not dropped."""
+    """The rows of `load_source` that were not dropped; without the column `weight` where none of them has one."""
     is_kept = pc.equal(column(rows, "dropped"), "").to_numpy(zero_copy_only=False)
-    return rows if is_kept.all() else rows.select(np.flatnonzero(is_kept))
+    kept = rows if is_kept.all() else rows.select(np.flatnonzero(is_kept))
+    has_weights = column(kept, "weight").null_count < len(kept)
+    return kept if has_weights else kept.remove_columns("weight")

@@ -36,6 +36,7 @@ GROUP_FEATURES = Features(
         "prompt": List({"role": Value("string"), "content": Value("string")}),
         "responses": List(Value("string")),
         "scores": List(Value("float64")),
+        "weight": Value("float64"),  # null where the row does not say
         "prompt_hash": Value("int64"),
         "fixed": List(Value("string")),
         "dropped": Value("string"),  # a reason, or "" for a row to train on
@@ -173,6 +174,7 @@ def _outcome(
         "prompt": [],
         "responses": [],
         "scores": [],
+        "weight": None,
         "fixed": [],
         "prompt_hash": -1,
         "dropped": "",
@@ -193,6 +195,7 @@ def _outcome(
             "prompt": group.prompt,
             "responses": group.responses,
             "scores": group.scores,
+            "weight": group.weight,
             "fixed": group.fixed,
             "prompt_hash": prompt_hash(group.prompt),
             "lines": lines if i == 0 else 0,

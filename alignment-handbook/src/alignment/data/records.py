@@ -92,15 +92,19 @@ def gather(records: list[Row]) -> Row:
     """Joins the records of one prompt (see `formats.as_record`) to a row in list form.
 
     Raises:
-        BadRow: Their prompts differ.
+        BadRow: Their prompts or their weights differ.
     """
     prompts = [record["prompt"] for record in records if record["prompt"] is not None]
     systems = [record["system"] for record in records if record["system"] is not None]
     if any(prompt != prompts[0] for prompt in prompts) or any(system != systems[0] for system in systems):
         raise BadRow("prompts_differ", "one prompt_id has two prompts")
+    weights = [record["weight"] for record in records if record["weight"] is not None]
+    if any(weight != weights[0] for weight in weights):
+        raise BadRow("bad_weight", f"the rows of one prompt have the weights {weights[0]!r} and others")
     return {
         "prompt": prompts[0] if prompts else None,
         "system": systems[0] if systems else None,
         "responses": [record["response"] for record in records],
         "scores": [record["score"] for record in records],
+        "weight": weights[0] if weights else None,
     }

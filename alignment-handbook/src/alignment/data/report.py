@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
-import torch
 from datasets import Dataset
 
 from alignment.data.load import DataConfig
 from alignment.data.notes import describe_notes, not_read_line
 from alignment.data.outcomes import check_dropped
 from alignment.data.rules import RULES, actions
+from alignment.data.targets import mean_largest_target, warn_of_targets
+from alignment.data.weights import describe_weights, weights_line
 from alignment.errors import UserError
-from trl_nca.losses import reward_targets
 
 #: Percentiles of the lengths that are reported.
 PERCENTILES = (50, 90, 99)
@@ -113,9 +113,9 @@ def describe(columns: Columns, alpha: float | None = None) -> dict[str, Any]:
     }
     warnings = []
     if alpha is not None:
-        largest = _mean_largest_target(scores, ks, alpha)
+        largest = mean_largest_target(scores, ks, alpha)
         about_scores |= {"alpha": alpha, "mean_largest_target": largest}
-        warnings = _warn_of_targets(about_scores, float((1 / ks).mean()))
+        warnings = warn_of_targets(about_scores, float((1 / ks).mean()))
     values, counts = np.unique(ks, return_counts=True)
     return {
         "k_histogram": {str(k): int(n) for k, n in zip(values, counts, strict=True)},
@@ -158,26 +158,6 @@ def _count_distinct(scores: np.ndarray, owner: np.ndarray, num_rows: int) -> np.
     return np.bincount(owner[order][is_new], minlength=num_rows)
 
 
-def _mean_largest_target(scores: np.ndarray, ks: np.ndarray, alpha: float) -> float:
-    """Mean over the rows of the largest target: 1 for one-hot targets, 1 / K for uniform ones."""
-    of_k = np.repeat(ks, ks)
-    rows = [torch.from_numpy(scores[of_k == k].reshape(-1, k)) for k in np.unique(ks)]
-    return torch.cat([reward_targets(group, alpha).amax(dim=-1) for group in rows]).mean().item()
-
-
-def _warn_of_targets(scores: dict[str, Any], uniform: float) -> list[str]:
-    alpha, largest, spread = scores["alpha"], scores["mean_largest_target"], scores["std_in_row"]
-    advice = f"the scores of a row spread by {spread:.2g}: alpha of about that grades them"
-    if alpha > 0 and largest > 0.99:
-        return [f"alpha {alpha:g} makes one-hot labels of these scores (mean largest target {largest:.3f}); {advice}"]
-    if largest < uniform + 0.05 * (1 - uniform):
-        return [
-            f"alpha {alpha:g} makes nearly uniform labels of these scores (mean largest target {largest:.3f}, uniform "
-            f"is {uniform:.3f}); {advice}"
-        ]
-    return []
-
-
 def _percentiles(lengths: np.ndarray) -> dict[str, float]:
     found = np.percentile(lengths, PERCENTILES)
     return {
@@ -206,7 +186,8 @@ def data_report(
         alpha: See `describe`.
 
     Raises:
-        UserError: More rows were dropped than the config allows, or one of a kind that ends the run.
+        UserError: More rows were dropped than the config allows, or one of a kind that ends the run; or all weights
+            are 0.
     """
     dropped = _sum(read["dropped_by_reason"], tokenized["dropped_by_reason"])
     counts = {
@@ -230,8 +211,13 @@ def data_report(
                 f"{reason}: drop"
             )
     check_dropped(name, counts, config.max_dropped_fraction)
+    weights = describe_weights(rows)
+    if weights and weights["weights"]["max"] == 0:
+        raise UserError(
+            f"{name}: all weights are 0: nothing would be learned; change the rows' column weight, or remove it"
+        )
     notes = describe_notes(read["noted"], read["rows_in"] - read["rows_dropped"])
-    report = counts | notes | describe(Columns.of_tokens(rows), alpha)
+    report = counts | notes | describe(Columns.of_tokens(rows), alpha) | weights
     report["warnings"] += notes["warnings"]
     cut = {key: tokenized[key] for key in ("responses_cut", "prompts_trimmed")}
     report["warnings"] += [
@@ -274,7 +260,8 @@ def summary(name: str, report: dict[str, Any]) -> str:
         ) + (f"; cut at max_length {lengths['responses_cut']}, prompts trimmed {lengths['prompts_trimmed']}"
              if "responses_cut" in lengths else ""),
     ]  # fmt: skip
-    lines += [f"  {line}" for line in [not_read_line(report.get("not_read", {}))] if line]
+    more = [weights_line(report.get("weights")), not_read_line(report.get("not_read", {}))]
+    lines += [f"  {line}" for line in more if line]
     lines += [f"  {reason}: {found[0]}" for reason, found in report.get("examples", {}).items()]
     lines += [f"  WARNING: {warning}" for warning in report["warnings"]]
     return "\n".join(lines + ([summary("eval", report["eval"])] if report.get("eval") else []))

@@ -21,6 +21,7 @@ class Group:
         ranked: Whether the scores are 1 and 0 for better and worse, and not in the data's unit.
         noted: What the report says of the row: `column X` or `message key X` that was not read, `control_tokens`,
             `rendered`.
+        weight: What the prompt's loss is multiplied by; None where the row does not say.
     """
 
     prompt: Messages
@@ -29,6 +30,7 @@ class Group:
     fixed: list[str] = field(default_factory=list)
     ranked: bool = False
     noted: list[str] = field(default_factory=list)
+    weight: Any = None
 
 
 class BadRow(Exception):
@@ -42,6 +44,14 @@ class BadRow(Exception):
 
 class FailedRow(BadRow):
     """A bad row whose action is `fail`."""
+
+
+def as_number(value: Any) -> float | None:
+    """A number, or a text that spells one; None for anything else, true and false too."""
+    try:
+        return None if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 def prompt_hash(prompt: Messages) -> int:

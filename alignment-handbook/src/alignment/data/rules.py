@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from alignment.data.messages import looks_rendered
-from alignment.data.row import BadRow, FailedRow, Group
+from alignment.data.row import BadRow, FailedRow, Group, as_number
 from alignment.errors import did_you_mean
 
 
@@ -63,10 +63,13 @@ RULES: dict[str, Rule] = {
     ),
     "empty_response": Rule("a response that is missing, empty or white space", "the response is left out", _ANY),
     "missing_score": Rule("a response without a score", "the response is left out", _FIX),
-    "text_score": Rule("a score that is a number written as text", "the number is read", _FIX),
+    "text_score": Rule("a score or weight that is a number written as text", "the number is read", _FIX),
     "unreadable_score": Rule('a score that is no number ("N/A", true)', "the response is left out", _FIX),
     "non_finite_score": Rule("a score that is NaN, or too large for float32", "the response is left out", _FIX),
     "score_out_of_range": Rule("a score outside `score_range`, such as -1 for none", "the response is left out", _ANY),
+    "bad_weight": Rule(
+        "a weight that is no finite number of 0 or more, or not the same in all rows of a prompt", "", _DROP
+    ),
     "duplicate_response": Rule(
         "a response that occurs twice, as text or as tokens", "the first stays, with the mean of their scores", _ANY
     ),
@@ -139,6 +142,7 @@ class RowCleaner:
         self._check_roles(group)
         self._check_control_tokens(group)
         self._check_responses(group)
+        group.weight = self._weight(group)
         self._merge_duplicates(group)
         if len(group.responses) < self.min_responses:
             also = f" (after {', '.join(group.fixed)})" if group.fixed else ""
@@ -219,23 +223,30 @@ class RowCleaner:
         if raw is None or (isinstance(raw, str) and not raw.strip()):
             self.apply(group, "missing_score", f"response {k + 1} has none")
             return None
-        is_text = isinstance(raw, str)
-        try:
-            score = math.nan if isinstance(raw, bool) else float(raw)
-            is_number = not isinstance(raw, bool)
-        except (TypeError, ValueError, OverflowError):
-            score, is_number = math.nan, False
-        if not is_number:
+        score = as_number(raw)
+        if score is None:
             self.apply(group, "unreadable_score", location)
             return None
         if not abs(score) <= _LARGEST:  # NaN is not
             self.apply(group, "non_finite_score", location)
             return None
-        if is_text:
+        if isinstance(raw, str):
             self.apply(group, "text_score", location)
         if self.score_range and not group.ranked and not self.score_range[0] <= score <= self.score_range[1]:
             return None if self.apply(group, "score_out_of_range", location) else score
         return score
+
+    def _weight(self, group: Group) -> float | None:
+        """The weight as a finite number of 0 or more; None where the row does not say."""
+        raw = group.weight
+        if raw is None or (isinstance(raw, str) and not raw.strip()):
+            return None
+        weight = as_number(raw)
+        if weight is None or not 0 <= weight <= _LARGEST:  # NaN is not
+            raise self.error("bad_weight", f"the weight is {raw!r}")
+        if isinstance(raw, str):
+            self.apply(group, "text_score", f"the weight is {raw!r}")
+        return weight
 
     def _merge_duplicates(self, group: Group) -> None:
         indices: dict[str, list[int]] = {}

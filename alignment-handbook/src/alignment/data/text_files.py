@@ -24,7 +24,7 @@ _TEXT_COLUMN = re.compile(
     r"prompt|system(_\w+)?|question|instruction|input|query|context|response(_?\w)?|completion|chosen"
     r"|rejected|A\d+|human_ref_[AB]",
 )
-_NUMBER_COLUMN = re.compile(r"(score|reward|rating)s?([_-].*)?|label|.*[_-](score|reward|rating)s?")
+_NUMBER_COLUMN = re.compile(r"(score|reward|rating)s?([_-].*)?|label|weight|.*[_-](score|reward|rating)s?")
 
 
 def encoding_of(start: bytes) -> str:

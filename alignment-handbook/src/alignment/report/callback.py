@@ -17,6 +17,7 @@ from trl import DPOTrainer
 
 from alignment import output
 from alignment.data.report import Columns, describe
+from alignment.data.weights import describe_weights
 from alignment.evaluation.held_out import bootstrap_interval, prompt_means
 from alignment.files import read_json, write_json, write_text
 from alignment.report.alarm import Alarm, alarm
@@ -151,4 +152,4 @@ def _start(trainer: DPOTrainer) -> None:
 def _describe_rows(rows: Any, alpha: float) -> dict[str, Any]:
     num_rows, columns = len(rows), Columns.of_tokens(rows)
     counts = {"rows_in": num_rows, "rows_kept": num_rows, "dropped_by_reason": {}, "fixed_by_reason": {}}
-    return counts | {"responses": int(columns.num_responses.sum())} | describe(columns, alpha)
+    return counts | {"responses": int(columns.num_responses.sum())} | describe(columns, alpha) | describe_weights(rows)
