@@ -47,13 +47,14 @@ def prepare_ours(folder: Path, num_proc: int) -> int:
 
     from alignment.data.load import DataConfig, load_groups
     from alignment.data.report import data_report, summary
+    from trl_nca.loss_config import LossConfig
     from trl_nca.responses import tokenize_dataset
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     config = DataConfig(train_file=str(folder / "list.jsonl"))
     raw, counts = load_groups(config, control_tokens=tokenizer.all_special_tokens, num_proc=num_proc)
     rows, tokenized = tokenize_dataset(raw["train"], tokenizer, 1024, 512, num_proc=num_proc)
-    report = data_report("train", config, counts["train"], tokenized, rows, 0.1)
+    report = data_report("train", config, counts["train"], tokenized, rows, LossConfig(alpha=0.1))
     print(summary("train", report), flush=True)
     return round(report["lengths"]["response"]["mean"] * report["responses"])
 

@@ -210,6 +210,16 @@ def test_all_keys_of_the_recipes_have_an_effect(path, monkeypatch):
             "choose_responses (num_responses is not set)", "draw_seed (nothing is drawn)"]),
         (["--choose_responses=random", "--num_responses=2", "--draw_seed=3"], []),
         (["--alpha=0.1", "--tie_break=0.01"], []),
+        (["--loss_type=QRPO", "--alpha=0.1", "--tie_break=0.01", "--scale_scores=zscore"], [
+            "alpha (the targets of QRPO do not depend on it)",
+            "scale_scores (QRPO sees the order of the scores only)"]),
+        (["--loss_type=GVPO", "--scale_scores=zscore", "--sft_weight=0.1", "--normalize=tokens"], []),
+        (["--loss_type=IPO", "--normalize=tokens"], ["normalize (IPO always takes log-probs a token)"]),
+        (["--loss_type=DPO", "--alpha=0.1", "--label_smoothing=0.1", "--margin=0.5"], []),
+        (["--ld_alpha=1"], ["ld_alpha (at 1 all tokens count alike)"]),
+        (["--ld_alpha=0.5"], []),
+        (["--loss_type=SimPO", "--ref_logps_dir=x"], ["ref_logps_dir (SimPO has no reference)"]),
+        (["--reference_free=true", "--ref_logps_dir=x"], ["ref_logps_dir (reference_free is true)"]),
     ],
 )  # fmt: skip
 def test_keys_that_do_nothing_are_named(tmp_path, flags, expected):

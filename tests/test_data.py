@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 
 from alignment.data import reading, records, sources
 from alignment.data.groups import GroupReader, RowConfig
-from alignment.data.load import DataConfig, check_rows, load_groups
+from alignment.data.load import DataConfig, check_num_responses, check_template, load_groups
 from alignment.data.reading import load_source
 from alignment.data.row import BadRow
 from alignment.errors import UserError
 from tests.conftest import SHARED, needs_shared
 from tests.rows import GROUP, LONG, PAIR, ROW, ULTRAFEEDBACK, USER, numbered, said, write_jsonl
+from trl_nca.loss_config import LossConfig
 
 
 def load(path, pairs=False, **settings):
@@ -448,15 +449,17 @@ def test_rows_must_fit_loss_and_tokenizer(tmp_path):
     rows = load_source(
         write_jsonl(tmp_path / "rows.jsonl", [numbered(i, **PAIR) for i in range(2)] + [ROW]), config=RowConfig()
     )
-    check_rows(rows, only_pairs=False, template=None)
-    with pytest.raises(UserError, match="rows.jsonl, line 3 has 3"):
-        check_rows(rows, only_pairs=True, template=None)
+    check_num_responses(rows, LossConfig(loss_type="PL"))
+    with pytest.raises(UserError, match="DPO compares 2 responses, and .*rows.jsonl, line 3 has 3"):
+        check_num_responses(rows, LossConfig(loss_type="DPO"))
     turns = load_source(
         write_jsonl(tmp_path / "turns.jsonl", [PAIR | {"prompt": [*USER, *said("?"), *USER]}]), config=RowConfig()
     )
-    check_rows(turns, only_pairs=True, template="x")
+    check_num_responses(turns, LossConfig(loss_type="DPO"))
+    check_template(turns, "x")
+    check_template(rows, None)
     with pytest.raises(UserError, match="chat_template: the tokenizer has none"):
-        check_rows(turns, only_pairs=True, template=None)
+        check_template(turns, None)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ REFUSES_SYSTEM = (
     "{% if messages[0].role == 'system' %}{{ raise_exception('No system role') }}{% endif %}" + CHATML
 )  # fmt: skip
 NO_SYSTEM = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
+K_LOSSES = ("QRPO", "OAPL", "GVPO", "PL")
 SYSTEM = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Rome?"}]
 
 
@@ -24,11 +25,11 @@ def plain(i, responses=("a", "b")):
     return {"prompt": f"Question {i}?", "responses": responses, "scores": [float(k) for k in range(len(responses))]}
 
 
-def prepare(folder, template, train, held_out=None, keep_columns=False, **settings):
+def prepare(folder, template, train, held_out=None, keep_columns=False, loss=None, **settings):
     files = {"train_file": write_jsonl(folder / "train.jsonl", train)}
     if held_out:
         files["eval_file"] = write_jsonl(folder / "eval.jsonl", held_out)
-    args = NCAConfig(output_dir=str(folder), bf16=False, use_cpu=True)
+    args = NCAConfig(output_dir=str(folder), bf16=False, use_cpu=True, **loss or {})
     config = DataConfig(**files, **{"max_dropped_fraction": 0.5} | settings)
     return prepare_rows(config, args, tiny_tokenizer(template), pairs=False, keep_columns=keep_columns)
 
@@ -76,3 +77,55 @@ def test_a_run_without_a_template_or_ends_is_warned_of(tmp_path):
         prepare(tmp_path, None, [plain(1)], [plain(2) | {"prompt": SYSTEM}])
     _, _, report = prepare(tmp_path, CHATML.replace("<|im_end|>", "#"), [plain(1)])
     assert "WARNING: no response ends where sampling stops (at <|im_start|>, <|im_end|>)" in summary("train", report)
+
+
+def scored(i, scores):
+    return plain(i, [f"answer {k}" for k in range(len(scores))]) | {"scores": scores}
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "beta", "scores", "warning"),
+    [
+        *[(name, 0.1, [0.5, 0.5, 0.5], "the scores of each row are equal: they do not tell") for name in K_LOSSES],
+        *[(name, 0.1, [0.1, 0.9, 0.5], None) for name in K_LOSSES],
+        ("OAPL", 0.1, [0.501, 0.5, 0.502], "asks for log-ratios of a prompt's responses that spread by 0.0082 nats"),
+        ("GVPO", 0.1, [0.501, 0.5, 0.502], "asks for log-ratios of a prompt's responses that spread by 0.0082 nats"),
+        ("GVPO", 1e-3, [0.501, 0.5, 0.502], None),
+        ("QRPO", 0.1, [0.501, 0.5, 0.502], None),
+    ],
+)
+def test_scores_without_spread_are_warned_of(tmp_path, loss_type, beta, scores, warning):
+    rows = [scored(i, scores) for i in range(4)]
+    loss = {"loss_type": loss_type, "beta": beta}
+    _, _, report = prepare(tmp_path, CHATML, rows, loss=loss, row_rules={"identical_scores": "keep"})
+    found = [text for text in report["warnings"] if loss_type in text]
+    assert [warning in text for text in found] == ([True] if warning else [])
+    assert "mean_largest_target" not in report["scores"], "alpha is not used"
+
+
+def test_many_rows_without_spread_are_counted(tmp_path):
+    rows = [scored(i, [0.1, 0.9] if i else [0.5, 0.5]) for i in range(4)]
+    loss, rules = {"loss_type": "OAPL", "beta": 0.1}, {"identical_scores": "keep"}
+    _, _, report = prepare(tmp_path, CHATML, rows, loss=loss, row_rules=rules)
+    assert any("in 1 of 4 rows all scores are equal: they do not tell OAPL" in text for text in report["warnings"])
+    _, _, report = prepare(tmp_path, CHATML, rows, loss=loss)
+    assert not any("OAPL" in text for text in report["warnings"]), "they were dropped"
+
+
+@pytest.mark.parametrize("held_out", [False, True], ids=["train", "eval"])
+def test_a_loss_of_pairs_names_the_row_that_has_more(tmp_path, held_out):
+    files = ([scored(1, [0, 1])], [scored(2, [0, 1, 2])])
+    with pytest.raises(UserError, match="loss_type: IPO compares 2 responses, and .*, line 1 has 3; .*NCA or InfoNCA"):
+        prepare(tmp_path, CHATML, *(files if held_out else files[::-1]), loss={"loss_type": "ipo"})
+
+
+def test_so_does_a_loss_of_your_own(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "from trl_nca.losses import dpo_loss\n"
+        "def mine(rewards, targets, response_mask):\n    return dpo_loss(rewards, targets, response_mask)\n"
+        "mine.num_responses = 2\n"
+    )
+    loss = {"loss_type": f"{tmp_path}/own.py:mine"}
+    with pytest.raises(UserError, match="own.py:mine compares 2 responses, and .*train.jsonl, line 1 has 3"):
+        prepare(tmp_path, CHATML, [scored(1, [0, 1, 2])], loss=loss)
+    assert len(prepare(tmp_path, CHATML, [scored(1, [0, 1])], loss=loss)[1]["train"]) == 1

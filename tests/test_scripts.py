@@ -207,7 +207,10 @@ def test_shared_formats_train(recipe, tmp_path, name, start):
         (["--output_dir="], "^output_dir: is empty or not given"),
         (["--betta=1"], "unknown flag --betta; did you mean --beta"),
         (["--loss_type=foo"], "unknown loss"),
-        (["--loss_type=DPO"], "DPO and biasedNCA compare two responses, and .*train.jsonl, line 2 has 3"),
+        (
+            ["--loss_type=DPO"],
+            "DPO compares 2 responses, and .*train.jsonl, line 2 has 3; .* or set make_pairs: best_worst",
+        ),
         (["--model_name_or_path=models/nowhere"], "'models/nowhere' is neither a folder with a model nor a Hub id"),
         (["--train_file=nowhere.jsonl"], "nowhere.jsonl: no such file"),
         (["--max_length=5"], "train: 24 of 24 rows had to be dropped .prompt_too_long 24"),

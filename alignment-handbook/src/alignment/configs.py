@@ -65,6 +65,6 @@ def describe_loss(configs: Configs, pairs: bool) -> str:
         setting("beta", f"beta {args.beta:g}", "the default; TRL's is 0.1"),
     ]
     if not pairs:
-        settings.append(setting("alpha", f"alpha {args.alpha:g}", "the default"))
+        settings += [setting("alpha", f"alpha {args.alpha:g}", "the default")] if args.loss.uses_alpha else []
         settings += [f"tie_break {args.tie_break:g}"] if args.tie_break else []
     return f"Loss: {', '.join(settings)}"

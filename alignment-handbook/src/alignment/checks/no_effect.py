@@ -4,7 +4,10 @@ from collections.abc import Iterator
 
 from alignment.checks.best_model import metric_user
 from alignment.configs import Configs
+from trl_nca.losses.targets import gap_targets, hard_labels, quantile_targets, rank_targets
 
+#: Targets that a rescaling of the scores leaves as they are.
+_OF_ORDER = (gap_targets, hard_labels, quantile_targets, rank_targets)
 _HELD_OUT = "there are no held-out rows"
 
 
@@ -21,7 +24,8 @@ def keys_without_effect(configs: Configs, pairs: bool, has_held_out: bool) -> li
     """
     values = {key: getattr(config, key) for config in configs for key in config.__dataclass_fields__}
     of_all = (
-        *_of_data(configs), *_of_model(configs), *_of_trainer(configs, pairs), *_of_evaluation(configs, has_held_out)
+        *_of_data(configs), *_of_model(configs), *_of_loss(configs, pairs), *_of_trainer(configs),
+        *_of_evaluation(configs, has_held_out),
     )  # fmt: skip
     reasons: dict[str, str] = {}  # by key, the first
     for reason, keys in of_all:
@@ -59,10 +63,26 @@ def _of_model(configs: Configs) -> Iterator[tuple[str, str]]:
         yield "torch_compile is false", "torch_compile_backend torch_compile_mode"
 
 
-def _of_trainer(configs: Configs, pairs: bool) -> Iterator[tuple[str, str]]:
+def _of_loss(configs: Configs, pairs: bool) -> Iterator[tuple[str, str]]:
     args = configs.trainer
+    name, loss = args.loss_type, args.loss
     if pairs:
         yield "the target of a pair is its chosen response", "alpha tie_break scale_scores"
+    if not loss.uses_alpha:
+        yield f"the targets of {name} do not depend on it", "alpha"
+    if loss.targets in _OF_ORDER:
+        yield f"{name} sees the order of the scores only", "scale_scores"
+    if loss.per_token:
+        yield f"{name} always takes log-probs a token", "normalize"
+    if args.ld_alpha == 1:
+        yield "at 1 all tokens count alike", "ld_alpha"
+    if args.reference_free:
+        reason = f"{name} has no reference" if loss.reference_free else "reference_free is true"
+        yield reason, "precompute_ref_log_probs ref_logps_dir precompute_ref_batch_size sync_ref_model"
+
+
+def _of_trainer(configs: Configs) -> Iterator[tuple[str, str]]:
+    args = configs.trainer
     if args.max_steps > 0:
         yield "max_steps is set", "num_train_epochs"
     if args.lr_scheduler_type == "constant":

@@ -18,6 +18,7 @@ from alignment.data.groups import RowConfig
 from alignment.data.outcomes import check_columns, check_dropped, count_outcomes, kept_rows
 from alignment.data.reading import column, load_source
 from alignment.errors import UserError
+from trl_nca.loss_config import LossConfig
 
 Load = Callable[..., Dataset]
 
@@ -171,24 +172,37 @@ def load_groups(
     return kept, counts
 
 
-def check_rows(rows: Dataset, only_pairs: bool, template: str | None) -> None:
-    """Checks that the rows fit the loss and the tokenizer.
+def check_num_responses(rows: Dataset, loss: LossConfig) -> None:
+    """Checks that the rows have as many responses as the loss takes.
 
     Args:
         rows: From `load_groups`.
-        only_pairs: Whether the loss compares two responses and no more.
+        loss: The loss, which may compare two responses and no more.
+
+    Raises:
+        UserError: They have not; names the row.
+    """
+    taken = loss.loss.num_responses
+    others = np.flatnonzero(pc.list_value_length(column(rows, "scores")).to_numpy() != taken)
+    if taken is not None and len(others):
+        row = rows[int(others[0])]
+        hint = "make_pairs: best_worst" if taken == 2 else f"min_responses: {taken} and num_responses: {taken}"
+        raise UserError(
+            f"loss_type: {loss.loss_type} compares {taken} responses, and {row['location']} has {len(row['scores'])}; "
+            f"use a loss of any number, such as NCA or InfoNCA, or set {hint}"
+        )
+
+
+def check_template(rows: Dataset, template: str | None) -> None:
+    """Checks that there is a chat template where rows need one.
+
+    Args:
+        rows: From `load_groups`.
         template: The tokenizer's chat template, if it has one.
 
     Raises:
-        UserError: They do not; names the row.
+        UserError: A prompt has several turns, and there is none; names the row.
     """
-    many = np.flatnonzero(pc.list_value_length(column(rows, "scores")).to_numpy() > 2)
-    if only_pairs and len(many):
-        row = rows[int(many[0])]
-        raise UserError(
-            f"loss_type: DPO and biasedNCA compare two responses, and {row['location']} has {len(row['scores'])}; use "
-            "NCA or InfoNCA, or make pairs of them: make_pairs: best_worst"
-        )
     if template is not None:
         return
     turns = np.flatnonzero(pc.list_value_length(column(rows, "prompt")).to_numpy() > 1)

@@ -5,7 +5,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from alignment.data.load import DataConfig, check_rows, load_groups
+from alignment.data.load import DataConfig, check_num_responses, check_template, load_groups
 from alignment.data.report import data_report
 from alignment.data.row import Messages
 from alignment.data.rules import actions
@@ -40,7 +40,9 @@ def prepare_rows(
     """
     only_pairs = args.loss.num_responses == 2
     raw, counts = load_groups(config, pairs, control_tokens(tokenizer), args.dataset_num_proc, keep_columns, only_pairs)
-    check_rows(raw["train"], only_pairs=only_pairs, template=tokenizer.chat_template)
+    for dataset in raw.values():
+        check_num_responses(dataset, args)
+    check_template(raw["train"], tokenizer.chat_template)
     chosen = actions(config.row_rules)
     rows, reports = {}, {}
     for name, dataset in raw.items():
@@ -54,7 +56,7 @@ def prepare_rows(
             num_proc=args.dataset_num_proc,
             desc=f"Tokenizing {name}",
         )
-        reports[name] = data_report(name, config, counts[name], tokenized, rows[name], None if pairs else args.alpha)
+        reports[name] = data_report(name, config, counts[name], tokenized, rows[name], None if pairs else args)
     if keep_columns and reports.get("eval", {}).get("rows_dropped"):  # samples are drawn to these prompts
         raw["eval"] = _renderable(raw["eval"], tokenizer)
     reports["train"]["warnings"] += warn_of_template(tokenizer) + warn_of_ends(rows["train"], tokenizer)

@@ -15,9 +15,10 @@ from alignment.data.load import DataConfig
 from alignment.data.notes import describe_notes, not_read_line
 from alignment.data.outcomes import check_dropped
 from alignment.data.rules import RULES, actions
-from alignment.data.targets import mean_largest_target, warn_of_targets
+from alignment.data.targets import mean_largest_target, warn_of_spread, warn_of_targets
 from alignment.data.weights import describe_weights, weights_line
 from alignment.errors import UserError
+from trl_nca.loss_config import LossConfig
 
 #: Percentiles of the lengths that are reported.
 PERCENTILES = (50, 90, 99)
@@ -173,7 +174,7 @@ def data_report(
     read: dict[str, Any],
     tokenized: dict[str, Any],
     rows: Dataset,
-    alpha: float | None,
+    loss: LossConfig | None,
 ) -> dict[str, Any]:
     """The report on a data set that is ready to be trained on.
 
@@ -183,7 +184,7 @@ def data_report(
         read: Counts from `alignment.data.load.load_groups`.
         tokenized: Counts from tokenizing the rows that it kept, by `trl_nca.responses.tokenize_dataset`.
         rows: The token ids that are left.
-        alpha: See `describe`.
+        loss: The loss that makes targets of the scores; None for preference pairs, whose targets are 1 and 0.
 
     Raises:
         UserError: More rows were dropped than the config allows, or one of a kind that ends the run; or all weights
@@ -217,7 +218,11 @@ def data_report(
             f"{name}: all weights are 0: nothing would be learned; change the rows' column weight, or remove it"
         )
     notes = describe_notes(read["noted"], read["rows_in"] - read["rows_dropped"])
-    report = counts | notes | describe(Columns.of_tokens(rows), alpha) | weights
+    columns = Columns.of_tokens(rows)
+    uses_alpha = loss is not None and loss.loss.uses_alpha
+    report = counts | notes | describe(columns, loss.alpha if uses_alpha else None) | weights
+    if loss is not None and not uses_alpha:
+        report["warnings"] += warn_of_spread(columns.scores, columns.num_responses, loss)
     report["warnings"] += notes["warnings"]
     cut = {key: tokenized[key] for key in ("responses_cut", "prompts_trimmed")}
     report["warnings"] += [

@@ -143,13 +143,14 @@ def _start(trainer: DPOTrainer) -> None:
     environment = describe_environment(args.device, args.world_size)
     write_json(folder / ENVIRONMENT, environment | {"given": [*model, *given]})
     write_json(folder / "plan.json", {"num_steps": trainer.state.max_steps, "num_processes": args.world_size})
-    report = _describe_rows(trainer.train_dataset, args.alpha)
+    alpha = args.alpha if args.loss.uses_alpha else None
+    report = _describe_rows(trainer.train_dataset, alpha)
     has_rows = hasattr(trainer.eval_dataset, "column_names") and isinstance(trainer.eval_dataset.column_names, list)
-    report["eval"] = _describe_rows(trainer.eval_dataset, args.alpha) if has_rows else None
+    report["eval"] = _describe_rows(trainer.eval_dataset, alpha) if has_rows else None
     write_json(folder / "data_report.json", report)
 
 
-def _describe_rows(rows: Any, alpha: float) -> dict[str, Any]:
+def _describe_rows(rows: Any, alpha: float | None) -> dict[str, Any]:
     num_rows, columns = len(rows), Columns.of_tokens(rows)
     counts = {"rows_in": num_rows, "rows_kept": num_rows, "dropped_by_reason": {}, "fixed_by_reason": {}}
     return counts | {"responses": int(columns.num_responses.sum())} | describe(columns, alpha) | describe_weights(rows)
