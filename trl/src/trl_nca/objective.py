@@ -57,7 +57,7 @@ def prompt_losses(
         rewards = rewards / batch["response_lengths"].clamp(min=1)
     compared = rewards
     if args.margin_of_best:
-        compared = rewards - args.margin_of_best * _best(batch["scores"], mask)
+        compared = rewards - args.margin_of_best * _best(batch["scores"], mask).to(rewards.dtype)
     losses = args.loss.loss(compared, targets.to(rewards.dtype), mask)
     if args.sft_weight:
         nll = -(logps * _best(batch["scores"], mask)).sum(dim=-1)  # (B,)
