@@ -1,5 +1,6 @@
 """Recipes: every YAML parses, overrides win, old keys are translated, mistakes are named."""
 
+import itertools
 import json
 import logging
 import re
@@ -160,6 +161,52 @@ def test_handbook_losses_and_flash_attention_off(tmp_path):
     _, policy, _, args = parse(tmp_path, recipe)
     assert args.loss_type == "DPO"
     assert policy.attn_implementation is None
+
+
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        ({"loss_type": "ipo"}, {"loss_type": "IPO"}),
+        ({"loss_type": "robust", "label_smoothing": 0.1}, {"loss_type": "robustDPO", "label_smoothing": 0.1}),
+        ({"loss_type": "bco_pair"}, {"loss_type": "biasedNCA"}),
+        ({"loss_type": "sigmoid_norm"}, {"loss_type": "DPO", "normalize": "tokens"}),
+        ({"loss_type": ["dpo_norm"]}, {"loss_type": "DPO", "normalize": "tokens"}),
+        ({"loss_type": "simpo", "simpo_gamma": 0.3}, {"loss_type": "SimPO", "margin": 0.3}),
+        ({"loss_type": "sigmoid", "rpo_alpha": 0.2}, {"loss_type": "DPO", "sft_weight": 0.2}),
+        ({"loss_type": "sigmoid", "rpo_alpha": None}, {"loss_type": "DPO", "sft_weight": 0.0}),
+        ({"loss_type": ["sigmoid", "sft"]}, {"loss_type": "DPO", "sft_weight": 1.0, "loss_weights": None}),
+        (
+            {"loss_type": ["sigmoid_norm", "sft"], "loss_weights": [1.0, 0.2]},
+            {"loss_type": "DPO", "sft_weight": 0.2, "normalize": "tokens", "loss_weights": None},
+        ),
+    ],
+)
+def test_upstreams_losses(tmp_path, recipe, expected):
+    *_, args = parse(tmp_path, MINIMAL | recipe)
+    assert {key: getattr(args, key) for key in expected} == expected
+    words = [
+        [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+        for key, value in recipe.items()
+        if value is not None
+    ]
+    *_, args = parse(tmp_path, MINIMAL, *itertools.chain.from_iterable(words))
+    assert {key: getattr(args, key) for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (  # the same but for the learning rate: not exact
+            {"loss_type": ["sigmoid", "sft"], "loss_weights": [0.5, 1.0]},
+            r"recipe.yaml: loss_type: a run has one loss, not \[sigmoid, sft\]; .* is DPO with sft_weight: w",
+        ),
+        ({"loss_type": ["sigmoid", "bco_pair", "sft"]}, r"one loss, not \[sigmoid, bco_pair, sft\]"),
+        ({"loss_type": "hinge"}, "unknown loss 'hinge'"),
+    ],
+)
+def test_losses_that_are_not_here_are_refused(tmp_path, recipe, message):
+    with pytest.raises(UserError, match=message):
+        parse(tmp_path, MINIMAL | recipe)
 
 
 def test_handbook_2025_mixture(tmp_path):

@@ -20,6 +20,9 @@ OLD_KEYS: dict[str, str | None] = {
     "tokenizer_name": "tokenizer_name_or_path",
     "push_to_hub_model_id": "hub_model_id",
     "push_to_hub_token": "hub_token",
+    "rpo_alpha": "sft_weight",
+    "cpo_alpha": "sft_weight",
+    "simpo_gamma": "margin",
     "model_code_revision": None,
     "hub_model_revision": None,
     "base_model_revision": None,
@@ -43,10 +46,14 @@ OLD_KEYS: dict[str, str | None] = {
 
 #: Values of older recipes -> today's, by today's key; "" is the default.
 OLD_VALUES: dict[str, dict[str, str]] = {
-    "loss_type": {"sigmoid": "DPO", "nca_pair": "NCA"},
+    "loss_type": {"sigmoid": "DPO", "nca_pair": "NCA", "robust": "robustDPO", "bco_pair": "biasedNCA"},
     "attn_implementation": {"true": "flash_attention_2", "false": ""},
     "train_sampling_strategy": {"true": "group_by_length", "false": ""},
 }
+#: Keys that are numbers today, and could be null under their old names.
+_NUMBERS = ("warmup_steps", "sft_weight", "margin")
+#: Losses of log-probs a token: TRL's name for DPO of them, and open-instruct's.
+_NORMALIZED = ("sigmoid_norm", "dpo_norm")
 
 
 def translate(recipe: dict[str, Any], source: str) -> dict[str, Any]:
@@ -57,11 +64,11 @@ def translate(recipe: dict[str, Any], source: str) -> dict[str, Any]:
         source: The recipe's path or "command line", for messages.
 
     Raises:
-        UserError: warmup_ratio is no share.
+        UserError: warmup_ratio is no share, or there are several losses.
     """
     translated = {key: value for key, value in recipe.items() if key not in OLD_KEYS}
     for old, value in recipe.items():
-        if old not in OLD_KEYS or (old == "warmup_ratio" and value is None):  # as transformers 5 writes it
+        if old not in OLD_KEYS or (value is None and OLD_KEYS[old] in _NUMBERS):  # null is off, as in TRL
             continue
         new = OLD_KEYS[old]
         counts = _ratio_counts(recipe, source) if old == "warmup_ratio" else new not in translated
@@ -70,6 +77,7 @@ def translate(recipe: dict[str, Any], source: str) -> dict[str, Any]:
         else:
             logger.warning("%s: %s is now called %s", source, old, new)
             translated[new] = value
+    _translate_loss(translated, source)
     for key, values in OLD_VALUES.items():
         value = translated.get(key)
         is_flag = isinstance(value, list)  # of the command line, where a bare one means true
@@ -85,6 +93,34 @@ def translate(recipe: dict[str, Any], source: str) -> dict[str, Any]:
         else:
             del translated[key]
     return translated
+
+
+def _translate_loss(recipe: dict[str, Any], source: str) -> None:
+    """Names of TRL that mean a loss and a setting here.
+
+    [sigmoid, sft] with loss_weights [1, w] is DPO with sft_weight w, and sigmoid_norm DPO with normalize: tokens.
+
+    Raises:
+        UserError: There are several losses, and they are not exactly one with a setting.
+    """
+    given = recipe.get("loss_type")
+    names = [as_text(name).lower() for name in (given if isinstance(given, list) else [given])]
+    if len(names) == 2 and names[1] == "sft":
+        weights = recipe.get("loss_weights") or [1, 1]  # as TRL's default
+        numbers = [_number(weight) for weight in weights] if isinstance(weights, list) else []
+        if len(numbers) == 2 and numbers[0] == 1 and numbers[1] is not None:
+            recipe.pop("loss_weights", None)
+            recipe |= {"loss_type": names[:1], "sft_weight": [as_text(weights[1])]}
+            logger.warning("%s: sft beside %s in loss_type is now sft_weight: %s", source, names[0], weights[1])
+            names = names[:1]
+    if len(names) > 1:
+        raise UserError(
+            f"{source}: loss_type: a run has one loss, not [{', '.join(names)}]; [sigmoid, sft] with loss_weights "
+            "[1, w] is DPO with sft_weight: w"
+        )
+    if names and names[0] in _NORMALIZED:
+        recipe |= {"loss_type": ["DPO"], "normalize": ["tokens"]}
+        logger.warning("%s: loss_type: %s is now called DPO with normalize: tokens", source, names[0])
 
 
 def _ratio_counts(recipe: dict[str, Any], source: str) -> bool:
