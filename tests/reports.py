@@ -17,8 +17,8 @@ def history(best=0.02, steps=10):
         reward, rest = best * step, (best - 0.03) * step
         at = {"step": step, "epoch": step / 10}
         metrics = {"loss": 1.38 - 0.01 * step, "rewards/chosen": reward, "rewards/rejected": rest,
-                   "rewards/margins": reward - rest, "rewards/accuracies": 0.7, "rewards/rank_0": reward,
-                   "rewards/rank_1": rest}  # fmt: skip
+                   "rewards/margins": reward - rest, "rewards/accuracies": 0.7, "entropy": 1.5,
+                   "mean_token_accuracy": 0.6, "rewards/rank_0": reward, "rewards/rank_1": rest}  # fmt: skip
         lines.append(at | metrics | {"learning_rate": 1e-3, "grad_norm": 2.0, "num_input_tokens_seen": 100 * step,
                                      "train_runtime": 0.5 * step})  # fmt: skip
         if step % 2 == 0:

@@ -33,7 +33,7 @@ def test_runs_side_by_side(tmp_path):
     assert "ALARM, NCA" not in table
     report_comparison(groups, tmp_path / "new" / "page.html")
     page = Page(tmp_path / "new" / "page.html")
-    assert page.tags.count("figure") == 8
+    assert page.tags.count("figure") == 10
     assert "Alarm, DPO" in page.text
     assert "loss_type" in page.text, "what differs in the recipes"
     assert "some-model" not in page.text.partition("What differs")[2], "and nothing else of them"
@@ -159,6 +159,6 @@ def test_figures_of_runs_without_evaluations_and_ragged_ranks(tmp_path):
     runs = [Run(name, {"beta": 0.1, "loss_type": "NCA"}, history()[:2]) for name in ("a", "b")]
     runs[1].history[0] = runs[1].history[0] | {"rewards/rank_2": -0.5}
     runs[1].recipe["alpha"] = 0.2
-    assert len(draw_all(group_runs(runs))) == 9
+    assert len(draw_all(group_runs(runs))) == 11
     assert run_rows(Run("a", {"beta": 0.1}, history()[:1]))[0] == ("measured on", "", "training")
     assert draw_all(group_runs([Run("c", {"beta": 0.1}, [])])) == []

@@ -45,8 +45,8 @@ def test_a_page_with_all_parts_from_the_folder_alone(folder):
     assert "Answer 10" not in page.text, "ten prompts are shown"
     assert "Alarm" not in page.text
     drawn = {file.stem for file in (folder / "figures").iterdir()}
-    assert drawn == {"rewards", "margin", "ranks", "accuracy", "loss", "learning_rate", "grad_norm", "speed", "lengths",
-                     "sampled_lengths", "scores", "responses"}  # fmt: skip
+    assert drawn == {"rewards", "margin", "ranks", "accuracy", "loss", "entropy", "token_accuracy", "learning_rate",
+                     "grad_norm", "speed", "lengths", "sampled_lengths", "scores", "responses"}  # fmt: skip
     assert page.tags.count("svg") == len(drawn)
     # It needs nothing else.
     assert {target[0] for target in page.targets} == {"#"}, "marks of the figures themselves"

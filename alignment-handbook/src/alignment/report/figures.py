@@ -20,6 +20,12 @@ _TRAINING: list[tuple[str, str, Draw]] = [
         logged("rewards/accuracies", "share of the others", limits=(0, 1)),
     ),
     ("loss", "Loss", logged("loss", "loss (nats a prompt)")),
+    ("entropy", "Entropy of the responses' tokens", logged("entropy", "entropy (nats a token)")),
+    (
+        "token_accuracy",
+        "Token accuracy: best responses",
+        logged("mean_token_accuracy", "share of the tokens", limits=(0, 1)),
+    ),
     ("learning_rate", "Learning rate", logged("learning_rate", "learning rate", from_zero=True)),
     ("grad_norm", "Gradient norm", logged("grad_norm", "norm before clipping", from_zero=True)),
     ("speed", "Speed", speed),
