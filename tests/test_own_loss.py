@@ -1,8 +1,11 @@
 """A loss of a user's file: found, tried before anything is loaded, and kept to its file. Imports torch only."""
 
+import re
+
 import pytest
 import torch
 
+from tests.conftest import ROOT
 from trl_nca.losses import LOSSES, info_nca_loss
 from trl_nca.losses.own import file_hash, find_loss, loss_name
 
@@ -99,3 +102,10 @@ def test_a_file_that_is_not_there():
         find_loss("nowhere.py:loss")
     with pytest.raises(ValueError, match="unknown loss 'NCAA', and no FILE.py:NAME; choose one of NCA, "):
         find_loss("NCAA")
+
+
+def test_the_documented_example_is_one(tmp_path):
+    page = (ROOT / "docs/choosing.md").read_text()
+    (example,) = (code for code in re.findall(r"```python\n(.*?)```", page, flags=re.S) if "hinge" in code)
+    assert find_loss(write(tmp_path, example) + ":hinge").num_responses == 2
+    assert len([line for line in example.splitlines() if line.strip()]) <= 10
