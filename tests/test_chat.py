@@ -45,8 +45,8 @@ def test_an_answer_is_what_the_model_says_and_is_remembered(adapter, capsys):
     settings, printed = {"num_samples": 1, "max_new_tokens": 6, "temperature": 0.0}, capsys.readouterr().out
     for end in (1, 3):
         ((expected,),) = sample_responses(aligned.model, tokenizer, [aligned.turns[:end]], **settings)
-        assert aligned.turns[end]["content"] == expected.strip()
-        assert expected.strip() in printed
+        assert aligned.turns[end]["content"] == expected.text.strip()
+        assert expected.text.strip() in printed
 
 
 def test_side_by_side_the_base_is_the_model_without_its_adapter(adapter, tiny_model):

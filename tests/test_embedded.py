@@ -70,7 +70,7 @@ def test_the_unpacked_model_answers():
     assert model.num_parameters() == 134_515_008
     prompt = [{"role": "user", "content": "What is the capital of France?"}]
     answer = sample_responses(model, tokenizer, [prompt], num_samples=1, max_new_tokens=12, temperature=0)
-    assert "Paris" in answer[0][0]
+    assert "Paris" in answer[0][0].text
 
 
 def tiny_model():
@@ -89,7 +89,7 @@ def test_samples_keep_order_seed_and_state():
     first = sample_responses(model, tokenizer, PROMPTS, **settings)
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training
-    assert [len(texts) for texts in first] == [2, 2, 2]
+    assert [len(drawn) for drawn in first] == [2, 2, 2]
     assert sample_responses(model, tokenizer, PROMPTS, **settings) == first
     assert sample_responses(model, tokenizer, PROMPTS, **settings, seed=1) != first
 
@@ -98,10 +98,11 @@ def test_greedy_samples_equal_plain_generation_with_and_without_adapter():
     model, tokenizer = tiny_model(), tiny_tokenizer()
     greedy = {"num_samples": 1, "max_new_tokens": 8, "temperature": 0}
     together = sample_responses(model, tokenizer, PROMPTS, **greedy)
-    for prompt, texts in zip(PROMPTS, together, strict=True):
+    for prompt, (drawn,) in zip(PROMPTS, together, strict=True):
         ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True)
         alone = model.generate(**ids, max_new_tokens=8, do_sample=False)[0, ids["input_ids"].shape[1] :]
-        assert texts == [tokenizer.decode(alone, skip_special_tokens=True)]
+        assert drawn.text == tokenizer.decode(alone, skip_special_tokens=True)
+        assert drawn.ids == alone.tolist()
     adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
     assert sample_responses(adapted, tokenizer, PROMPTS, **greedy) == together  # an untrained adapter changes nothing
 

@@ -17,6 +17,7 @@ from alignment.report.runs import Run
 from alignment.report.samples import sampled_answers
 from alignment.report.tables import run_rows
 from alignment.sampling.reward_function import load_reward_function
+from alignment.sampling.sample import Drawn
 
 SAMPLES = [["one", "two words"], ["three", "four"], ["five", "six"]]
 
@@ -36,8 +37,9 @@ def rows(tmp_path):
 @pytest.fixture(autouse=True)
 def _samples(monkeypatch):
     """No model is asked."""
+    drawn = [[Drawn(text, [len(text), 2]) for text in texts] for texts in SAMPLES]
     monkeypatch.setattr(
-        held_out, "sample_or_read", lambda folder, model, tokenizer, prompts, **_: SAMPLES[: len(prompts)]
+        held_out, "sample_or_read", lambda folder, model, tokenizer, prompts, **_: drawn[: len(prompts)]
     )
 
 
@@ -90,6 +92,19 @@ def test_none_is_no_score(rows):
     run = Run("a", {"beta": 0.1}, [], before=scored, after=better)
     assert ("score of samples", "0.750", "2.000") in run_rows(run)
     assert "no score" in run_page(run, [])
+
+
+def test_log_ratios_are_of_the_tokens_that_were_drawn(rows, monkeypatch):
+    monkeypatch.setattr(held_out, "encode_prompt", lambda tokenizer, prompt: [len(prompt[0]["content"])])
+
+    def logratios(prompt_ids, response_ids):
+        pairs = zip(prompt_ids, response_ids, strict=True)
+        return [[float(prompt[0] * sum(ids)) for ids in of_prompt] for prompt, of_prompt in pairs]
+
+    config = RunConfig(reward_function="f.py:f", num_eval_samples=2)
+    scored = sample_and_score(None, None, rows, lambda prompts, completions: [0] * 6, config, 0, "after", logratios)
+    assert [row["logratios"] for row in scored] == [[50.0, 110.0], [70.0, 60.0], [60.0, 50.0]], "10 (length + the end)"
+    assert "logratios" not in score(rows, lambda prompts, completions: [0] * 6)[0]
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def test_rows_are_the_prompts_with_their_samples(prompts, model, tmp_path):
         AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model),
         [row["prompt"] for row in rows], num_samples=2, max_new_tokens=6, batch_size=4,
     )  # fmt: skip
-    assert [row["responses"] for row in rows] == [[text.strip() for text in texts] for texts in drawn]
+    assert [row["responses"] for row in rows] == [[one.text.strip() for one in of_prompt] for of_prompt in drawn]
     assert len({text for row in rows for text in row["responses"]}) > len(PROMPTS)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == ["out.jsonl"]
 

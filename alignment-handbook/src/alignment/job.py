@@ -1,6 +1,7 @@
 """A run around its training: what is checked and read before the trainer is built, and what is written after it."""
 
 import contextlib
+import functools
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from alignment.checks.no_effect import keys_without_effect
 from alignment.configs import Configs
 from alignment.data.prepare import prepare_rows
 from alignment.errors import UserError
-from alignment.evaluation.held_out import check_prompts, sample_and_score
+from alignment.evaluation.held_out import OfResponses, check_prompts, sample_and_score
 from alignment.files import read_json, write_json
 from alignment.launch import enable_cpu_sharding, launched_layout
 from alignment.models import PolicyConfig, adapter_and_quantization, load_config, load_tokenizer
@@ -36,6 +37,7 @@ from alignment.report.trackers import sample_logs, send
 from alignment.sampling.reward_function import RewardFunction, load_reward_function
 from trl_nca.checkpoints import RunStopped
 from trl_nca.config import NCAConfig
+from trl_nca.divergence import response_logratios, why_no_divergence
 from trl_nca.loading import load_4bit_on_cpu
 
 logger = logging.getLogger(__name__)
@@ -159,12 +161,21 @@ def sample_held_out(job: Job, trainer: DPOTrainer, when: str) -> list[dict[str, 
     scored = None
     if job.reward_function and "eval" in job.raw and trainer.is_world_process_zero() and not sharded:
         policy = trainer.accelerator.unwrap_model(trainer.model)
-        run, seed = job.configs.run, job.configs.trainer.seed
-        check_prompts(policy, job.tokenizer, job.raw["eval"], run)
-        scored = sample_and_score(policy, job.tokenizer, job.raw["eval"], job.reward_function, run, seed, when)
+        run, seed, held_out = job.configs.run, job.configs.trainer.seed, job.raw["eval"]
+        check_prompts(policy, job.tokenizer, held_out, run)
+        logratios = _logratios(trainer, run.temperature) if when == "after" else None
+        scored = sample_and_score(policy, job.tokenizer, held_out, job.reward_function, run, seed, when, logratios)
         write_json(file, scored)
     trainer.accelerator.wait_for_everyone()
     return scored
+
+
+def _logratios(trainer: DPOTrainer, temperature: float) -> OfResponses | None:
+    """Gives log-ratios of samples at a temperature; None, and a line that says why, where there are none."""
+    if reason := why_no_divergence(trainer, temperature):
+        logger.warning("No KL divergence from the reference is measured: %s", reason)
+        return None
+    return functools.partial(response_logratios, trainer, temperature=temperature)
 
 
 @contextlib.contextmanager

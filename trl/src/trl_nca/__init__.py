@@ -7,7 +7,8 @@ that is patched by `shared_prompt` (attention; `sharing` says for which models, 
 `head` (with its `cross_entropy`), `layers`, `norms` and `one_pass` (by `kernels`), once `self_check` has held the
 result against the model's own; `router` balances the experts of a mixture, and `token_metrics` logs what the head sees.
 `loading` loads 4-bit models that will be sharded.
-`adapter_reference` gives a policy the reference's weights, and `reference` keeps the reference's log-probs on disk.
+`adapter_reference` gives a policy the reference's weights, `reference` keeps the reference's log-probs on disk, and
+`divergence` says how far the policy has moved from it.
 `objective` makes losses of log-probs, by the table in `losses`; these and `metrics` know no model.
 
 Around the step: `config` has the settings, `loss_config` those of the loss, and `user_code` loads functions of a user's

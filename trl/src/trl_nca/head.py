@@ -39,6 +39,7 @@ def fuse_head(model: nn.Module) -> None:
     `targets`, shape (R,), are token ids, and `positions`, shape (R,), the places in the flattened rows, of `row_length`
     tokens (default: of those that run), that predict them; the result is their log-probs, shape (R,). Only these
     positions are projected, in the way of `run_device`, "cuda" or "cpu" (default: of the device that they are on).
+    The log-probs are those of softmax(logits / `temperature`).
     Without `targets` the model runs as before. Returned too, in this order: with `token_statistics` those of
     `cross_entropy`, shape (R, 2), and with `output_router_logits` a mixture of experts' load-balancing loss. To be
     called on the bare model; wrapped by PEFT, DDP, FSDP or DeepSpeed it takes the arguments all the same.
@@ -56,6 +57,7 @@ def fuse_head(model: nn.Module) -> None:
         targets: Tensor | None = None,
         run_device: str | None = None,
         token_statistics: bool = False,
+        temperature: float = 1.0,
         **kwargs: Any,
     ) -> Any:
         if targets is None:
@@ -79,7 +81,7 @@ def fuse_head(model: nn.Module) -> None:
         trained = any(p.requires_grad for child in rest for p in child.parameters())
         device = run_device or hidden.device.type
         at_once = tokens_at_once(device, self.config.get_text_config().vocab_size)
-        project = functools.partial(_project, self, decoder)
+        project = functools.partial(_project, self, decoder, temperature)
         logps, statistics = target_logps(project, hidden, targets, at_once, trained, token_statistics)
         returned = (logps, statistics) if token_statistics else (logps,)
         if kwargs.get("output_router_logits"):
@@ -109,8 +111,8 @@ def _decoder_name(model: nn.Module) -> str:
     return max(sizes, key=sizes.get)
 
 
-def _project(model: nn.Module, decoder: str, hidden: Tensor) -> Tensor:
-    """Logits, shape (n, V), of hidden states, shape (n, H), by the family's own forward.
+def _project(model: nn.Module, decoder: str, temperature: float, hidden: Tensor) -> Tensor:
+    """Logits over the temperature, shape (n, V), of hidden states, shape (n, H), by the family's own forward.
 
     So whatever it does to them is done: dense layers and norms before the projection, scales and caps behind it.
     """
@@ -118,9 +120,12 @@ def _project(model: nn.Module, decoder: str, hidden: Tensor) -> Tensor:
     model._modules[decoder] = _HiddenStates(hidden[None], whole)
     try:
         ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
-        return type(model).forward(model, input_ids=ids).logits.squeeze(0)  # an index would copy its gradient
+        logits = type(model).forward(model, input_ids=ids).logits.squeeze(0)  # an index would copy its gradient
     finally:
         model._modules[decoder] = whole
+    if temperature == 1:
+        return logits
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature  # as `generate` divides
 
 
 class _HiddenStates(nn.Module):

@@ -112,7 +112,8 @@ def response_logps(
 
     Args:
         model: A causal language model after `prepare`, bare or wrapped (PEFT, DDP, FSDP, DeepSpeed).
-        batch: Packed groups from `GroupCollator`.
+        batch: Packed groups from `GroupCollator`. With a number under `temperature`, log-probs are those of
+            softmax(logits / temperature).
         shared_prompt: What `prepare` returned. True: run packed, each prompt once. False: every response is run in
             a padded row of its own, behind its own copy of the prompt.
         router: Where it is enabled, the load-balancing loss of this forward is added to it.
@@ -166,6 +167,8 @@ _UNPADDED = {name: functools.partial(_unpadded, ALL_MASK_ATTENTION_FUNCTIONS[nam
 def model_inputs(batch: Batch, shared_prompt: bool) -> dict[str, Any]:
     """Keyword arguments of the patched model's forward for a batch. For the arguments see `response_logps`."""
     inputs = (_packed if shared_prompt else _padded)(batch)
+    if "temperature" in batch:
+        inputs["temperature"] = batch["temperature"]
     return inputs | {"targets": batch["targets"], "use_cache": False}
 
 

@@ -1,6 +1,7 @@
 """Scores samples before and after training by a reward function, and compares them."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,9 @@ from alignment.sampling.kept import sample_or_read
 from alignment.sampling.reward_function import RewardFunction, call_reward_function, call_score_parts
 from alignment.sampling.sample import encode_prompt
 
+#: Numbers of responses, a list a prompt, from the token ids of prompts and of the responses to each.
+OfResponses = Callable[[list[list[int]], list[list[list[int]]]], list[list[float]]]
+
 
 def sample_and_score(
     model: Any,
@@ -22,6 +26,7 @@ def sample_and_score(
     config: RunConfig,
     seed: int,
     when: str,
+    logratios: OfResponses | None = None,
 ) -> list[dict[str, Any]]:
     """Samples responses to the first prompts and scores each of them.
 
@@ -34,17 +39,18 @@ def sample_and_score(
         config: How many samples, how long, at what temperature.
         seed: Seeds the samples.
         when: "before" or "after" training. Those of before may be kept ones, see `config.samples_before_dir`.
+        logratios: Log-ratios of the policy and its reference, see `trl_nca.divergence`; None: they are not measured.
 
     Returns:
-        For each prompt `prompt`, `samples` (texts) and their `scores`, None where the function does not apply; and
-        `score_parts` where the function has some, see `call_score_parts`.
+        For each prompt `prompt`, `samples` (texts) and their `scores`, None where the function does not apply;
+        `score_parts` where the function has some, see `call_score_parts`; and `logratios` where they are measured.
 
     Raises:
         UserError: See `call_reward_function`; or the function applies to no sample at all.
     """
     rows = rows.select(range(min(config.max_eval_prompts, len(rows))))
-    prompts, columns = rows["prompt"][:], rows["columns"][:]
-    samples = sample_or_read(
+    prompts, others = rows["prompt"][:], rows["columns"][:]
+    drawn = sample_or_read(
         config.samples_before_dir if when == "before" else None,
         model,
         tokenizer,
@@ -55,19 +61,22 @@ def sample_and_score(
         seed=seed,
         desc=f"Sampling {when} training",
     )
+    samples = [[response.text for response in of_prompt] for of_prompt in drawn]
     scored = [
         json.loads(other or "{}") | {"prompt": prompt, "responses": texts}
-        for prompt, texts, other in zip(prompts, samples, columns, strict=True)
+        for prompt, texts, other in zip(prompts, samples, others, strict=True)
     ]
     name = config.reward_function or "the reward function"
     scores = call_reward_function(reward_function, name, scored, rows["location"][:])
     if all(score is None for of_prompt in scores for score in of_prompt):
         raise UserError(f"reward_function: {name} returned None for all samples; it must apply to some of them")
     parts = call_score_parts(reward_function, name, scored, rows["location"][:])
-    return [
-        {"prompt": prompt, "samples": texts, "scores": of_prompt} | ({"score_parts": parts[i]} if parts else {})
-        for i, (prompt, texts, of_prompt) in enumerate(zip(prompts, samples, scores, strict=True))
-    ]
+    columns = {"prompt": prompts, "samples": samples, "scores": scores, "score_parts": parts}
+    if logratios:
+        prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+        columns["logratios"] = logratios(prompt_ids, [[response.ids for response in of_prompt] for of_prompt in drawn])
+    given = {name: values for name, values in columns.items() if values}
+    return [dict(zip(given, row, strict=True)) for row in zip(*given.values(), strict=True)]
 
 
 def check_prompts(model: Any, tokenizer: Any, rows: Dataset, config: RunConfig) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from alignment.data.row import Messages
 from alignment.files import read_json, write_json
 from alignment.resumable import content_hash
-from alignment.sampling.sample import SamplingConfig, encode_prompt, generation_settings, sample_responses
+from alignment.sampling.sample import Drawn, SamplingConfig, encode_prompt, generation_settings, sample_responses
 from trl_nca.code_hash import code_hash
 from trl_nca.reference import hash_weights, package_versions
 from trl_nca.sharing import base_model
@@ -20,7 +20,7 @@ from trl_nca.sharing import base_model
 
 def sample_or_read(
     folder: str | None, model, tokenizer, prompts: list[Messages], desc: str = "Sampling", **settings: Any
-) -> list[list[str]]:
+) -> list[list[Drawn]]:
     """Samples responses to each prompt, or reads what an earlier call with the same arguments has drawn.
 
     Args:
@@ -37,7 +37,7 @@ def sample_or_read(
         if found is None:
             found = sample_responses(model, tokenizer, prompts, desc, **settings)
             write_json(file, found)
-    return found
+    return [[Drawn(*response) for response in of_prompt] for of_prompt in found]
 
 
 def _describe(model, tokenizer, prompts: list[Messages], config: SamplingConfig) -> str:

@@ -25,6 +25,18 @@ class Sample(NamedTuple):
     finished: bool
 
 
+class Drawn(NamedTuple):
+    """A response as text, without special tokens, and as the tokens that were drawn, with the one that ended it."""
+
+    text: str
+    ids: list[int]
+
+
+#: Other keys of a model's generation config that shape the distribution of tokens, at what leaves it as it is.
+_NEUTRAL = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "typical_p": 1.0, "min_p": None, "top_h": None,
+            "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class SamplingConfig:
     """How responses are sampled.
@@ -67,7 +79,7 @@ class SamplingConfig:
 
 def sample_responses(
     model, tokenizer, prompts: list[Messages], desc: str = "Sampling", **settings: Any
-) -> list[list[str]]:
+) -> list[list[Drawn]]:
     """Samples responses to each prompt; leaves the model's mode and the random state as they were.
 
     Args:
@@ -78,16 +90,17 @@ def sample_responses(
         **settings: Fields of `SamplingConfig`.
 
     Returns:
-        S texts for each prompt, in the order of the prompts.
+        S responses to each prompt, in the order of the prompts.
     """
     config = SamplingConfig(**settings)
     prompt_ids = [encode_prompt(tokenizer, messages) for messages in prompts]
-    responses: list[list[str]] = [[] for _ in prompts]
+    stops = stop_tokens(tokenizer, model.generation_config)
+    responses: list[list[Drawn]] = [[] for _ in prompts]
     with tqdm(total=len(prompts), desc=desc) as progress:
         for index, batch in enumerate(config.batches(prompt_ids)):
-            samples = sample_batch([prompt_ids[i] for i in batch], index, model, tokenizer, config)
+            samples = draw_batch([prompt_ids[i] for i in batch], index, model, tokenizer, config)
             for i, drawn in zip(batch, samples, strict=True):
-                responses[i] = [sample.text for sample in drawn]
+                responses[i] = [Drawn(read_sample(ids, tokenizer, stops).text, ids) for ids in drawn]
             progress.update(len(batch))
     return responses
 
@@ -95,6 +108,15 @@ def sample_responses(
 def sample_batch(
     prompt_ids: list[list[int]], index: int, model, tokenizer, config: SamplingConfig
 ) -> list[list[Sample]]:
+    """Samples of one batch as texts. For arguments and errors see `draw_batch`."""
+    stops = stop_tokens(tokenizer, model.generation_config)
+    drawn = draw_batch(prompt_ids, index, model, tokenizer, config)
+    return [[read_sample(ids, tokenizer, stops) for ids in of_prompt] for of_prompt in drawn]
+
+
+def draw_batch(
+    prompt_ids: list[list[int]], index: int, model, tokenizer, config: SamplingConfig
+) -> list[list[list[int]]]:
     """Samples of one batch, by transformers; leaves the model's mode and the random state as they were.
 
     Each prompt is read once for all its samples: on a CPU a token read costs about as much as a token written.
@@ -105,7 +127,7 @@ def sample_batch(
         model, tokenizer, config: See `sample_responses`.
 
     Returns:
-        S samples for each of the B prompts.
+        For each of the B prompts the token ids of S samples, with the one that ended them, without padding.
 
     Raises:
         UserError: The model cannot read a prompt, or has no positions for its samples.
@@ -123,8 +145,14 @@ def sample_batch(
             tokens = _generate(model, prompt_ids, config.num_samples, settings)
     finally:
         model.train(was_training)
-    samples = [read_sample(ids, tokenizer, settings["eos_token_id"]) for ids in tokens.tolist()]
+    samples = [_until_stop(ids, settings["eos_token_id"] or []) for ids in tokens.tolist()]
     return [samples[start : start + config.num_samples] for start in range(0, len(samples), config.num_samples)]
+
+
+def _until_stop(ids: list[int], stops: list[int]) -> list[int]:
+    """Token ids without the padding behind the token that ends them."""
+    end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
+    return ids[: end + 1]
 
 
 def read_sample(ids: list[int], tokenizer, stops: list[int] | None) -> Sample:
@@ -188,6 +216,7 @@ def generation_settings(model, tokenizer, config: SamplingConfig) -> dict[str, A
         "pad_token_id": next(token for token in padding if token is not None),
         "use_cache": True,
         "do_sample": config.temperature > 0,
+        **_NEUTRAL,
     }
     if config.temperature > 0:
         settings |= {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
