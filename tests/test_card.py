@@ -82,6 +82,24 @@ def test_the_code_of_a_card_runs(tmp_path, lora, monkeypatch, capsys):
     assert "docs/serving.md" in card
 
 
+def test_results_of_samples_and_of_runs_before_there_were_more(tmp_path):
+    samples = {
+        "score_before": 0.3,
+        "score_after": 0.5,
+        "score_difference": 0.2,
+        "score_difference_interval": [0.1, 0.3],
+    }
+    more = {"length_controlled_difference": 0.15, "length_controlled_difference_interval": [0.05, 0.25], "kl": 1.5,
+            "kl_interval": [1.25, 1.75]}  # fmt: skip
+    for found, shown in ((samples, False), (samples | more, True), (samples | more | {"kl": None}, True)):
+        (tmp_path / "eval_results.json").write_text(json.dumps({"eval": None, "samples": found}))
+        write_card(tmp_path, "org/model")
+        card = (tmp_path / "README.md").read_text()
+        assert "| its difference (95 %) | 0.200 [0.100, 0.300] |" in card
+        assert ("| the same, at the start's length (95 %) | 0.150 [0.050, 0.250] |" in card) == shown
+        assert ("| KL from the reference (95 %) | 1.50 [1.25, 1.75] nats a response |" in card) == bool(found.get("kl"))
+
+
 def test_what_was_set_is_told_from_defaults(tmp_path):
     (tmp_path / "recipe.yaml").write_text("beta: 0.25\nloss_type: NCA\nseed: 42\nlearning_rate: 0.5\n")
     (tmp_path / "figures").mkdir()

@@ -47,7 +47,7 @@ class Tracker(MLflowCallback):
         return [(step, logs[name]) for step, logs in self.sent[1:] if name in logs]
 
 
-def test_a_report_is_written_at_each_evaluation(tmp_path, tiny_model, monkeypatch):
+def test_a_report_is_written_at_each_evaluation(tmp_path, tiny_model, monkeypatch, capsys):
     steps, tracker = [], Tracker()
     draw = callback.write_report
 
@@ -93,6 +93,12 @@ def test_a_report_is_written_at_each_evaluation(tmp_path, tiny_model, monkeypatc
     assert tracker.found("samples/score_low")[1] == (4, low)
     assert tracker.found("samples/score_high")[1] == (4, high)
     assert [step for step, _ in tracker.found("alarm/nats")] == [2, 4]
+    # And the divergence, from each sample after training.
+    assert all(len(row["logratios"]) == 2 for row in run.after)
+    assert "logratios" not in run.before[0]
+    assert samples["kl"] == pytest.approx(np.mean([row["logratios"] for row in run.after]))
+    assert tracker.found("samples/kl") == [(4, samples["kl"])]
+    assert f"KL from the reference  {samples['kl']:z.2f} [" in capsys.readouterr().out
     assert not [line for line in run.history if "alarm/nats" in line], "trackers alone"
 
 

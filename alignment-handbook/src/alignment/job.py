@@ -212,4 +212,4 @@ def write_results(trainer: DPOTrainer, results: dict[str, Any]) -> None:
         trainer.create_model_card()
         print("\n" + final_table(results))
         if samples := results["samples"]:
-            send(trainer, sample_logs(samples["score_after"], samples["score_after_interval"]))
+            send(trainer, sample_logs(samples["score_after"], samples["score_after_interval"], samples["kl"]))

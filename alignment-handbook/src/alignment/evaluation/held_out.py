@@ -8,6 +8,7 @@ import numpy as np
 from datasets import Dataset
 
 from alignment.errors import UserError
+from alignment.evaluation.length_control import control_length, control_length_interval
 from alignment.input_limits import check_input, input_limits
 from alignment.recipe import RunConfig
 from alignment.sampling.kept import sample_or_read
@@ -105,22 +106,42 @@ def prompt_means(scored: list[dict[str, Any]]) -> np.ndarray:
     return np.array([np.mean(scores) if scores else np.nan for scores in given])
 
 
+def prompt_kls(scored: list[dict[str, Any]]) -> np.ndarray:
+    """KL divergence of the policy from its reference at each prompt, in nats a response: the mean log-ratio of samples.
+
+    Shape (prompts,); (0,) where it was not measured. See `trl_nca.divergence`.
+    """
+    return np.array([np.mean(row["logratios"]) for row in scored if "logratios" in row])
+
+
+def with_scores(
+    before: list[dict[str, Any]], after: list[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows of the prompts that have a score both before and after; none, where the prompts are not the same."""
+    pairs = zip(before, after, strict=True) if len(before) == len(after) else ()
+    kept = [rows for rows in pairs if all(any(s is not None for s in row["scores"]) for row in rows)]
+    return [row for row, _ in kept], [row for _, row in kept]
+
+
 def compare_samples(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, Any]:
-    """Scores and lengths of samples before and after training, and the interval of their difference.
+    """Scores and lengths of samples before and after training, and how far the policy has moved for them.
 
     Args:
         before, after: From `sample_and_score`, for the same prompts in the same order. Prompts without a score on
             either side are left out.
 
+    Returns:
+        The mean scores, their difference and `length_controlled_difference` (see `control_length`), each with its
+        interval; mean lengths; and `kl`, None where it was not measured, with `kl_interval`.
+
     Raises:
         UserError: No prompt has a score on both sides.
     """
-    scores_before, scores_after = prompt_means(before), prompt_means(after)
-    both = np.isfinite(scores_before) & np.isfinite(scores_after)
-    if not both.any():
+    both = with_scores(before, after)
+    if not both[0]:
         raise UserError("reward_function: no prompt has a sample with a score both before and after training")
-    scores_before, scores_after = scores_before[both], scores_after[both]
-    low, high = bootstrap_interval(scores_after - scores_before)
+    scores_before, scores_after = map(prompt_means, both)
+    kls = prompt_kls(after)
     return {
         "num_prompts": len(scores_before),
         "samples_per_prompt": len(before[0]["samples"]),
@@ -129,9 +150,13 @@ def compare_samples(before: list[dict[str, Any]], after: list[dict[str, Any]]) -
         "score_after": float(scores_after.mean()),
         "score_after_interval": bootstrap_interval(scores_after),
         "score_difference": float(np.mean(scores_after - scores_before)),
-        "score_difference_interval": [low, high],
+        "score_difference_interval": list(bootstrap_interval(scores_after - scores_before)),
+        "length_controlled_difference": float(control_length(*both).mean()),
+        "length_controlled_difference_interval": list(control_length_interval(*both)),
         "words_before": mean_length(before),
         "words_after": mean_length(after),
+        "kl": float(kls.mean()) if len(kls) else None,
+        "kl_interval": list(bootstrap_interval(kls)) if len(kls) else None,
     }
 
 

@@ -12,6 +12,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from alignment.configs import Configs
 from alignment.errors import UserError
+from alignment.report.tables import with_interval
 from trl_nca.paper import CITATION
 
 _RESULTS = {
@@ -207,12 +208,15 @@ def _results(evaluation: dict[str, Any], training: dict[str, Any]) -> str:
     held_out, samples = evaluation.get("eval") or {}, evaluation.get("samples") or {}
     rows = [(name, f"{held_out[key]:.4f}") for key, name in _RESULTS.items() if key in held_out]
     if samples:
-        low, high = samples["score_difference_interval"]
         rows.append(("held-out score", f"{samples['score_before']:.3f} -> {samples['score_after']:.3f}"))
-        rows.append(("its difference (95 %)", f"{samples['score_difference']:.3f} [{low:.3f}, {high:.3f}]"))
+        rows.append(("its difference (95 %)", with_interval(samples, "score_difference", ".3f")))
+        controlled = with_interval(samples, "length_controlled_difference", ".3f")
+        rows.append(("the same, at the start's length (95 %)", controlled))
+        rows.append(("KL from the reference (95 %)", with_interval(samples, "kl", "z.2f", " nats a response")))
     if training.get("seconds"):
         rows.append(("seconds of the run", f"{training['seconds']:.0f}"))
-    return "\n".join(["## Results\n", "| | |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows)]) if rows else ""
+    lines = [f"| {name} | {value} |" for name, value in rows if value != "-"]
+    return "\n".join(["## Results\n", "| | |", "|---|---|", *lines]) if lines else ""
 
 
 def _data(report: dict[str, Any]) -> str:

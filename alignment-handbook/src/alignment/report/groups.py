@@ -4,11 +4,12 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from alignment.evaluation.held_out import bootstrap_interval, prompt_means
+from alignment.evaluation.held_out import bootstrap_interval, prompt_kls, prompt_means, with_scores
+from alignment.evaluation.length_control import control_length, control_length_interval
 from alignment.report.runs import Run
 
 #: Keys that say which of several equal runs it is, and where its files lie.
@@ -65,15 +66,14 @@ class Group:
         Over several runs it is Student's interval of their mean: that of other seeds. Of a single run it is a
         bootstrap over its held-out prompts.
         """
-        found = [values[~np.isnan(values)] for values in (measure(run, name) for run in self.runs)]
-        found = [values for values in found if len(values)]
+        found = {i: values[~np.isnan(values)] for i, values in enumerate(measure(run, name) for run in self.runs)}
+        found = {i: values for i, values in found.items() if len(values)}
         if not found:
             return None
         if len(found) > 1:
-            return _student(np.array([values.mean() for values in found]))
-        (values,) = found
-        bounds = bootstrap_interval(values) if len(values) > 1 else (np.nan, np.nan)
-        return Estimate(float(values.mean()), *bounds)
+            return _student(np.array([values.mean() for values in found.values()]))
+        ((i, values),) = found.items()
+        return Estimate(float(values.mean()), *_bounds(self.runs[i], name, values))
 
 
 def _student(means: np.ndarray) -> Estimate:
@@ -81,10 +81,21 @@ def _student(means: np.ndarray) -> Estimate:
     return Estimate(float(means.mean()), float(means.mean() - half), float(means.mean() + half))
 
 
+def _bounds(run: Run, name: str, values: np.ndarray) -> tuple[float, float]:
+    if len(values) < 2:
+        return np.nan, np.nan
+    if name == _CONTROLLED:  # whose slope is of these prompts too
+        return control_length_interval(*with_scores(run.before or [], run.after or []))
+    return bootstrap_interval(values)
+
+
+_CONTROLLED = "gain at the start's length"
 #: Name with its unit, and format, of the numbers at the end of a run that are compared.
 MEASURES = {
     "held-out score": ".3f",
     "gain in score": "+.3f",
+    _CONTROLLED: "+.3f",
+    "KL (nats)": "z.2f",
     "accuracy (share)": ".3f",
     "best (nats)": "+.2f",
     "margin (reward)": "+.3f",
@@ -95,14 +106,28 @@ _LOGGED = {"accuracy (share)": "rewards/accuracies", "margin (reward)": "rewards
            "loss (nats a prompt)": "loss"}  # fmt: skip
 
 
+def _gains(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> np.ndarray:
+    return prompt_means(after) - prompt_means(before) if len(before) == len(after) else np.array([])
+
+
+def _controlled(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> np.ndarray:
+    both = with_scores(before, after)
+    return control_length(*both) if both[0] else np.array([])
+
+
+#: Of samples before and after training: a number of each prompt.
+_OF_SAMPLES = {
+    "held-out score": lambda before, after: prompt_means(after),
+    "gain in score": _gains,
+    _CONTROLLED: _controlled,
+    "KL (nats)": lambda before, after: prompt_kls(after),
+}
+
+
 def measure(run: Run, name: str) -> np.ndarray:
     """A number of `MEASURES`: of each held-out prompt; else one value, the last that was logged; or none."""
-    if name in ("held-out score", "gain in score"):
-        after = prompt_means(run.after) if run.after else np.array([])
-        if name == "held-out score":
-            return after
-        before = prompt_means(run.before) if run.before else np.array([])
-        return after - before if len(after) == len(before) else np.array([])
+    if name in _OF_SAMPLES:
+        return _OF_SAMPLES[name](run.before or [], run.after or [])
     if name == "best (nats)":
         of_prompts = run.gained_by_best(run.of_prompts)
         last = run.gained_by_best(run.last, "eval_" if run.last("eval_loss") is not None else "")

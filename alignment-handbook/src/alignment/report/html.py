@@ -7,8 +7,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from alignment.data import report as data_report
-from alignment.errors import UserError
-from alignment.evaluation.held_out import bootstrap_interval, compare_samples
+from alignment.evaluation.held_out import bootstrap_interval
 from alignment.files import write_text
 from alignment.report.alarm import alarm
 from alignment.report.axes import name_at_ends, style
@@ -17,7 +16,7 @@ from alignment.report.groups import Group, as_text, differences, group_runs, war
 from alignment.report.runs import Run, read_run
 from alignment.report.samples import sampled_answers
 from alignment.report.svg import as_svg
-from alignment.report.tables import group_alarms, group_rows, run_rows
+from alignment.report.tables import group_alarms, group_rows, run_rows, sampled_results, with_interval
 
 REPORT = "report.html"
 FIGURES = "figures"
@@ -105,13 +104,17 @@ def comparison_page(groups: Sequence[Group], figures: Sequence[tuple[str, str]])
 
 def headline(run: Run) -> tuple[str, str, str]:
     """What came of a run: a word for its colour, a sentence with its interval, and what that is measured on."""
-    compared = _compared(run)
+    compared = sampled_results(run)
     if compared:
         low, high = compared["score_difference_interval"]
         kind, words = _judge(low, high, 0.0, {"good": "Better", "bad": "Worse", "open": "Not shown to be better"})
         interval = f"{compared['score_difference']:+.3f} [{low:.3f}, {high:.3f}]"
         each = compared["samples_per_prompt"]
-        basis = f"Mean score of {each} samples a prompt, after less before, with its 95 % interval."
+        controlled = with_interval(compared, "length_controlled_difference", "+.3f")
+        basis = (
+            f"Mean score of {each} samples a prompt, after less before, with its 95 % interval. Of samples as long as "
+            f"at the start it is {controlled}, by regression."
+        )
         return kind, f"{words}: {interval} on {compared['num_prompts']} held-out prompts", basis
     accuracies = run.of_prompts("rewards/accuracies")
     if len(accuracies) > 1:
@@ -125,15 +128,6 @@ def headline(run: Run) -> tuple[str, str, str]:
 def _judge(low: float, high: float, start: float, words: dict[str, str]) -> tuple[str, str]:
     kind = "good" if low > start else "bad" if high < start else "open"
     return kind, words[kind]
-
-
-def _compared(run: Run) -> dict[str, Any] | None:
-    if not run.before or not run.after or len(run.before) != len(run.after):
-        return None
-    try:
-        return compare_samples(run.before, run.after)
-    except UserError:  # no prompt has a score on both sides
-        return None
 
 
 def big_numbers(run: Run) -> list[tuple[str, str, str]]:

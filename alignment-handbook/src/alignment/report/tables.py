@@ -9,7 +9,7 @@ from alignment.errors import UserError
 from alignment.evaluation.held_out import compare_samples, prompt_means, verdict
 from alignment.report.alarm import alarm
 from alignment.report.console import next_steps
-from alignment.report.groups import MEASURES, Group, held_out_rows, warnings
+from alignment.report.groups import MEASURES, Estimate, Group, held_out_rows, warnings
 from alignment.report.runs import Run
 
 
@@ -28,11 +28,8 @@ def rounds_table(rounds: list[list[dict[str, Any]]]) -> str:
         if [row["prompt"] for row in before] != [row["prompt"] for row in after]:
             raise UserError(f"round {number} was sampled on other prompts than the one before; give runs of one recipe")
         compared = compare_samples(before, after)
-        start, now = (
-            "{:.3f} [{:.3f}, {:.3f}]".format(compared[f"score_{part}"], *compared[f"score_{part}_interval"])
-            for part in ("before", "after")
-        )
-        gain = "{:+.3f} [{:+.3f}, {:+.3f}]".format(compared["score_difference"], *compared["score_difference_interval"])
+        start, now = (with_interval(compared, f"score_{part}", ".3f") for part in ("before", "after"))
+        gain = with_interval(compared, "score_difference", "+.3f")
         if number == 1:
             table.append(("start", start, "", ""))
         table.append((str(number), now, gain, verdict(compared).partition(":")[0]))
@@ -55,6 +52,8 @@ def run_rows(run: Run) -> list[tuple[str, str, str]]:
     best, start, rates = run.gained_by_best(run.last, part), run.start_of_best(part), run.speed()[1]
     training = (run.results or {}).get("train") or {}
     before, after = (float(np.nanmean(prompt_means(rows))) if rows else None for rows in (run.before, run.after))
+    samples = sampled_results(run) or {}
+    controlled = samples["score_before"] + samples["length_controlled_difference"] if samples else None
 
     def row(name: str, key: str, form: str) -> tuple[str, str, str]:
         return name, _number(run.start(part + key), form), _number(run.last(part + key), form)
@@ -62,6 +61,8 @@ def run_rows(run: Run) -> list[tuple[str, str, str]]:
     return [
         ("measured on", "", held_out_rows(run) if part else "training"),
         ("score of samples", _number(before, ".3f"), _number(after, ".3f")),
+        ("score at the start's length", _number(before, ".3f"), _number(controlled, ".3f")),
+        ("KL from the reference (nats)", "0", with_interval(samples, "kl", "z.2f")),
         row("accuracy (share of the others)", "rewards/accuracies", ".3f"),
         row("loss (nats a prompt)", "loss", ".4f"),
         ("log p of the best (nats)", _number(start, ".2f"), _number(run.last(f"{part}logps/chosen"), ".2f")),
@@ -73,6 +74,23 @@ def run_rows(run: Run) -> list[tuple[str, str, str]]:
         ("speed (tokens/s)", "", f"{np.median(rates):.0f}" if len(rates) else "-"),
         ("training and its evaluations (s)", "", _number(training.get("train_runtime"), ".0f")),
     ]
+
+
+def sampled_results(run: Run) -> dict[str, Any] | None:
+    """What `compare_samples` says of a run; None where it was not sampled, or no prompt has a score on both sides."""
+    if not run.before or not run.after or len(run.before) != len(run.after):
+        return None
+    try:
+        return compare_samples(run.before, run.after)
+    except UserError:
+        return None
+
+
+def with_interval(compared: dict[str, Any], name: str, form: str, unit: str = "") -> str:
+    """A number of `compare_samples` with its interval, as `0.517 [0.463, 0.572]`; "-" where there is none."""
+    if compared.get(name) is None:
+        return "-"
+    return Estimate(compared[name], *compared[f"{name}_interval"]).text(form) + unit
 
 
 def _number(value: float | None, form: str) -> str:
@@ -133,15 +151,15 @@ def final_table(results: dict[str, Any]) -> str:
     rows: list[tuple[str, str]] = []
     samples, held_out = results["samples"], results["eval"]
     if samples:
-        before, after, difference = (
-            "{:.3f} [{:.3f}, {:.3f}]".format(samples[f"score_{part}"], *samples[f"score_{part}_interval"])
-            for part in ("before", "after", "difference")
-        )
+        parts = ("before", "after", "difference")
+        before, after, difference = (with_interval(samples, f"score_{part}", ".3f") for part in parts)
         rows += [
             ("held-out score (95 %)", f"{before} -> {after}"),
             ("difference (95 %)", f"{difference}, {samples['num_prompts']} prompts x {samples['samples_per_prompt']}"),
+            ("at the start's length", with_interval(samples, "length_controlled_difference", ".3f")),
             ("verdict", verdict(samples)),
             ("mean length (words)", f"{samples['words_before']:.1f} -> {samples['words_after']:.1f}"),
+            ("KL from the reference", with_interval(samples, "kl", "z.2f", " nats a response")),
         ]
     if held_out:
         best, gained = held_out["eval_logps/chosen"], held_out.get("eval_logratios/chosen")

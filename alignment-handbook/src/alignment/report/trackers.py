@@ -8,10 +8,11 @@ from trl import DPOTrainer
 _TRACKERS = tuple(INTEGRATION_TO_CALLBACK.values())
 
 
-def sample_logs(score: float, interval: Sequence[float]) -> dict[str, float]:
-    """The mean score of samples, and its 95 % interval, under the names that trackers get."""
+def sample_logs(score: float, interval: Sequence[float], kl: float | None = None) -> dict[str, float]:
+    """The mean score of samples, its 95 % interval, and the KL divergence, under the names that trackers get."""
     low, high = interval
-    return {"samples/score": score, "samples/score_low": low, "samples/score_high": high}
+    logs = {"samples/score": score, "samples/score_low": low, "samples/score_high": high}
+    return logs if kl is None else logs | {"samples/kl": kl}
 
 
 def send(trainer: DPOTrainer, logs: dict[str, float]) -> None:
