@@ -8,8 +8,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from alignment.report.axes import COLOURS, GREY, mark, say, tidy
-from alignment.report.groups import Group
+from alignment.evaluation.held_out import prompt_means
+from alignment.report.axes import COLOURS, GREY, mark, name_at_ends, say, style, tidy
+from alignment.report.groups import Estimate, Group, measure
 
 _COLOUR = COLOURS[0]
 
@@ -87,3 +88,49 @@ def sampled_lengths(axes: Axes, groups: Sequence[Group]) -> None:
     axes.legend(frameon=False, fontsize=9, ncols=2, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
     axes.set_ylim(bottom=0)
     axes.set(xlabel="score of a sampled answer", ylabel="length (words)")
+
+
+def frontier(axes: Axes, groups: Sequence[Group]) -> None:
+    """The held-out score against the divergence that it took: a point a group, and small ones of its runs."""
+    found = [(i, group, *map(group.estimate, ("KL (nats)", "held-out score"))) for i, group in enumerate(groups)]
+    found = [point for point in found if None not in point]
+    if not found:
+        return
+    _start(axes, groups)
+    for i, group, kl, score in found:
+        look = style(i)
+        point, *_ = axes.errorbar(kl.mean, score.mean, xerr=_reach(kl), yerr=_reach(score), fmt=look.marker,
+                                  markersize=7, color=look.colour, linewidth=1)  # fmt: skip
+        point.set_label(group.name)  # of the point alone, without its bars
+        mark(point, [f"{group.name}: score {score.text('.3f')}, KL {kl.text('z.2f')}"])
+        if len(group.runs) > 1:
+            _runs(axes, group, look.marker, look.colour)
+    axes.set(xlabel="KL from the reference (nats)", ylabel="held-out score")
+    if name_at_ends([group.name for group in groups]):
+        legend = axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1), handletextpad=0.3)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+
+
+def _start(axes: Axes, groups: Sequence[Group]) -> None:
+    """The score of the samples before training, where there is no divergence."""
+    scores = [np.nanmean(prompt_means(run.before)) for group in groups for run in group.runs if run.before]
+    if scores:
+        axes.axhline(np.mean(scores), color=GREY, linewidth=1, linestyle=":")
+        (point,) = axes.plot(0, np.mean(scores), color=GREY, marker="o", linestyle="", markersize=7, label="start")
+        mark(point, [f"start: score {np.mean(scores):.3f}"])
+
+
+def _runs(axes: Axes, group: Group, marker: str, colour: str) -> None:
+    points = [[np.nanmean(measure(run, name)) for name in ("KL (nats)", "held-out score")]
+              for run in group.runs if len(measure(run, "KL (nats)"))]  # fmt: skip
+    kls, scores = zip(*points, strict=True)
+    axes.scatter(kls, scores, s=12, color=colour, marker=marker, alpha=0.5, linewidths=0)
+    texts = [f"{group.name}, a run: score {score:.3f}, KL {kl:z.2f}" for kl, score in points]
+    say(axes, np.array(kls), np.array(scores), texts)
+
+
+def _reach(estimate: Estimate) -> list[list[float]] | None:
+    """How far an interval reaches below and above its mean; None where it is not known."""
+    below, above = estimate.mean - estimate.low, estimate.high - estimate.mean
+    return None if np.isnan(below) else [[below], [above]]

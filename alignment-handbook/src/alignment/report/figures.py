@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from alignment.files import atomic_path
 from alignment.report.axes import add_legend, name_at_ends, new_axes
 from alignment.report.curves import Draw, logged, ranks, rewards, speed
-from alignment.report.data_figures import draw_ks, draw_lengths, draw_scores, of_data, sampled_lengths
+from alignment.report.data_figures import draw_ks, draw_lengths, draw_scores, frontier, of_data, sampled_lengths
 from alignment.report.groups import Group
 
 _REWARD = "implicit reward (beta x nats)"
@@ -43,6 +43,7 @@ _SINGLE_RUN: list[tuple[str, str, Draw]] = [
 ]
 #: The same of several runs.
 _SIDE_BY_SIDE: list[tuple[str, str, Draw]] = [
+    ("frontier", "Held-out score against KL from the reference", frontier),
     ("best", "Relative likelihood of the best responses", logged("rewards/chosen", _REWARD, start=True)),
     ("others", "Relative likelihood of the others", logged("rewards/rejected", _REWARD, start=True)),
     ("margin", "Margin: best less others", logged("rewards/margins", _REWARD, start=True)),
