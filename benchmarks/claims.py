@@ -8,24 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from alignment.report.groups import Estimate
+from alignment.sweep.paired import estimate
+
 YES, NO, OPEN = "yes", "no", "not shown"
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over seeds and prompts with its 95 % bootstrap interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
-
-    @property
-    def is_positive(self) -> str:
-        """Whether it is above zero: yes, no (it is below), or not shown (the interval contains zero)."""
-        return YES if self.low > 0 else NO if self.high < 0 else OPEN
 
 
 @dataclass(frozen=True)
@@ -37,25 +23,9 @@ class Claim:
     estimate: Estimate
 
 
-def estimate(values: np.ndarray, num_resamples: int = 10_000) -> Estimate:
-    """The mean, and its interval when both seeds and prompts are drawn anew.
-
-    A drawn prompt is the same one for all seeds. Of a difference of two losses by seed and prompt, that is the paired
-    interval. With one seed, the interval is over prompts alone.
-
-    Args:
-        values: Shape (S, P).
-        num_resamples: Draws.
-
-    Example:
-        >>> print(estimate(np.array([[1.0, 2.0, 3.0]] * 2), num_resamples=2000))
-        +2.000 [+1.000, +3.000]
-    """
-    rng, (num_seeds, num_prompts) = np.random.default_rng(0), values.shape
-    seeds = rng.integers(num_seeds, size=(num_resamples, num_seeds, 1))
-    prompts = rng.integers(num_prompts, size=(num_resamples, 1, num_prompts))
-    low, high = np.percentile(values[seeds, prompts].mean(axis=(1, 2)), [2.5, 97.5])
-    return Estimate(float(values.mean()), float(low), float(high))
+def above_zero(found: Estimate) -> str:
+    """Whether a number is above zero: yes, no (it is below), or not shown (the interval contains zero)."""
+    return YES if found.low > 0 else NO if found.high < 0 else OPEN
 
 
 def claims(best: Mapping[str, np.ndarray], margins: Mapping[str, np.ndarray], other: str) -> list[Claim]:
@@ -69,11 +39,11 @@ def claims(best: Mapping[str, np.ndarray], margins: Mapping[str, np.ndarray], ot
     loses, keeps = estimate(-best[other]), estimate(best["NCA"])
     kept_more, wider = estimate(best["NCA"] - best[other]), estimate(margins[other] - margins["NCA"])
     return [
-        Claim(f"Under {other}, the best responses lose likelihood", loses.is_positive, estimate(best[other])),
+        Claim(f"Under {other}, the best responses lose likelihood", above_zero(loses), estimate(best[other])),
         # No fall is all that is claimed: an interval that is not below zero will do.
-        Claim("Under NCA, the best responses do not lose likelihood", NO if keeps.is_positive == NO else YES, keeps),
-        Claim(f"The best responses keep more of it under NCA than under {other}", kept_more.is_positive, kept_more),
-        Claim(f"The margin is larger under {other} than under NCA", wider.is_positive, wider),
+        Claim("Under NCA, the best responses do not lose likelihood", NO if above_zero(keeps) == NO else YES, keeps),
+        Claim(f"The best responses keep more of it under NCA than under {other}", above_zero(kept_more), kept_more),
+        Claim(f"The margin is larger under {other} than under NCA", above_zero(wider), wider),
     ]
 
 

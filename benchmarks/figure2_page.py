@@ -14,8 +14,10 @@ from matplotlib.figure import Figure
 
 from alignment.files import write_text
 from alignment.report.axes import COLOURS, GREY, name_lines, tidy
+from alignment.report.groups import Estimate
 from alignment.report.runs import Run
-from benchmarks.claims import Estimate, claims, estimate, verdict
+from alignment.sweep.paired import estimate
+from benchmarks.claims import above_zero, claims, verdict
 
 PANELS = [
     ("eval_rewards/chosen", "best response"),
@@ -24,11 +26,14 @@ PANELS = [
 ]
 #: The loss that NCA is compared with, by form of the data: what DPO is called with more than two responses is InfoNCA.
 OTHER = {"pairs": "DPO", "rewards": "InfoNCA"}
+_FORM = "+.3f"
 _COLOUR = {"NCA": COLOURS[0], "DPO": COLOURS[1], "InfoNCA": COLOURS[1]}
 _RESPONSES = {"pairs": "best and worst response", "rewards": "all responses"}
 
 Found = Mapping[tuple[str, str], Sequence[Run]]
-Swept = Mapping[tuple[str, float, str], Sequence[Run]]
+#: Key, value and loss.
+Place = tuple[str, float, str]
+Swept = Mapping[Place, Sequence[Run]]
 
 
 def write_figure2(found: Found, command: str, jobs: int, docs: Path) -> Path:
@@ -87,7 +92,7 @@ def _verdict_on(data: str, found: Found) -> str:
     best = {loss: _of_prompts(group, "rewards/chosen") for loss, group in runs.items()}
     margins = {loss: best[loss] - _of_prompts(group, "rewards/rejected") for loss, group in runs.items()}
     tested = claims(best, margins, other)
-    rows = [(claim.text, claim.answer, str(claim.estimate)) for claim in tested]
+    rows = [(claim.text, claim.answer, claim.estimate.text(_FORM)) for claim in tested]
     table = _table(("claim", "holds", "implicit reward (95 %)"), rows)
     return f"### {data.capitalize()} ({_RESPONSES[data]}): NCA and {other}\n\n**{verdict(tested)}**\n\n{table}"
 
@@ -103,7 +108,7 @@ def _table_of_ends(found: Found) -> str:
         best, rest = (_of_prompts(runs, f"rewards/{part}") for part in ("chosen", "rejected"))
         numbers = (best, best / runs[0].beta, rest, best - rest, _of_prompts(runs, "rewards/accuracies"))
         seconds = np.mean([run.results["seconds"] for run in runs])
-        rows.append((data, loss, *(str(estimate(values)) for values in numbers), f"{seconds:.0f}"))
+        rows.append((data, loss, *(estimate(values).text(_FORM) for values in numbers), f"{seconds:.0f}"))
     return _table(("data", "loss", "best", "best, nats", "others", "margin", "accuracy", "seconds a run"), rows)
 
 
@@ -171,7 +176,7 @@ def write_sweep(found: Swept, command: str, jobs: int, docs: Path) -> Path:
 
 
 def _at(runs: Sequence[Run], key: str, value: float, loss: str) -> tuple[str, ...]:
-    return key, f"{value:g}", loss, *(str(estimate(values)) for values in _measures(runs).values())
+    return key, f"{value:g}", loss, *(estimate(values).text(_FORM) for values in _measures(runs).values())
 
 
 def _measures(runs: Sequence[Run]) -> dict[str, np.ndarray]:
@@ -188,7 +193,14 @@ def _change(found: Swept, key: str, loss: str) -> tuple[str, ...]:
     values = _values(found, key)
     first, last = (_measures(found[key, value, loss]) for value in (values[0], values[-1]))
     changes: list[Estimate] = [estimate(last[name] - first[name]) for name in first]
-    return key, f"{values[0]:g}", f"{values[-1]:g}", loss, *map(str, changes), changes[-1].is_positive
+    return (
+        key,
+        f"{values[0]:g}",
+        f"{values[-1]:g}",
+        loss,
+        *(change.text(_FORM) for change in changes),
+        above_zero(changes[-1]),
+    )
 
 
 def _draw_sweep(found: Swept, keys: Sequence[str]) -> Figure:

@@ -49,6 +49,34 @@ def write_run(folder, loss="NCA", best=0.02, **recipe):
     return folder
 
 
+class Ended:
+    """Stands for the process of a run that has ended."""
+
+    def __init__(self, returncode=0):
+        self.returncode = returncode
+
+    def poll(self):
+        return self.returncode
+
+
+def faked_run(run, best, rest):
+    """Writes at once what a run of a sweep writes; `best` and `rest`: implicit rewards that it ends with."""
+    recipe, rng = run.arm.resolved | {"seed": run.seed}, np.random.default_rng(run.seed)
+    best, rest = (end + 0.1 * rng.standard_normal(30) for end in (best, rest))
+    lines = [{"step": step, "epoch": step / 10, "eval_loss": 1.0, "eval_rewards/chosen": best.mean() * step / 4,
+              "eval_rewards/rejected": rest.mean() * step / 4, "eval_rewards/margins": (best - rest).mean()}
+             for step in (2, 4)]  # fmt: skip
+    held_out = {"step": 4, "rewards/chosen": best.tolist(), "rewards/rejected": rest.tolist(),
+                "rewards/accuracies": [0.75] * 30}  # fmt: skip
+    files = {"trainer_state.json": {"log_history": lines}, "held_out.json": held_out,
+             "train_results.json": {"seconds": 60.0}}  # fmt: skip
+    run.folder.mkdir(parents=True, exist_ok=True)
+    (run.folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    for name, content in files.items():
+        (run.folder / name).write_text(json.dumps(content))
+    return Ended()
+
+
 class Page(HTMLParser):
     """What a page holds: text, tags, and what its attributes point to."""
 

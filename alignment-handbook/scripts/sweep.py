@@ -8,6 +8,7 @@ command can be stopped and repeated.
 """
 
 import shlex
+import sys
 from pathlib import Path
 
 from alignment import errors
@@ -30,30 +31,31 @@ def main() -> None:
     parser.add_argument("--script", choices=["auto", "run_reward.py", "run_preference.py"], default="auto",
                         help="script of the runs; auto: run_preference.py for losses of two responses, on pairs of the "
                         "best and the worst one, and where make_pairs is set; else run_reward.py")  # fmt: skip
+    parser.add_argument("--baseline", help="arm that the others are compared with, by its name; None: the first")
     parser.add_argument("--dry_run", action="store_true", help="print the commands, run nothing")
     args = parser.parse_args()
     if args.seeds < 1 or (args.jobs or 1) < 1:
         raise UserError("--seeds, --jobs: must be at least 1")
     from alignment.report.runs import read_run  # now: it takes seconds
-    from alignment.report.tables import runs_table
     from alignment.sweep.arms import make_arms
     from alignment.sweep.commands import command, plan_runs
-    from alignment.sweep.page import group_arms, run_line, write_page
+    from alignment.sweep.page import choose_baseline, group_arms, run_line, write_page
     from alignment.sweep.running import environments_of, finish_all
 
     arms, folder = make_arms(args.recipe, args.set, args.arm, args.script), Path(args.output_dir).resolve()
-    recipe = arms[0].resolved
+    recipe, baseline = arms[0].resolved, choose_baseline([arm.name for arm in arms], args.baseline)
     planned = plan_runs(arms, [recipe["seed"] + i for i in range(args.seeds)], folder)
     if args.dry_run:
         return print("\n".join(shlex.join(command(run, folder)) for run in planned))
     environments = environments_of(args.jobs, str(recipe["model_name_or_path"]), bool(recipe.get("use_cpu")))
     print("\n".join(f"{arm.name}: {arm.runs_as}" for arm in arms))
     print(f"{len(planned)} runs, {len(environments)} at a time; what they print: {folder}/*/*/log.txt", flush=True)
-    for number, run in enumerate(finish_all(planned, folder, environments), start=1):
-        print(f"{number} of {len(planned)}  {run.name}  {run_line(read_run(run.folder))}", flush=True)
-    groups = group_arms(planned)
-    page = write_page(groups, folder)
-    print(f"\n{runs_table(groups)}\nreport  {page}")
+    try:
+        for number, run in enumerate(finish_all(planned, folder, environments), start=1):
+            print(f"{number} of {len(planned)}  {run.name}  {run_line(read_run(run.folder))}", flush=True)
+    except KeyboardInterrupt:
+        sys.exit("Stopped; the same command goes on where the runs have saved a checkpoint")
+    print(f"\n{write_page(group_arms(planned), baseline, folder)}")
 
 
 if __name__ == "__main__":

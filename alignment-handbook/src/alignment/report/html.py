@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -23,6 +23,14 @@ FIGURES = "figures"
 
 # Escapes whatever it fills in: texts of data and recipes are never markup.
 _TEMPLATES = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
+
+
+class Table(NamedTuple):
+    """A table of a page: its title, the head and the rows, and a note below it."""
+
+    title: str
+    rows: Sequence[Sequence[str]]
+    note: str
 
 
 def report_run(folder: str | Path, history: list[dict[str, float]] | None = None) -> Run:
@@ -46,11 +54,11 @@ def report_run(folder: str | Path, history: list[dict[str, float]] | None = None
     return run
 
 
-def report_comparison(groups: Sequence[Group], file: Path) -> None:
-    """Writes one page on groups of runs."""
+def report_comparison(groups: Sequence[Group], file: Path, tables: Sequence[Table] = ()) -> None:
+    """Writes one page on groups of runs, with tables of one's own below its own."""
     file.parent.mkdir(parents=True, exist_ok=True)
     figures = [(f.title, as_svg(f.axes.figure, f.title, f.name)) for f in draw_all(groups)]
-    write_text(file, comparison_page(groups, figures))
+    write_text(file, comparison_page(groups, figures, tables))
 
 
 def run_page(run: Run, figures: Sequence[tuple[str, str]]) -> str:
@@ -83,8 +91,8 @@ def run_page(run: Run, figures: Sequence[tuple[str, str]]) -> str:
     )
 
 
-def comparison_page(groups: Sequence[Group], figures: Sequence[tuple[str, str]]) -> str:
-    """The page of several groups, with style and figures inside. Arguments as for `run_page`."""
+def comparison_page(groups: Sequence[Group], figures: Sequence[tuple[str, str]], tables: Sequence[Table] = ()) -> str:
+    """The page of several groups, with style, figures and further tables inside. Arguments as for `run_page`."""
     names, (head, *rows) = [group.name for group in groups], group_rows(groups)
     return _TEMPLATES.get_template("comparison.html.jinja").render(
         title=f"Comparison: {'; '.join(names)}" if len(names) <= 4 else f"Comparison of {len(names)} groups",
@@ -93,6 +101,7 @@ def comparison_page(groups: Sequence[Group], figures: Sequence[tuple[str, str]])
         head=head[1:],
         rows=list(zip([style(index) for index in range(len(rows))], rows, strict=True)),
         alarms=group_alarms(groups),
+        tables=tables,
         has_seeds=any(len(group.runs) > 1 for group in groups),
         has_legend=not name_at_ends(names),
         names=names,

@@ -33,10 +33,11 @@ def rounds_table(rounds: list[list[dict[str, Any]]]) -> str:
         if number == 1:
             table.append(("start", start, "", ""))
         table.append((str(number), now, gain, verdict(compared).partition(":")[0]))
-    return _aligned(table)
+    return aligned(table)
 
 
-def _aligned(table: Sequence[Sequence[str]]) -> str:
+def aligned(table: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as lines of text, in columns."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
     return "\n".join(line.rstrip() for line in lines)
@@ -134,10 +135,10 @@ def runs_table(groups: Sequence[Group]) -> str:
     if len(groups) == len(groups[0].runs) == 1:
         (run,) = groups[0].runs
         found = alarm(run)
-        lines = [_aligned([(run.name, "start", "end"), *run_rows(run)]), *([f"ALARM: {found}"] if found else [])]
+        lines = [aligned([(run.name, "start", "end"), *run_rows(run)]), *([f"ALARM: {found}"] if found else [])]
     else:
         alarms = (f"ALARM, {name}: {found}" for name, found, _ in group_alarms(groups))
-        lines = [_aligned(group_rows(groups)), *warnings(groups), *alarms]
+        lines = [aligned(group_rows(groups)), *warnings(groups), *alarms]
     return "\n".join(lines)
 
 

@@ -71,7 +71,7 @@ def make_arms(
             raise UserError(f"--arm: {min(twice)} is in --set too; give it in one of them")
     products = [dict(zip(columns, values, strict=True)) for values in itertools.product(*columns.values())]
     combined = [row | product for row in rows or [{}] for product in products]
-    arms = [_make_arm(recipe, name, given, script) for name, given in zip(_names(combined), combined, strict=True)]
+    arms = [make_arm(recipe, name, given, script) for name, given in zip(_names(combined), combined, strict=True)]
     _check_different(arms)
     return arms
 
@@ -130,7 +130,8 @@ def as_flags(settings: Mapping[str, object]) -> list[str]:
     return flags
 
 
-def _make_arm(recipe: str, name: str, settings: Settings, script: str) -> Arm:
+def make_arm(recipe: str, name: str, settings: Settings, script: str) -> Arm:
+    """An arm, checked by the parser of the runs. For arguments and errors see `Arm` and `make_arms`."""
     configs = _parse(recipe, settings)
     if script == "auto":
         is_pairwise = configs.trainer.loss.num_responses == 2
@@ -153,11 +154,12 @@ def _check_different(arms: Sequence[Arm]) -> None:
 
 def _names(combined: Sequence[Settings]) -> list[str]:
     """What tells the arms apart, fit for a folder's name: the loss, and `key=value` of what is not the same in all."""
-    keys = dict.fromkeys(["loss_type", *(key for settings in combined for key in settings)])
-    differing = [key for key in keys if len({settings.get(key) for settings in combined}) > 1] or list(keys)
+    keys = {key for settings in combined for key in settings}
+    differing = {key for key in keys if len({settings.get(key) for settings in combined}) > 1} or keys
 
     def name(settings: Settings) -> str:
-        parts = [f"{key}={settings[key]}".removeprefix("loss_type=") for key in differing if key in settings]
+        shown = sorted((key for key in settings if key in differing), key=lambda key: key != "loss_type")
+        parts = [f"{key}={settings[key]}".removeprefix("loss_type=") for key in shown]
         return re.sub(r"[^\w.=+-]+", "_", "-".join(parts)) or "recipe"
 
     return [name(settings) for settings in combined]

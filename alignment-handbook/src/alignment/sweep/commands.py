@@ -83,11 +83,11 @@ def _check_folder(run: Planned) -> None:
         if recipe.get(key) != value:
             raise UserError(
                 f"{run.folder}: has {key} {recipe.get(key)}, not {value}: it is a run with other settings; name "
-                "another --output_dir, or remove that folder"
+                "another folder, or remove that one"
             )
     started_by = environment.get("command", run.arm.script)
     if run.arm.script not in started_by:
-        raise UserError(f"{run.folder}: is not a run of {run.arm.script} ({started_by}); name another --output_dir")
+        raise UserError(f"{run.folder}: is not a run of {run.arm.script} ({started_by}); name another folder")
 
 
 def _expected(run: Planned, given: Sequence[str]) -> Mapping[str, Any]:
