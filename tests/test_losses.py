@@ -1,6 +1,5 @@
 """Values, gradients, masks and extremes of the losses. Imports torch only."""
 
-import itertools
 import json
 import math
 
@@ -227,45 +226,3 @@ def test_any_leading_shape(loss):
     rewards, targets = torch.randn(2, 3, 4), torch.full((2, 3, 4), 0.25)
     assert loss(rewards, targets).shape == (2, 3)
     torch.testing.assert_close(loss(rewards, targets).flatten(), loss(rewards.view(6, 4), targets.view(6, 4)))
-
-
-MU, REWARD = f64([0.4, 0.3, 0.2, 0.1]), f64([0.2, 1.0, -0.5, 0.6])
-
-
-def optimal_policy(loss, k, alpha, beta):
-    """The softmax policy over four answers that minimises the loss over all K-tuples drawn from mu. Shape (4,)."""
-    tuples = torch.tensor(list(itertools.product(range(4), repeat=k)))
-    targets, weights = reward_targets(REWARD[tuples], alpha), MU[tuples].prod(dim=1)
-    theta = MU.log().clone().requires_grad_()
-    optimizer = torch.optim.LBFGS(
-        [theta], max_iter=200, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe"
-    )
-
-    def closure():
-        optimizer.zero_grad()
-        ratios = torch.log_softmax(theta, 0) - MU.log()
-        value = (weights * loss(beta * ratios[tuples], targets)).sum()
-        value.backward()
-        return value
-
-    optimizer.step(closure)
-    return theta.detach().softmax(0)
-
-
-def distance(policy, temperature):
-    """Total variation between a policy and mu exp(r / temperature), normalised."""
-    return ((policy - torch.softmax(MU.log() + REWARD / temperature, 0)).abs().sum() / 2).item()
-
-
-@pytest.mark.parametrize(("alpha", "beta"), [(0.5, 1.0), (1.0, 0.5)])
-@pytest.mark.parametrize("k", [2, 3])
-def test_the_optimum_of_info_nca_is_that_of_rl(k, alpha, beta):
-    assert distance(optimal_policy(info_nca_loss, k, alpha, beta), alpha * beta) < 1e-6
-
-
-@pytest.mark.parametrize("alpha", [0.5, 1.0])
-def test_the_optimum_of_nca_comes_near_it_as_k_grows(alpha):
-    """Its weights are normalised over the K responses that were drawn: the distance falls like 1 / K."""
-    distances = [distance(optimal_policy(nca_loss, k, alpha, 1.0), alpha) for k in (2, 3, 4, 5)]
-    assert distances == sorted(distances, reverse=True)
-    assert 0.5 < 5 * distances[3] / (2 * distances[0]) < 1.1
