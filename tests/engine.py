@@ -19,7 +19,9 @@ from transformers import (
 from tests.tiny import SIZES, tiny_config
 from trl_nca.chunks import NO_MORE, logps_for_training, split_batch
 from trl_nca.logps import prepare, response_logps
+from trl_nca.loss_config import LossConfig
 from trl_nca.losses import LOSSES
+from trl_nca.objective import make_targets, prompt_losses
 
 FAMILIES = {
     "llama": (LlamaForCausalLM, tiny_config()),
@@ -50,26 +52,32 @@ def make_model(dropout=0.0, dtype=torch.float64):
     return model.train()
 
 
-def losses_of(loss_type, batch, beta=0.05):
+def losses_of(loss_type, batch, beta=0.05, **settings):
+    """The losses of a batch's prompts as a function of its log-probs."""
+    args = LossConfig(loss_type=loss_type, beta=beta, alpha=0.3, **settings)
+    args.check_loss()
     scores = batch["scores"]
     ref_logps = torch.linspace(-40, -20, scores.numel(), device=scores.device).view(scores.shape)
-    loss, mask = LOSSES[loss_type], batch["response_mask"]
-    targets = loss.targets(scores, mask, 0.3, beta)
-    return lambda logps: loss.loss(beta * (logps - ref_logps), targets.to(logps.dtype), mask)
+    batch = {"mean_best_length": batch["best_length"] / len(scores)} | batch
+    targets = make_targets(scores, batch["response_mask"], args)
+    return lambda logps: prompt_losses(logps, batch, ref_logps, targets, args)[0]
 
 
-def step(model, batch, loss_type, most, at_least=NO_MORE, no_sync=contextlib.nullcontext, runs=None, beta=0.05):
+def step(
+    model, batch, loss_type, most, at_least=NO_MORE, no_sync=contextlib.nullcontext, runs=None, shared_prompt=True,
+    **settings,
+):  # fmt: skip
     """Back-propagates a batch in chunks of `most` tokens; returns its log-probs."""
-    loss = losses_of(loss_type, batch, beta)
+    loss = losses_of(loss_type, batch, **settings)
 
     def run(chunk):
         if runs is not None:
             runs.append((torch.is_grad_enabled(), chunk["input_ids"].shape[1]))
-        return response_logps(model, chunk, True)
+        return response_logps(model, chunk, shared_prompt)
 
     logps = logps_for_training(
         run,
-        split_batch(batch, most),
+        split_batch(batch, most, shared_prompt),
         separable=LOSSES[loss_type].separable,
         backward=lambda logps: loss(logps).sum().backward(),
         no_sync=no_sync,

@@ -45,14 +45,41 @@ def gradients(model, *args, **kwargs):
     return step(model, *args, **kwargs), [p.grad.clone() for p in model.parameters() if p.requires_grad]
 
 
-@pytest.mark.parametrize("loss_type", ["NCA", "InfoNCA"])
-@pytest.mark.parametrize("most", [1, 12, 20, 40])
-def test_chunked_equals_whole(loss_type, most):
+#: Settings of a loss, beside its name, under which it must be the same in chunks.
+SETTINGS = [
+    *[(name, {}) for name in LOSSES],
+    *[(name, {"normalize": "tokens", "sft_weight": 0.3}) for name in ("NCA", "PL")],
+    ("DPO", {"margin": 0.4, "label_smoothing": 0.1}),
+    ("biasedNCA", {"margin": 0.4, "label_smoothing": 0.1}),
+]
+
+
+def batch_of(loss_type, ld_alpha=None):
+    """Ragged rows, weighted, with as many responses as the loss takes."""
+    shapes = SHAPES if LOSSES[loss_type].num_responses is None else [(p, lengths[:2]) for p, lengths in SHAPES]
+    rows = [row | {"weight": weight} for row, weight in zip(rows_of(shapes), (0.5, None, 3.0), strict=True)]
+    return GroupCollator(ld_alpha=ld_alpha)(rows)
+
+
+@pytest.mark.parametrize(("loss_type", "settings"), SETTINGS)
+@pytest.mark.parametrize("ld_alpha", [None, 0.4])
+def test_chunked_equals_whole(loss_type, settings, ld_alpha):
+    """In chunks of several sizes, packed and padded; with tokens past the shortest response of less weight."""
+    settings = {name: value for name, value in settings.items() if ld_alpha is None or name != "sft_weight"}
+    model, batch = make_model(), batch_of(loss_type, ld_alpha)
+    logps, gradient = gradients(model, batch, loss_type, None, **settings)
+    assert all(values.any() for values in gradient)
+    largest = max(values.abs().max().item() for values in gradient)
+    for most, shared_prompt in ((1, True), (12, True), (20, True), (40, True), (None, False), (12, False)):
+        found = gradients(model, batch, loss_type, most, shared_prompt=shared_prompt, **settings)
+        torch.testing.assert_close(found[0], logps, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(found[1], gradient, rtol=1e-6, atol=1e-8 * max(largest, 1))
+
+
+@pytest.mark.parametrize("most", [1, 12])
+def test_chunks_without_gradient_are_the_same(most):
     model, batch = make_model(), GroupCollator()(rows_of(SHAPES))
-    logps, gradient = gradients(model, batch, loss_type, None)
-    chunked_logps, chunked_gradient = gradients(model, batch, loss_type, most)
-    torch.testing.assert_close(chunked_logps, logps, rtol=1e-8, atol=1e-8)
-    torch.testing.assert_close(chunked_gradient, gradient, rtol=1e-6, atol=1e-8)
+    logps = response_logps(model, batch, True).detach()
     with_zeros = logps_without_gradient(lambda chunk: response_logps(model, chunk, True), split_batch(batch, most))
     torch.testing.assert_close(with_zeros, logps, rtol=1e-8, atol=1e-8)
 

@@ -58,7 +58,7 @@ def test_a_wait_anywhere_is_seen(tmp_path, monkeypatch):
 def test_what_upstream_does_by_itself_is_seen(tmp_path):
     settings = {"logging_nan_inf_filter": True, "accelerator_config": {"non_blocking": False}}
     first, _ = waits_by_step(tiny_trainer(tmp_path, "cpu", **SHORT | settings))
-    assert by_function(first) == {"gather": 1, "send_to_device": 2 * 5, "_run_epoch": 2 * 2}, first
+    assert by_function(first) == {"gather": 1, "send_to_device": 2 * 6, "_run_epoch": 2 * 2}, first
 
 
 def test_an_evaluation_waits_once_a_batch(tmp_path):

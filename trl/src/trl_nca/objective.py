@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from trl_nca.config import NCAConfig
 from trl_nca.logps import Batch
+from trl_nca.loss_config import LossConfig
 from trl_nca.losses.targets import smoothed_labels
 
 
-def make_targets(scores: Tensor, response_mask: Tensor, args: NCAConfig, pairs: bool = False) -> Tensor:
+def make_targets(scores: Tensor, response_mask: Tensor, args: LossConfig, pairs: bool = False) -> Tensor:
     """What the loss learns from.
 
     Args:
@@ -35,7 +35,7 @@ def make_targets(scores: Tensor, response_mask: Tensor, args: NCAConfig, pairs: 
 
 
 def prompt_losses(
-    logps: Tensor, batch: Batch, ref_logps: Tensor, targets: Tensor, args: NCAConfig
+    logps: Tensor, batch: Batch, ref_logps: Tensor, targets: Tensor, args: LossConfig
 ) -> tuple[Tensor, Tensor]:
     r"""The losses of a batch, and the implicit rewards in them.
 

@@ -76,7 +76,7 @@ def _of_loss(configs: Configs, pairs: bool) -> Iterator[tuple[str, str]]:
         yield f"{name} always takes log-probs a token", "normalize"
     if args.ld_alpha == 1:
         yield "at 1 all tokens count alike", "ld_alpha"
-    if args.reference_free:
+    if not args.has_reference:
         reason = f"{name} has no reference" if loss.reference_free else "reference_free is true"
         yield reason, "precompute_ref_log_probs ref_logps_dir precompute_ref_batch_size sync_ref_model"
 
