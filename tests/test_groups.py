@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from alignment.evaluation.length_control import control_length_interval
 from alignment.report.axes import name_lines, new_axes, style
 from alignment.report.figures import draw_all, save_all
 from alignment.report.groups import group_runs, warnings
@@ -63,6 +64,50 @@ def test_runs_that_differ_in_their_seed_are_one_group(tmp_path):
     assert "over 3 runs" in (tmp_path / "page.html").read_text()
     groups[0].runs[0].history = [line for line in groups[0].runs[0].history if line["step"] <= 4]
     assert groups[0].curve("loss")[0].tolist() == [0, 0.1, 0.2, 0.3, 0.4], "what all runs have"
+
+
+def test_the_score_against_the_divergence(tmp_path):
+    runs = seeds(tmp_path, num_seeds=2)
+    assert "frontier" not in [figure.name for figure in draw_all(group_runs(runs))], "of samples without log-ratios"
+    assert "KL (nats)" not in runs_table(group_runs(runs))
+    for i, run in enumerate(runs):  # NCA's two seeds, and DPO's
+        kl, score = [(1.0, 0.7), (2.0, 0.8), (5.0, 0.6), (7.0, 0.6)][i]
+        run.after = [row | {"logratios": [kl - 0.5, kl + 0.5], "scores": [score] * 2, "samples": ["a b"] * 2}
+                     for row in run.after]  # fmt: skip
+    groups = group_runs(runs)
+    kls, scores = ([group.estimate(name) for group in groups] for name in ("KL (nats)", "held-out score"))
+    assert [kl.mean for kl in kls] == pytest.approx([1.5, 6.0])
+    assert kls[0].high - 1.5 == pytest.approx(12.706 * 0.5), "Student's t over the seeds: one degree of freedom"
+    figure = next(figure for figure in draw_all(groups) if figure.name == "frontier")
+    points = {line.get_label(): line.get_xydata()[0] for line in figure.axes.lines if len(line.get_xdata()) == 1}
+    assert points["start"] == pytest.approx([0.0, 0.5])
+    assert points["NCA"] == pytest.approx([1.5, 0.75])
+    assert points["DPO"] == pytest.approx([6.0, 0.6])
+    bars = [
+        segment for bar in figure.axes.collections if hasattr(bar, "get_segments") for segment in bar.get_segments()
+    ]
+    assert any(bar == pytest.approx(np.array([[kls[0].low, 0.75], [kls[0].high, 0.75]])) for bar in bars)
+    assert any(bar == pytest.approx(np.array([[1.5, scores[0].low], [1.5, scores[0].high]])) for bar in bars)
+    report_comparison(groups, tmp_path / "page.html")
+    source = (tmp_path / "page.html").read_text()
+    for said in ("<title>start: score 0.500", "<title>NCA, a run: score 0.800, KL 2.00", "<title>DPO: score 0.600 ["):
+        assert said in source, said
+    single = groups[0].runs[:1]
+    assert group_runs(single)[0].estimate("KL (nats)") == pytest.approx((1.0, 1.0, 1.0)), "over prompts, all alike"
+
+
+def test_the_gain_at_one_length_of_a_run_has_the_interval_of_its_regression(tmp_path):
+    (run,) = seeds(tmp_path, losses=("NCA",), num_seeds=1)
+    for when, fewer in (("before", 0), ("after", 3)):
+        words = [[6 + i % 3 - fewer, 4 + i % 2 - fewer] for i in range(12)]
+        rows = [row | {"samples": ["w " * n for n in ns], "scores": [1 - 0.1 * n + 0.01 * i * bool(fewer) for n in ns]}
+                for i, (row, ns) in enumerate(zip(run.before, words, strict=True))]  # fmt: skip
+        setattr(run, when, rows)
+    (group,) = group_runs([run])
+    found = group.estimate("gain at the start's length")
+    assert found.mean == pytest.approx(0.055)
+    assert found[1:] == pytest.approx(control_length_interval(run.before, run.after))
+    assert group.estimate("gain in score").mean == pytest.approx(0.355)
 
 
 def test_names_of_groups_are_what_differs(tmp_path):
