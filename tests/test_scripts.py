@@ -151,16 +151,40 @@ def test_preference_losses(recipe, data, loss):
     assert losses(recipe.parent / "out")[0] == pytest.approx(start, abs=1e-5)
 
 
-def test_full_finetuning_writes_a_model(recipe, capsys):
-    reward(recipe, "--use_peft=false", "--max_steps=2", "--learning_rate=1e-4")
+def sampling(data):
+    return [f"--reward_function={data}/score.py:words", "--max_new_tokens=5", "--num_eval_samples=2"]
+
+
+def divergence(recipe):
+    return json.loads((recipe.parent / "out" / "eval_results.json").read_text())["samples"]["kl"]
+
+
+def test_full_finetuning_writes_a_model(recipe, data, capsys):
+    reward(recipe, "--use_peft=false", "--max_steps=2", "--learning_rate=1e-4", *sampling(data))
     assert (recipe.parent / "out" / "model.safetensors").exists()
     assert "merge it" not in capsys.readouterr().out
+    assert divergence(recipe) != 0
 
 
-def test_qlora_on_a_cpu(recipe):
-    reward(recipe, "--load_in_4bit=true", "--max_steps=2", "--optim=paged_adamw_32bit")
+def test_qlora_on_a_cpu(recipe, data):
+    reward(recipe, "--load_in_4bit=true", "--max_steps=2", "--optim=paged_adamw_32bit", *sampling(data))
     assert losses(recipe.parent / "out")[0] == pytest.approx(1.3863, abs=1e-4)
     assert (recipe.parent / "out" / "adapter_model.safetensors").exists()
+    assert divergence(recipe) != 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--temperature=0"], "at temperature 0"),
+        (["--use_peft=false", "--precompute_ref_log_probs=true"], "no reference is kept"),
+    ],
+)
+def test_where_no_divergence_can_be_measured_there_is_none(recipe, data, tmp_path, capsys, caplog, flags, reason):
+    reward(recipe, *flags, "--max_steps=1", f"--ref_logps_dir={tmp_path}", *sampling(data))
+    assert divergence(recipe) is None
+    assert "KL from the reference  -\n" in capsys.readouterr().out
+    assert f"No KL divergence from the reference is measured: {reason}" in caplog.text
 
 
 def test_without_held_out_rows(recipe, data, tmp_path):
