@@ -4,7 +4,6 @@ Every word that depends on a number is computed from it.
 """
 
 import os
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,12 +11,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from alignment.files import write_text
 from alignment.report.axes import COLOURS, GREY, name_lines, tidy
 from alignment.report.groups import Estimate
 from alignment.report.runs import Run
 from alignment.sweep.paired import estimate
 from benchmarks.claims import above_zero, claims, verdict
+from benchmarks.pages import save_figure, table, write_page
 
 PANELS = [
     ("eval_rewards/chosen", "best response"),
@@ -48,7 +47,7 @@ def write_figure2(found: Found, command: str, jobs: int, docs: Path) -> Path:
     Returns:
         The page.
     """
-    _save(_draw_curves(found), docs, "figure2.png")
+    save_figure(_draw_curves(found), docs, "figure2.png")
     parts = [
         "# Figure 2 of the paper, small",
         "The paper's Figure 2 says: under DPO the likelihood of the chosen responses falls, under NCA it does not, and "
@@ -68,7 +67,7 @@ def write_figure2(found: Found, command: str, jobs: int, docs: Path) -> Path:
         "## At the end of the runs",
         _table_of_ends(found),
     ]
-    return _write(docs / "figure2.md", parts)
+    return write_page(docs / "figure2.md", parts)
 
 
 def _how(found: Mapping, command: str, jobs: int) -> str:
@@ -93,8 +92,8 @@ def _verdict_on(data: str, found: Found) -> str:
     margins = {loss: best[loss] - _of_prompts(group, "rewards/rejected") for loss, group in runs.items()}
     tested = claims(best, margins, other)
     rows = [(claim.text, claim.answer, claim.estimate.text(_FORM)) for claim in tested]
-    table = _table(("claim", "holds", "implicit reward (95 %)"), rows)
-    return f"### {data.capitalize()} ({_RESPONSES[data]}): NCA and {other}\n\n**{verdict(tested)}**\n\n{table}"
+    shown = table(("claim", "holds", "implicit reward (95 %)"), rows)
+    return f"### {data.capitalize()} ({_RESPONSES[data]}): NCA and {other}\n\n**{verdict(tested)}**\n\n{shown}"
 
 
 def _of_prompts(runs: Sequence[Run], name: str) -> np.ndarray:
@@ -109,7 +108,7 @@ def _table_of_ends(found: Found) -> str:
         numbers = (best, best / runs[0].beta, rest, best - rest, _of_prompts(runs, "rewards/accuracies"))
         seconds = np.mean([run.results["seconds"] for run in runs])
         rows.append((data, loss, *(estimate(values).text(_FORM) for values in numbers), f"{seconds:.0f}"))
-    return _table(("data", "loss", "best", "best, nats", "others", "margin", "accuracy", "seconds a run"), rows)
+    return table(("data", "loss", "best", "best, nats", "others", "margin", "accuracy", "seconds a run"), rows)
 
 
 def _draw_curves(found: Found) -> Figure:
@@ -152,7 +151,7 @@ def write_sweep(found: Swept, command: str, jobs: int, docs: Path) -> Path:
         The page.
     """
     keys = list(dict.fromkeys(key for key, _, _ in found))
-    _save(_draw_sweep(found, keys), docs, "sweep.png")
+    save_figure(_draw_sweep(found, keys), docs, "sweep.png")
     parts = [
         "# Ablations",
         "One key at a time, on the reward data; all runs are measured on all responses of the same held-out prompts. "
@@ -161,18 +160,18 @@ def write_sweep(found: Swept, command: str, jobs: int, docs: Path) -> Path:
         "![Held-out results by value of the keys](figures/sweep.png)",
         "Lines are means over the held-out prompts and the seeds, bands reach from the lowest seed to the highest.",
         "## From the smallest value to the largest",
-        _table(
+        table(
             ("key", "from", "to", "loss", "best, nats", "margin, nats", "accuracy", "accuracy rises"),
             [_change(found, key, loss) for key in keys for loss in ("NCA", "InfoNCA")],
         ),
         "Differences by seed and held-out prompt, with their bootstrap intervals (95 %).",
         "## At each value",
-        _table(
+        table(
             ("key", "value", "loss", "best, nats", "margin, nats", "accuracy"),
             [_at(runs, *place) for place, runs in found.items()],
         ),
     ]
-    return _write(docs / "sweep.md", parts)
+    return write_page(docs / "sweep.md", parts)
 
 
 def _at(runs: Sequence[Run], key: str, value: float, loss: str) -> tuple[str, ...]:
@@ -222,24 +221,3 @@ def _draw_sweep(found: Swept, keys: Sequence[str]) -> Figure:
             axes.set_xticks(range(len(values)), [f"{value:g}" for value in values])
             axes.set(xlabel=key, ylabel=f"{name}, held-out")
     return figure
-
-
-def _save(figure: Figure, docs: Path, name: str) -> None:
-    (docs / "figures").mkdir(parents=True, exist_ok=True)
-    figure.savefig(docs / "figures" / name, dpi=130)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _wrapped(block: str) -> str:
-    """A paragraph in lines of at most 100 characters; code, tables, headings and images as they are."""
-    return block if block[0] in "`|#!" else textwrap.fill(block, 100, break_long_words=False, break_on_hyphens=False)
-
-
-def _write(page: Path, parts: Sequence[str]) -> Path:
-    blocks = [_wrapped(block) for part in parts for block in part.split("\n\n")]
-    write_text(page, "\n\n".join(blocks) + "\n")
-    return page
