@@ -30,12 +30,13 @@ COMMANDS = {
     "sample": (SCRIPTS / "sample.py", "sample K responses to each prompt of a file"),
     "score": (SCRIPTS / "score.py", "score responses by functions and reward models"),
     "iterate": (SCRIPTS / "iterate.sh", "rounds of sample, score, convert, train and merge"),
+    "sweep": (SCRIPTS / "sweep.py", "train with several settings and seeds, and compare the runs"),
     "report": (SCRIPTS / "report.py", "make the report on a run again, or compare runs"),
     "merge": (SCRIPTS / "merge.py", "merge an adapter into its base model"),
     "chat": (SCRIPTS / "chat.py", "talk to a model, side by side with its base"),
 }
 #: Those whose first argument is a recipe.
-WITH_RECIPE = ("train", "preference", "plan", "iterate")
+WITH_RECIPE = ("train", "preference", "plan", "iterate", "sweep")
 
 
 def main() -> None:

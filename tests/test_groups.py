@@ -171,7 +171,14 @@ def test_other_held_out_rows_are_warned_of(tmp_path):
     runs[1].data_report["eval"]["k_histogram"] = {"2": 11}
     (warning,) = warnings(group_runs(runs))
     assert "55 prompts, K 4-6 (NCA); 55 prompts, K 2 (DPO)" in warning
+    assert "numbers cannot be compared" in warning
     assert warning in runs_table(group_runs(runs))
+    for run, start in zip(runs, (-36.6, -36.65), strict=True):
+        run.history[-1] |= {"eval_logps/chosen": start + run.gained_by_best(run.last, "eval_")}
+    (warning,) = warnings(group_runs(runs))
+    assert "K 2 (DPO). Accuracy, margin and loss cannot be compared" in warning, "the best ones are the same"
+    runs[1].history[-1]["eval_logps/chosen"] -= 1
+    assert "numbers cannot be compared" in warnings(group_runs(runs))[0]
 
 
 def test_figures_and_numbers_for_a_paper(tmp_path, capsys, monkeypatch):

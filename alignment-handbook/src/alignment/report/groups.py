@@ -204,7 +204,21 @@ def warnings(groups: Sequence[Group]) -> list[str]:
     if len(found) < 2:
         return []
     sets = "; ".join(f"{rows} ({', '.join(dict.fromkeys(names))})" for (rows, _), names in found.items())
+    if _have_same_best([run for group in groups for run in group.runs]):
+        return [
+            f"Not measured on the same responses of the held-out prompts: {sets}. Accuracy, margin and loss cannot be "
+            "compared across them; what is of samples or of the best responses can."
+        ]
     return [f"Not measured on the same held-out rows, so numbers cannot be compared across them: {sets}."]
+
+
+def _have_same_best(runs: Sequence[Run]) -> bool:
+    """Whether the held-out rows of all runs have the same best responses, as far as their likelihood tells."""
+    counts = {((run.data_report or {}).get("eval") or {}).get("rows_kept") for run in runs}
+    starts = [run.start_of_best("eval_") for run in runs]
+    if len(counts) > 1 or None in starts:
+        return False
+    return float(np.ptp(starts)) <= 5e-3 * abs(float(np.mean(starts)))
 
 
 def differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:

@@ -11,9 +11,7 @@ from alignment.report.groups import MEASURES, Estimate, Group, measure
 
 #: The numbers of `MEASURES` that are of the same prompts, samples and responses in all arms, also where some are
 #: trained on pairs.
-COMPARED = [
-    name for name in MEASURES if name in ("held-out score", "gain at the start's length", "KL (nats)", "best (nats)")
-]
+COMPARED = ("held-out score", "gain at the start's length", "KL (nats)", "best (nats)")
 
 
 def estimate(values: np.ndarray, num_resamples: int = 10_000) -> Estimate:
@@ -83,6 +81,7 @@ def about_differences(baseline: Group) -> str:
         else "There is one seed: the bootstrap draws prompts alone, and another seed may give another difference."
     )
     return (
-        f"By seed and held-out prompt, which are the same for both arms, with 95 % intervals. {seeds} Each interval is "
-        "for itself: of twenty differences that are none, one interval leaves out zero."
+        f"By seed and held-out prompt, which are the same for both arms, with 95 % intervals. {seeds} What a word of "
+        "length does to the score is taken as known. Each interval is for itself: of twenty differences that are none, "
+        "one interval leaves out zero."
     )
