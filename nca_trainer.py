@@ -193,7 +193,6 @@ class NCATrainer(AtomicCheckpoints, DPOTrainer):
         ref_logps = inputs.get("ref_logps")
         if ref_logps is None:
             ref_logps = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
-        inputs = {"mean_best_length": inputs.get("best_length", 0) / len(scores)} | inputs  # of the step, in training
         targets = make_targets(scores, mask, self.args, self.pairs)
         losses_of = functools.partial(prompt_losses, batch=inputs, ref_logps=ref_logps, targets=targets, args=self.args)
         router = RouterLoss(inputs, self.router_aux_loss_coef if self.aux_loss_enabled else None)

@@ -31,7 +31,7 @@ SLURM = ROOT / "alignment-handbook" / "recipes" / "slurm.sh"
 RUNS = {
     "lora": [],
     "full": ["--use_peft=false", "--learning_rate=1e-3"],
-    "pairs": ["--make_pairs=best_worst", "--loss_type=DPO"],
+    "pairs": ["--make_pairs=best_worst", "--loss_type=DPO", "--sft_weight=0.2"],
 }
 MIXED = ["--gradient_checkpointing=true", "--max_tokens_per_forward=70"]
 STEPS = int(os.environ.get("STEPS", 10))  # two epochs
@@ -51,6 +51,7 @@ def work(tmp_path_factory, tiny_model):
             for i in range(n):
                 texts = [text(rng, 12) for _ in range(2 + i % 4)]
                 row = {"prompt": text(rng, 9), "responses": texts, "scores": [rng.random() for _ in texts]}
+                row |= {"weight": 0.5 + i % 3} if i % 4 else {}  # some have none
                 rows.write(json.dumps(row) + "\n")
     settings = {
         "model_name_or_path": tiny_model, "use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj", "v_proj"],

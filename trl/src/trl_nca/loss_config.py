@@ -74,7 +74,8 @@ class LossConfig:
         default=0.0,
         metadata={
             "help": "Weight of the negative log-likelihood of the best response, a mean over its tokens in the global "
-            "batch, which is added to the loss. As TRL's loss_type [sigmoid, sft] with loss_weights [1, sft_weight]."
+            "batch (of held-out rows over those of each response), which is added to the loss. As TRL's loss_type "
+            "[sigmoid, sft] with loss_weights [1, sft_weight]."
         },
     )
     reference_free: bool = field(

@@ -43,7 +43,8 @@ def prompt_losses(
 
     Args:
         logps: Summed log-probs of the responses, in nats. Shape (B, K).
-        batch: `scores`, `response_mask`, `response_lengths`; `weight`, where the rows have one.
+        batch: `scores`, `response_mask`, `response_lengths`; `weight`, where the rows have one; in training
+            `mean_best_length`, the mean number of tokens of the best responses of the global batch.
         ref_logps: Those under the reference; 0 without one. Shape (B, K).
         targets: From `make_targets`. Shape (B, K).
         args: loss_type, beta, normalize, margin, sft_weight.
@@ -60,8 +61,11 @@ def prompt_losses(
         compared = rewards - args.margin_of_best * _best(batch["scores"], mask).to(rewards.dtype)
     losses = args.loss.loss(compared, targets.to(rewards.dtype), mask)
     if args.sft_weight:
-        nll = -(logps * _best(batch["scores"], mask)).sum(dim=-1)  # (B,)
-        losses = losses + args.sft_weight * nll / batch["mean_best_length"]
+        best = _best(batch["scores"], mask)
+        nll = -(logps * best).sum(dim=-1)  # (B,)
+        # While evaluating there is no global batch, and what a prompt adds must not depend on its neighbours.
+        num_tokens = batch.get("mean_best_length", (best * batch["response_lengths"]).sum(dim=-1))
+        losses = losses + args.sft_weight * nll / num_tokens
     if "weight" in batch:
         losses = losses * batch["weight"]
     return losses, rewards
