@@ -132,10 +132,11 @@ def test_the_alarm_is_in_proportion(logps, share, is_large):
 
 
 def test_the_alarm_goes_by_the_last_windows_where_nothing_is_held_out():
+    recipe = {"beta": 0.1, "loss_type": "NCA"}
     falling = [{"step": s, "epoch": s, "rewards/chosen": 1.0 if s < 6 else -0.1 - 0.001 * s} for s in range(11)]
-    assert "the last 5 logged windows of training" in alarm(Run("r", {"beta": 0.1}, falling)).text
+    assert "the last 5 logged windows of training" in alarm(Run("r", recipe, falling)).text
     rising = [{"step": s, "epoch": s, "rewards/chosen": -1.0 if s < 6 else 0.1 + 0.001 * s} for s in range(11)]
-    assert alarm(Run("r", {"beta": 0.1}, rising)) is None
+    assert alarm(Run("r", recipe, rising)) is None
 
 
 def test_the_alarm_is_on_the_page_and_in_the_log(tmp_path, caplog, no_figures):
