@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,8 @@ from alignment.report.runs import Run
 from alignment.sweep import running
 from alignment.sweep.arms import make_arms
 from alignment.sweep.commands import plan_runs
-from alignment.sweep.paired import about_differences, difference, difference_rows
+from alignment.sweep.paired import about_differences, difference, difference_rows, estimate
+from tests.conftest import ROOT
 from tests.reports import Ended, faked_run
 from tests.scripts import script
 from tests.trainers import reward_rows
@@ -149,9 +151,11 @@ def test_finished_runs_stay_and_others_are_added(recipe, tmp_path, monkeypatch, 
     code, printed = sweep(monkeypatch, capsys, recipe, *words, "--seeds", 3, "--baseline", "beta=0.2")
     assert [name for name, _ in started[4:]] == ["beta=0.1, seed 7", "beta=0.2, seed 7"]
     assert "6 of 6  beta=0.2, seed 7  accuracy (share) 0.750  best (nats) +" in printed
-    assert "Less beta=0.2  best (nats)" in printed and "draws the 3 seeds and the prompts" in " ".join(printed.split())
+    assert "Differences from beta=0.2  best (nats)" in printed and "draws the 3 seeds and the prompts" in " ".join(
+        printed.split()
+    )
     page = (tmp_path / "sweep.html").read_text()
-    assert "<h2>Less beta=0.2</h2>" in page
+    assert "<h2>Differences from beta=0.2</h2>" in page
     recipe_file = tmp_path / "beta=0.1" / "seed-5" / "recipe.yaml"
     recipe_file.write_text(recipe_file.read_text().replace("alpha: 0.2", "alpha: 0.3"))
     code, printed = sweep(monkeypatch, capsys, recipe, *words)
@@ -159,6 +163,17 @@ def test_finished_runs_stay_and_others_are_added(recipe, tmp_path, monkeypatch, 
     recipe_file.with_name("environment.json").write_text(json.dumps({"command": "python run_preference.py x"}))
     recipe_file.write_text(recipe_file.read_text().replace("alpha: 0.3", "alpha: 0.2"))
     assert "seed-5: is not a run of run_reward.py" in sweep(monkeypatch, capsys, recipe, *words)[1]
+
+
+def test_the_commands_resume_and_share_what_they_can(recipe, tmp_path, monkeypatch, capsys, fake_runs):
+    words = ["--set", "beta=0.1,0.2", "--output_dir", tmp_path / "out", "--seeds", 2, "--dry_run"]
+    code, printed = sweep(monkeypatch, capsys, recipe, *words)
+    commands = [shlex.split(line) for line in printed.splitlines()]
+    assert code == 0 and len(commands) == 4 and not fake_runs[0] and not (tmp_path / "out").exists()
+    assert commands[3][:3] == [sys.executable, str(ROOT / "run_reward.py"), str(recipe)]
+    shared = [f"--ref_logps_dir={tmp_path}/out/ref_logps", f"--samples_before_dir={tmp_path}/out/samples_before"]
+    own = ["--beta=0.2", "--seed=6", f"--output_dir={tmp_path}/out/beta=0.2/seed-6", "--resume_from_checkpoint=true"]
+    assert {*shared, *own, "--precompute_ref_log_probs=true"} < {*commands[3]}
 
 
 def test_a_key_that_was_given_then_and_is_not_now_is_another_setting(recipe, tmp_path, fake_runs):
@@ -254,6 +269,13 @@ def test_differences_are_paired_by_seed_and_prompt():
     assert difference_rows([arms[0], group("d", common[:, :7])], arms[0]) == [], "other prompts"
     assert difference(group("e", common[:1]), arms[0], "best (nats)").text(".1f") == "0.0 [0.0, 0.0]"
     assert "another seed may give another difference" in about_differences(group("e", common[:1]))
+
+
+@pytest.mark.parametrize(("num_seeds", "share"), [(2, 0.5), (3, 0.75)])
+def test_few_seeds_hold_the_truth_as_often_as_the_page_says(num_seeds, share):
+    rng = np.random.default_rng(0)
+    bounds = [estimate(np.repeat(rng.standard_normal((num_seeds, 1)), 2, axis=1), 500) for _ in range(400)]
+    assert np.mean([found.low <= 0 <= found.high for found in bounds]) == pytest.approx(share, abs=0.07)
 
 
 def group(name, rewards):

@@ -60,7 +60,7 @@ def write_page(groups: Sequence[Group], baseline: str, folder: Path) -> str:
     """
     (compared_with,) = (group for group in groups if group.name == baseline)
     rows, note = difference_rows(groups, compared_with), about_differences(compared_with)
-    title = f"Less {baseline}"
+    title = f"Differences from {baseline}"
     report_comparison(groups, folder / PAGE, [Table(title, rows, note)] if rows else [])
     write_numbers(groups, folder)
     parts = [runs_table(groups)]
