@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -66,7 +67,8 @@ def test_unpacked_wheel_runs_from_an_empty_folder(wheel, tmp_path):
         "import sys, nca, trl_nca\n"
         "try: nca.main()\n"
         "except SystemExit as stop: print('exit', stop.code)\n"
-        "print(nca.find_recipe('reward_cpu.yaml'), nca.SCRIPTS, nca.__file__, trl_nca.__file__)\n"
+        "print(nca.find_recipe('reward_cpu.yaml'), nca.SCRIPTS, nca.__file__, trl_nca.__file__, end=' ')\n"
+        "print(nca.shipped('run_reward.py'))\n"
         "assert not {'torch', 'transformers', 'trl', 'datasets'} & sys.modules.keys()\n"
     )
     command = [sys.executable, "-c", code, "train"]
@@ -77,8 +79,8 @@ def test_unpacked_wheel_runs_from_an_empty_folder(wheel, tmp_path):
     assert "  reward_cpu.yaml        NCA on K-response rewards on a CPU\n" in run.stdout
     assert "exit 2" in run.stdout
     paths = run.stdout.split("\n")[-2].split()
-    assert len(paths) == 4
-    assert all(path.startswith(str(site)) for path in paths)
+    assert len(paths) == 5
+    assert all(path.startswith(str(site)) and Path(path).exists() for path in paths)
 
 
 def test_trainers_are_imported_from_the_package_when_they_are_asked_for(monkeypatch):
@@ -108,8 +110,8 @@ def test_all_packages_are_named():
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     assert set(listed["py-modules"]) == {path.stem for path in ROOT.glob("*.py")}
     found = {place.replace("/", ".") for place in FOLDERS}
-    for path in (ROOT / FOLDERS["alignment"]).glob("*/__init__.py"):
-        found.add(f"alignment.{path.parent.name}")
+    for package in ("alignment", "trl_nca"):
+        found |= {f"{package}.{path.parent.name}" for path in (ROOT / FOLDERS[package]).glob("*/__init__.py")}
     assert set(listed["packages"]) == found
 
 
@@ -117,7 +119,7 @@ def test_all_packages_are_named():
 def test_nca_lists_its_commands(capsys, flag):
     nca.run(flag)
     printed = capsys.readouterr().out
-    for command in "train preference plan convert sample score iterate report merge chat".split():
+    for command in "train preference plan convert sample score iterate sweep report merge chat".split():
         assert re.search(rf"^  {command} +\w.*$", printed, re.MULTILINE)
 
 
