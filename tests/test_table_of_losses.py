@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
-from trl_nca.losses import LOSSES, advantage_targets, quantile_targets
+from trl_nca.losses import LOSSES, advantage_targets, quantile_targets, rank_targets
 
 ALPHA, BETA = 0.7, 0.3
 OF_DIFFERENCES = {"InfoNCA", "PL", "GVPO", "DPO", "robustDPO", "SimPO", "IPO"}
@@ -96,6 +96,10 @@ def test_the_value_is_the_mean_at_large_beta_and_the_best_at_small():
     torch.testing.assert_close(advantage_targets(scores, None, 0.0, 1e-6), scores - 3.0, rtol=0, atol=1e-5)
 
 
+def test_ranks_begin_at_the_worst_and_ties_have_the_same():
+    assert rank_targets(f64([[2.0, 1.0, 2.0, 0.5]]), None, 0.0, 0.0).tolist() == [[2.0, 1.0, 2.0, 0.0]]
+
+
 def test_plackett_luce_by_hand():
     """The best from all, the next from the rest; of two that tie each is drawn first half the time, by Efron."""
     rewards = f64([[0.3, -1.0, 2.0]])
@@ -170,7 +174,7 @@ def test_order_of_responses(group, random):
 @given(groups(), st.integers(1, 3), st.sampled_from([0.0, 1e30, math.inf, -math.inf, math.nan]), st.booleans())
 @settings(deadline=None, max_examples=150)
 def test_padding_is_as_if_absent(group, extra, junk, before):
-    """In loss and gradient, before the responses or behind them, whatever stands there."""
+    """In targets, loss and gradient, before the responses or behind them, whatever stands there."""
     name, rewards, scores = group
     losses, gradient = run(name, rewards, scores)
 
@@ -183,6 +187,8 @@ def test_padding_is_as_if_absent(group, extra, junk, before):
     torch.testing.assert_close(its_losses, losses)
     torch.testing.assert_close(its_gradient[mask], gradient.flatten())
     assert (its_gradient[~mask] == 0).all()
+    targets = LOSSES[name].targets(padded(scores, junk), mask, ALPHA, BETA)
+    torch.testing.assert_close(targets, padded(LOSSES[name].targets(scores, None, ALPHA, BETA), 0.0))
 
 
 @given(groups(), st.floats(-5, 5, width=32).filter(lambda x: abs(x) > 0.1))
