@@ -58,8 +58,7 @@ def robust_dpo_loss(rewards: Tensor, targets: Tensor, response_mask: Tensor | No
     certainty = 2 * targets.amax(dim=-1, keepdim=True) - 1  # (B, 1), 1 - 2 epsilon; 0 where they tie
     certainty = torch.where(certainty > 0, certainty, torch.ones_like(certainty))
     clean = 0.5 + (targets - 0.5) / certainty.square()  # (B, 2), (1 - epsilon, -epsilon) / (1 - 2 epsilon)
-    _, real = real_values(targets, response_mask)
-    return info_nca_loss(rewards, clean * real, response_mask)
+    return info_nca_loss(rewards, clean, response_mask)
 
 
 def ipo_loss(rewards: Tensor, targets: Tensor, response_mask: Tensor | None = None) -> Tensor:
