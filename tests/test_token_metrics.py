@@ -65,13 +65,15 @@ def test_forwards_that_run_twice_or_for_another_process_count_once(rows, loss_ty
     batch, model = GroupCollator()(rows), make_model()
     own = count_forwards(batch, most, shared_prompt=True, separable=loss_type == "NCA")
     more = NumForwards(own.chunks + 2, own.before + 2)
-    gradients = []
+    gradients, added, add = [], [], TokenMetrics.add
+    monkeypatch.setattr(TokenMetrics, "add", lambda *args: added.append(torch.is_grad_enabled()) or add(*args))
     for tokens in (None, TokenMetrics(batch)):
         model.zero_grad()
         monkeypatch.setattr("tests.engine.response_logps", lambda *args, of=tokens: response_logps(*args, None, of))
         step(model, batch, loss_type, most, at_least=more)
         gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
     torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=0)
+    assert added == [True] * more.chunks, "of the pass without gradient, which costs less, nothing is asked"
     torch.testing.assert_close(as_table(tokens.metrics), by_hand(model, rows), rtol=1e-5, atol=1e-6)
 
 
