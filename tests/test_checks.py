@@ -181,6 +181,19 @@ def test_a_mixture_of_experts_has_a_metric_more():
     assert "aux_loss" in evaluation_metrics(HELD_OUT, PretrainedConfig(output_router_logits=False))
 
 
+OWN_LOSSES = """
+from trl_nca.losses import info_nca_loss
+
+def plain(rewards, targets, response_mask):
+    return info_nca_loss(rewards, targets, response_mask)
+
+def with_targets(rewards, targets, response_mask):
+    return info_nca_loss(rewards, targets, response_mask)
+
+with_targets.targets = lambda scores, response_mask, alpha, beta: scores / alpha
+"""
+
+
 def without_effect(recipe, *flags, pairs=False, has_held_out=True):
     return keys_without_effect(parse_configs([str(recipe), *flags]), pairs, has_held_out)
 
@@ -216,13 +229,17 @@ def test_all_keys_of_the_recipes_have_an_effect(path, monkeypatch):
         (["--loss_type=GVPO", "--scale_scores=zscore", "--sft_weight=0.1", "--normalize=tokens"], []),
         (["--loss_type=IPO", "--normalize=tokens"], ["normalize (IPO always takes log-probs a token)"]),
         (["--loss_type=DPO", "--alpha=0.1", "--label_smoothing=0.1", "--margin=0.5"], []),
+        (["--loss_type=own.py:plain", "--alpha=0.1"], []),
+        (["--loss_type=own.py:with_targets", "--alpha=0.1"], []),
         (["--ld_alpha=1"], ["ld_alpha (at 1 all tokens count alike)"]),
         (["--ld_alpha=0.5"], []),
         (["--loss_type=SimPO", "--ref_logps_dir=x"], ["ref_logps_dir (SimPO has no reference)"]),
         (["--reference_free=true", "--ref_logps_dir=x"], ["ref_logps_dir (reference_free is true)"]),
     ],
 )  # fmt: skip
-def test_keys_that_do_nothing_are_named(tmp_path, flags, expected):
+def test_keys_that_do_nothing_are_named(tmp_path, monkeypatch, flags, expected):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text(OWN_LOSSES)
     (tmp_path / "recipe.yaml").write_text("{model_name_or_path: m, train_file: t, output_dir: o, use_peft: true}")
     assert without_effect(tmp_path / "recipe.yaml", *flags) == expected
 

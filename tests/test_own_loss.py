@@ -38,11 +38,12 @@ def write(folder, text, name="mine.py"):
 def test_a_users_loss_is_what_its_file_says(tmp_path):
     loss = find_loss(write(tmp_path, HINGE) + ":hinge")
     assert (loss.num_responses, loss.separable, loss.start) == (2, False, None)
+    assert loss.uses_alpha, "its targets are softmax(score / alpha)"
     one_hot = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     assert loss.loss(torch.tensor([[0.3, 0.1], [0.3, 0.1]]), one_hot, None).tolist() == pytest.approx([0.8, 1.2])
     assert loss.targets(one_hot, None, 0.5, 1.0).tolist()[0] == pytest.approx([0.8808, 0.1192], abs=1e-4)
     own = find_loss(write(tmp_path, SQUARES, "squares.py") + ":squares")
-    assert own.separable
+    assert own.separable and not own.uses_alpha
     assert own.targets(torch.tensor([[5.0, 1.0, 3.0]]), None, 0.0, 1.0).tolist() == [[2, 0, 1]]
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from alignment.checks.best_model import metric_user
 from alignment.configs import Configs
+from trl_nca.losses import LOSSES
 from trl_nca.losses.targets import gap_targets, hard_labels, quantile_targets, rank_targets
 
 #: Targets that a rescaling of the scores leaves as they are.
@@ -68,7 +69,7 @@ def _of_loss(configs: Configs, pairs: bool) -> Iterator[tuple[str, str]]:
     name, loss = args.loss_type, args.loss
     if pairs:
         yield "the target of a pair is its chosen response", "alpha tie_break scale_scores"
-    if not loss.uses_alpha:
+    if name in LOSSES and not loss.uses_alpha:  # whether targets of a user's own use it, nobody knows
         yield f"the targets of {name} do not depend on it", "alpha"
     if loss.targets in _OF_ORDER:
         yield f"{name} sees the order of the scores only", "scale_scores"

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,7 +69,8 @@ def _own_loss(spec: str, content: str | None) -> Loss:
         raise ValueError(
             f"{spec} has the attribute {min(unknown)!r}; a loss has {', '.join(Loss.__dataclass_fields__)}"
         )
-    loss = Loss(**{"targets": soft_labels} | settings | {"loss": function})
+    defaults: dict[str, Any] = {"targets": soft_labels, "uses_alpha": "targets" not in settings}
+    loss = Loss(**defaults | settings | {"loss": function})
     try:
         _try(loss)
     except ValueError as error:
