@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from alignment.data.convert import ConvertConfig, convert
 from alignment.data.load import DataConfig, load_groups
-from alignment.data.prepare import prepare_rows
+from alignment.data.prepare import describe_group, prepare_rows
 from alignment.data.report import summary
 from alignment.errors import UserError
 from nca_trainer import NCAConfig, PairwiseNCATrainer
@@ -93,11 +93,22 @@ def test_from_a_file_to_the_batch_and_the_report(tmp_path):
     _, tokens, report = prepare(tmp_path, rows, max_dropped_fraction=0.5)
     assert GroupCollator()(list(tokens["train"]))["weight"].tolist() == [2, 1, 0]
     assert report["weights"] == {"mean": 1.0, "min": 0.0, "max": 2.0, "rows_zero": 1, "rows_without": 1}
+    assert "mask 0, weight 2):" in describe_group(tokens["train"][0], tiny_tokenizer())
     words = "weights from 0 to 2, mean 1; rows of weight 0: 1; rows without a weight, which have the weight 1: 1"
     assert words in summary("train", report)
     _, tokens, report = prepare(tmp_path, [ROW, numbered(1)])
     assert "weights" not in report
+    assert "mask 0):" in describe_group(tokens["train"][0], tiny_tokenizer())
     assert "weight" not in GroupCollator()(list(tokens["train"]))
+
+
+def test_a_source_without_weights_beside_one_that_has_them(tmp_path):
+    files = [
+        write_jsonl(tmp_path / f"{name}.jsonl", [numbered(i, **more) for i in range(start, start + 2)])
+        for name, start, more in (("plain", 0, {}), ("weighted", 2, {"weight": 3}))
+    ]
+    kept, _ = load_groups(DataConfig(dataset_mixer=dict.fromkeys(files, 1.0), dataset_splits=["train"]))
+    assert kept["train"]["weight"][:] == [None, None, 3.0, 3.0]
 
 
 def test_weights_that_are_all_zero_end_the_run(tmp_path):

@@ -105,11 +105,12 @@ def describe_group(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> s
     """A tokenized group as text, to check: what the model is given, and which tokens count in the loss.
 
     Args:
-        row: A tokenized row: `prompt_ids`, `response_ids`, `scores`.
+        row: A tokenized row: `prompt_ids`, `response_ids`, `scores`, and `weight`, where the data have it.
         tokenizer: The policy's tokenizer.
     """
     prompt = tokenizer.decode(row["prompt_ids"])
-    lines = [f"prompt ({len(row['prompt_ids'])} tokens, mask 0):", repr(prompt), ""]
+    weight = "" if row.get("weight") is None else f", weight {row['weight']:g}"
+    lines = [f"prompt ({len(row['prompt_ids'])} tokens, mask 0{weight}):", repr(prompt), ""]
     for k, (ids, score) in enumerate(zip(row["response_ids"], row["scores"], strict=True)):
         lines += [
             f"response {k + 1}, score {score:g} ({len(ids)} tokens, mask 1, {_end(ids, tokenizer)}):",
