@@ -359,6 +359,10 @@ def test_the_loss_is_named_and_pairs_need_its_name(tmp_path):
     given = {"loss_type": "InfoNCA", "beta": 0.1, "alpha": 0.5}
     assert loss(given | {"tie_break": 0.01}) == "Loss: InfoNCA, beta 0.1, alpha 0.5, tie_break 0.01"
     assert loss(given, "--loss_type=sigmoid", pairs=True) == "Loss: DPO, beta 0.1"
+    flags = ["--margin=0", "--normalize=tokens", "--ld_alpha=0", "--reference_free=true"]
+    line = "Loss: DPO, beta 0.1, margin 0, normalize tokens, ld_alpha 0, reference_free true"
+    assert loss(given, "--loss_type=sigmoid", *flags, pairs=True) == line
+    assert loss(given, "--loss_type=QRPO", "--sft_weight=0.2") == "Loss: QRPO, beta 0.1, sft_weight 0.2"
     with pytest.raises(UserError, match="loss_type: is not given, .* means DPO by that; set --loss_type=DPO, or"):
         loss({"beta": 0.1}, pairs=True)
     with pytest.raises(UserError, match="loss_type: is not given"):

@@ -7,8 +7,10 @@ from alignment.data.load import DataConfig
 from alignment.errors import UserError
 from alignment.models import PolicyConfig
 from alignment.recipe import RunConfig
+from alignment.recipe.old_keys import as_text
 from alignment.recipe.parse import parse_recipe
 from trl_nca.config import NCAConfig
+from trl_nca.loss_config import LossConfig
 
 
 class Configs(NamedTuple):
@@ -67,4 +69,8 @@ def describe_loss(configs: Configs, pairs: bool) -> str:
     if not pairs:
         settings += [setting("alpha", f"alpha {args.alpha:g}", "the default")] if args.loss.uses_alpha else []
         settings += [f"tie_break {args.tie_break:g}"] if args.tie_break else []
+    for key in ("label_smoothing", "margin", "normalize", "ld_alpha", "sft_weight", "reference_free"):
+        value = getattr(args, key)
+        if value != LossConfig.__dataclass_fields__[key].default:
+            settings.append(f"{key} {value:g}" if isinstance(value, float) else f"{key} {as_text(value)}")
     return f"Loss: {', '.join(settings)}"
