@@ -537,6 +537,7 @@ def documented_code():
 
 @pytest.mark.parametrize("code", documented_code(), ids=range(len(documented_code())))
 def test_documented_code_runs(code, tiny_model, tmp_path, monkeypatch):
+    (tmp_path / "data").symlink_to(ROOT / "data")
     monkeypatch.chdir(tmp_path)
     code = code.replace("models/SmolLM2-135M-Instruct", tiny_model).replace("runs/mine-merged", tiny_model)
     exec(code, {})
