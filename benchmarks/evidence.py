@@ -1,10 +1,10 @@
-"""Which objective is better when, on the embedded task whose score knows no length: docs/evidence.md.
+"""Which objective is better when, on a task small enough for three seeds of everything: docs/evidence.md.
 
     python -m benchmarks.evidence
 
-Six losses at two betas each, and three of them with 4, 8 and 16 responses a prompt, three seeds each: the same rows,
-steps and held-out prompts, one cached reference. It is a sweep (`alignment.sweep`): it can be stopped and given again.
-The page has the predictions that were written before the first run, and what became of them.
+Six losses at three betas each, and three of them with 4, 8 and 16 answers a prompt: the same rows, steps and held-out
+prompts, one cached reference. It is a sweep (`alignment.sweep`): it can be stopped and given again. The page has the
+predictions that were written before the first run, and what became of them.
 """
 
 from collections.abc import Sequence
@@ -16,35 +16,34 @@ from alignment.sweep.arms import make_arms
 from alignment.sweep.commands import plan_runs
 from alignment.sweep.page import group_arms, run_line
 from alignment.sweep.running import environments_of, finish_all
-from benchmarks import evidence_page
+from benchmarks import evidence_page, letters
 
 RECIPE = "yamls/reward_cpu.yaml"
-#: What all runs share, beside the recipe.
+#: What all runs share, beside the recipe. Steps and rate are from pilots with one seed.
 SETTINGS = {
-    "train_file": "data/words_train.jsonl",
-    "eval_file": "data/words_eval.jsonl",
-    "reward_function": "data/words.py:words_score",
+    "reward_function": "benchmarks/letters.py:letters_score",
     "choose_responses": "random",
     "temperature": 1.0,  # of the samples: KL is then that of the model as it is
-    "max_steps": 24,
-    "learning_rate": 6.0e-4,
-    "dtype": "bfloat16",
+    "max_steps": 128,
+    "global_batch_size": 16,
+    "per_device_train_batch_size": 16,
+    "learning_rate": 1.0e-3,
     "eval_strategy": "no",
     "save_strategy": "no",
-    "max_eval_prompts": 48,
-    "max_new_tokens": 32,
+    "per_device_eval_batch_size": 50,
+    "max_eval_prompts": letters.NUM_EVAL,
+    "max_new_tokens": 16,
 }
-#: Losses and betas: the scores differ by about 0.2 within a prompt, and beta says how many nats that is worth. Labels
-#: are not in the unit of the scores, so that their losses need another beta for as many nats.
+#: Losses and betas. Labels are not in the unit of the scores, so that their losses need another beta for as many nats.
 BETAS = {
-    "NCA": (0.1, 0.5),
-    "InfoNCA": (0.1, 0.5),
-    "DPO": (0.1, 0.5),
-    "QRPO": (0.02, 0.1),
-    "OAPL": (0.02, 0.1),
-    "GVPO": (0.02, 0.1),
+    "NCA": (0.1, 0.2, 0.5),
+    "InfoNCA": (0.1, 0.2, 0.5),
+    "DPO": (0.1, 0.2, 0.5),
+    "QRPO": (0.1, 0.3, 1.0),
+    "OAPL": (0.1, 0.3, 1.0),
+    "GVPO": (0.1, 0.3, 1.0),
 }
-#: Responses a prompt of those runs; and of the others, at each loss's smaller beta.
+#: Answers a prompt of those runs; and of the others, at each loss's smallest beta.
 NUM_RESPONSES = 4
 MORE_RESPONSES = {"NCA": (8, 16), "InfoNCA": (8, 16), "DPO": (8, 16)}
 SEEDS = (42, 43, 44)
@@ -68,7 +67,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of the page and its figures")
     args = parser.parse_args(argv)
     folder = args.runs.resolve()
-    arms = make_arms(RECIPE, [f"{key}={value}" for key, value in SETTINGS.items()], arm_words())
+    letters.make_task(folder)
+    rows = {f"{name}_file": folder / f"{name}.jsonl" for name in ("train", "eval")}
+    settings = SETTINGS | rows | {"model_name_or_path": folder / "model"}
+    arms = make_arms(RECIPE, [f"{key}={value}" for key, value in settings.items()], arm_words())
     planned = plan_runs(arms, SEEDS, folder)
     places = environments_of(args.jobs, str(arms[0].resolved["model_name_or_path"]), use_cpu=True)
     for number, run in enumerate(finish_all(planned, folder, places), start=1):
