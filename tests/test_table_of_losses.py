@@ -29,15 +29,32 @@ def run(name, rewards, scores, mask=None, alpha=ALPHA, beta=BETA):
     return losses.detach(), torch.autograd.grad(losses.sum(), rewards)[0]
 
 
-@st.composite
-def groups(draw):
-    """A loss's name, and rewards and scores of 1-3 prompts, ties among them. Shape (B, K) each."""
-    name = draw(st.sampled_from([*LOSSES]))
-    shape = (draw(st.integers(1, 3)), LOSSES[name].num_responses or draw(st.integers(2, 6)))
-    cells = {"min_size": shape[0] * shape[1], "max_size": shape[0] * shape[1]}
-    rewards = draw(st.lists(st.floats(-5, 5, width=32), **cells))
-    scores = draw(st.lists(st.integers(-3, 3), **cells))
-    return name, f64(rewards).view(shape), f64(scores).view(shape)
+def groups(name):
+    """Rewards and scores of 1-3 prompts, ties among them. Shape (B, K) each."""
+    num_responses = LOSSES[name].num_responses
+    shapes = st.tuples(st.integers(1, 3), st.just(num_responses) if num_responses else st.integers(2, 6))
+
+    def cells(shape):
+        size = {"min_size": math.prod(shape), "max_size": math.prod(shape)}
+        rewards, scores = (st.lists(numbers, **size) for numbers in (st.floats(-5, 5, width=32), st.integers(-3, 3)))
+        return st.tuples(*(values.map(lambda x: f64(x).view(shape)) for values in (rewards, scores)))
+
+    return shapes.flatmap(cells)
+
+
+def for_each(*strategies):
+    """Draws cases of each of the losses in turn, with values of the strategies."""
+
+    def decorate(test):
+        @pytest.mark.parametrize("name", LOSSES)
+        @given(data=st.data())
+        @settings(deadline=None, max_examples=10)
+        def run_test(name, data):
+            test(name, *data.draw(groups(name)), *map(data.draw, strategies))
+
+        return run_test
+
+    return decorate
 
 
 # Values and gradients
@@ -125,10 +142,8 @@ def test_step_zero_is_as_the_table_says(name, k):
     torch.testing.assert_close(run(name, torch.zeros_like(scores), scores)[0], torch.full((3,), loss.start(k)).double())
 
 
-@given(groups())
-@settings(deadline=None, max_examples=80)
-def test_gradients_of_squares_in_closed_form(group):
-    name, r, s = group
+@for_each()
+def test_gradients_of_squares_in_closed_form(name, r, s):
     k = s.shape[1]
     if name == "QRPO":
         q = (s[:, None] <= s[..., None]).double().mean(dim=-1)
@@ -159,10 +174,8 @@ def test_gradcheck(name):
 # What changes nothing
 
 
-@given(groups(), st.randoms(use_true_random=False))
-@settings(deadline=None, max_examples=80)
-def test_order_of_responses(group, random):
-    name, rewards, scores = group
+@for_each(st.randoms(use_true_random=False))
+def test_order_of_responses(name, rewards, scores, random):
     order = list(range(rewards.shape[1]))
     random.shuffle(order)
     losses, gradient = run(name, rewards, scores)
@@ -171,11 +184,9 @@ def test_order_of_responses(group, random):
     torch.testing.assert_close(its_gradient, gradient[:, order])
 
 
-@given(groups(), st.integers(1, 3), st.sampled_from([0.0, 1e30, math.inf, -math.inf, math.nan]), st.booleans())
-@settings(deadline=None, max_examples=150)
-def test_padding_is_as_if_absent(group, extra, junk, before):
+@for_each(st.integers(1, 3), st.sampled_from([0.0, 1e30, math.inf, -math.inf, math.nan]), st.booleans())
+def test_padding_is_as_if_absent(name, rewards, scores, extra, junk, before):
     """In targets, loss and gradient, before the responses or behind them, whatever stands there."""
-    name, rewards, scores = group
     losses, gradient = run(name, rewards, scores)
 
     def padded(values, padding):
@@ -191,10 +202,8 @@ def test_padding_is_as_if_absent(group, extra, junk, before):
     torch.testing.assert_close(targets, padded(LOSSES[name].targets(scores, None, ALPHA, BETA), 0.0))
 
 
-@given(groups(), st.floats(-5, 5, width=32).filter(lambda x: abs(x) > 0.1))
-@settings(deadline=None, max_examples=80)
-def test_a_shift_of_all_rewards_counts_for_those_that_score_each_by_itself(group, shift):
-    name, rewards, scores = group
+@for_each(st.floats(-5, 5, width=32).filter(lambda x: abs(x) > 0.1))
+def test_a_shift_of_all_rewards_counts_for_those_that_score_each_by_itself(name, rewards, scores, shift):
     losses, gradient = run(name, rewards, scores)
     shifted, its_gradient = run(name, rewards + shift, scores)
     if name in OF_DIFFERENCES:
@@ -204,10 +213,8 @@ def test_a_shift_of_all_rewards_counts_for_those_that_score_each_by_itself(group
         assert (its_gradient - gradient).abs().min(dim=1).values.max() > 0
 
 
-@given(groups())
-@settings(deadline=None, max_examples=80)
-def test_separable_are_those_whose_gradient_needs_no_other_reward(group):
-    name, rewards, scores = group
+@for_each()
+def test_separable_are_those_whose_gradient_needs_no_other_reward(name, rewards, scores):
     moved = rewards.clone()
     moved[:, 0] += 1.0
     change = (run(name, moved, scores)[1] - run(name, rewards, scores)[1])[:, 1:].abs().max()
@@ -216,10 +223,8 @@ def test_separable_are_those_whose_gradient_needs_no_other_reward(group):
         assert change == 0
 
 
-@given(groups(), st.floats(-5, 5, width=32))
-@settings(deadline=None, max_examples=50)
-def test_a_shift_of_all_scores_changes_no_target(group, shift):
-    name, _, scores = group
+@for_each(st.floats(-5, 5, width=32))
+def test_a_shift_of_all_scores_changes_no_target(name, _, scores, shift):
     targets = [LOSSES[name].targets(s, None, ALPHA, BETA) for s in (scores, scores + round(shift))]
     torch.testing.assert_close(*targets, rtol=1e-9, atol=1e-9)
 
