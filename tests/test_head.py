@@ -64,6 +64,22 @@ def test_values_and_gradients(trained, rows):
 
 
 @pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("rows", [1, 5, 23])
+def test_statistics_are_of_each_token_and_without_gradient(trained, rows):
+    head, hidden, targets, weights = case(trained)
+    logits = head(hidden)
+    targets[::3] = logits[::3].argmax(-1)
+    plain, _ = target_logps(head, hidden, targets, rows, trained)
+    logps, statistics = target_logps(head, hidden, targets, rows, trained, True)
+    expected = [torch.distributions.Categorical(logits=logits).entropy(), (logits.argmax(-1) == targets).double()]
+    torch.testing.assert_close(statistics, torch.stack(expected, dim=1).detach())
+    assert not statistics.requires_grad
+    torch.testing.assert_close(logps, plain, rtol=0, atol=0)
+    gradients = [torch.autograd.grad(weights @ x, hidden)[0] for x in (logps, plain)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("trained", [True, False])
 def test_gradcheck(trained):
     head, hidden, targets, _ = case(trained, vocabulary=7)
     assert torch.autograd.gradcheck(lambda h: target_logps(head, h, targets, 4, trained)[0], hidden)
