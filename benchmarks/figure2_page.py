@@ -57,7 +57,7 @@ def write_figure2(found: Found, command: str, jobs: int, docs: Path) -> Path:
         "Lines are means over the held-out prompts and the seeds, bands reach from the lowest seed to the highest. At "
         "the start each implicit reward is 0 by definition: the policy is the reference.",
         "The settings were chosen on pilots with the first seed, as those that tell the losses apart in so few steps: "
-        "with the beta of `make train`, implicit rewards stay so near 0 that all losses' gradients point the same way.",
+        "with `beta: 0.1`, implicit rewards stay so near 0 that all losses' gradients point the same way.",
         "## Verdict",
         *(_verdict_on(data, found) for data in OTHER),
         "The margin is taken to the mean of the other responses. Intervals (95 %) are bootstraps that draw seeds and "
