@@ -34,30 +34,19 @@ setup: $(VENV)/.installed $(MODEL)/config.json  ## The environment, and the mode
 deepspeed: setup  ## The extra that ZeRO launches need; without it their tests are skipped.
 	DS_BUILD_OPS=0 $(VENV)/bin/pip install --quiet --no-build-isolation deepspeed==0.19.8
 
-DATA := checkable_train checkable_eval words_train words_eval
-SCORE = data/$(1).py:$(1)_score
-TO_LIST = $(SCRIPTS)/convert.py $(WORK)/scored_$(1).jsonl --to list --min_responses $(2) --overwrite=true --output data/$(1).jsonl
+data: $(WORK)/scored_train.jsonl $(WORK)/scored_eval.jsonl  ## Make the embedded reward data again; resumes after a kill.
+	$(SCRIPTS)/convert.py $(WORK)/scored_train.jsonl --to list --min_responses 4 --overwrite=true --output data/checkable_train.jsonl
+	$(SCRIPTS)/convert.py $(WORK)/scored_eval.jsonl --to list --min_responses 4 --overwrite=true --output data/checkable_eval.jsonl
 
-data: $(DATA:%=$(WORK)/scored_%.jsonl)  ## Make the embedded reward data again; resumes after a kill.
-	$(call TO_LIST,checkable_train,4)
-	$(call TO_LIST,checkable_eval,4)
-	$(call TO_LIST,words_train,12)
-	$(call TO_LIST,words_eval,4)
+$(WORK)/scored_%.jsonl: $(WORK)/responses_%.jsonl data/checkable.py
+	$(SCRIPTS)/score.py $< --reward_function data/checkable.py:checkable_score --digits 4 --output $@ --overwrite
 
-# checkable_train -> the function checkable_score of data/checkable.py
-$(WORK)/scored_%.jsonl: $(WORK)/responses_%.jsonl data/checkable.py data/words.py
-	$(SCRIPTS)/score.py $< --reward_function $(call SCORE,$(firstword $(subst _, ,$*))) --digits 4 --output $@ --overwrite
-
-# The words are sampled in bfloat16, which a CPU that multiplies in it does in 0.6 of the time.
-$(WORK)/responses_checkable_%.jsonl: SAMPLING := --num_samples 6 --max_new_tokens 48 --batch_size 96
-$(WORK)/responses_words_train.jsonl: SAMPLING := --num_samples 24 --max_new_tokens 32 --batch_size 192 --dtype bfloat16
-$(WORK)/responses_words_eval.jsonl: SAMPLING := --num_samples 8 --max_new_tokens 32 --batch_size 192 --dtype bfloat16
 $(WORK)/responses_%.jsonl: $(WORK)/prompts_%.jsonl | setup
-	$(SCRIPTS)/sample.py $< --model_name_or_path $(MODEL) $(SAMPLING) --temperature 0.8 --engine transformers \
-		--finished_only --output $@ --overwrite
+	$(SCRIPTS)/sample.py $< --model_name_or_path $(MODEL) --num_samples 6 --max_new_tokens 48 --temperature 0.8 \
+		--batch_size 96 --engine transformers --finished_only --output $@ --overwrite
 
-# One call writes all files: a pattern rule with several targets runs once. The % stands for "_".
-$(addsuffix .jsonl,$(addprefix $(WORK)/prompts%,$(DATA))): data/make_prompts.py | setup
+# One call writes both files: a pattern rule with two targets runs once. The % stands for "_".
+$(WORK)/prompts%train.jsonl $(WORK)/prompts%eval.jsonl: data/make_prompts.py | setup
 	$(RUN) data/make_prompts.py $(WORK)
 
 # torch first and by itself: any other request for it may bring several gigabytes of another build.

@@ -1,11 +1,9 @@
 """The embedded model and data: what `make setup` unpacked, what data/ ships, and sampling."""
 
 import json
-import re
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -18,89 +16,44 @@ from alignment.sampling.sample import sample_responses
 from tests.conftest import MODEL, ROOT, needs_model
 from tests.tiny import tiny_config, tiny_tokenizer
 
-#: For each task, prompts that were sampled to train on and held out, and the fewest responses of a training prompt.
-TASKS = {"checkable": (220, 66, 4), "words": (96, 48, 12)}
+
+def rows(name):
+    return [json.loads(line) for line in (ROOT / "data" / f"checkable_{name}.jsonl").read_text().splitlines()]
 
 
-def rows(task, part):
-    return [json.loads(line) for line in (ROOT / "data" / f"{task}_{part}.jsonl").read_text().splitlines()]
-
-
-def reward_function(task):
-    return load_reward_function(f"{ROOT}/data/{task}.py:{task}_score")
-
-
-@pytest.mark.parametrize(("task", "pattern"), [("checkable", r"about (.*?)\."), ("words", "about (.*) in one")])
-def test_topics_are_held_out(task, pattern):
-    train, held_out = ({row["prompt"][0]["content"] for row in rows(task, part)} for part in ("train", "eval"))
-    assert len(train) >= 90
+def test_prompts_are_held_out_and_the_files_small():
+    train, held_out = ({row["prompt"][0]["content"] for row in rows(name)} for name in ("train", "eval"))
+    assert len(train) >= 150
     assert len(held_out) >= 40
-    topics = [{re.search(pattern, text)[1] for text in texts} for texts in (train, held_out)]
+    assert not train & held_out
+    topics = [{text.split(".")[0] for text in texts} for texts in (train, held_out)]
     assert not topics[0] & topics[1]
-
-
-def test_the_files_are_small():
     assert sum(path.stat().st_size for path in (ROOT / "data").iterdir() if path.is_file()) < 2_000_000
 
 
 def test_the_prompts_are_those_of_the_script(tmp_path):
     subprocess.run([sys.executable, ROOT / "data" / "make_prompts.py", tmp_path], check=True)
-    for task, (*counts, _) in TASKS.items():
-        for part, count in zip(("train", "eval"), counts, strict=True):
-            lines = (tmp_path / f"prompts_{task}_{part}.jsonl").read_text().splitlines()
-            made = iter(json.loads(line)["prompt"] for line in lines)
-            assert len(lines) == count
-            assert all(row["prompt"] in made for row in rows(task, part)), "a part of them, in their order"
+    for name, count in [("train", 220), ("eval", 66)]:
+        lines = (tmp_path / f"prompts_{name}.jsonl").read_text().splitlines()
+        made = iter(json.loads(line)["prompt"] for line in lines)
+        assert len(lines) == count
+        assert all(row["prompt"] in made for row in rows(name)), "a part of them, in their order"
 
 
-@pytest.mark.parametrize("part", ["train", "eval"])
-@pytest.mark.parametrize("task", TASKS)
-def test_rows_carry_the_score_of_the_function(task, part):
-    score = reward_function(task)
-    for row in rows(task, part):
+@pytest.mark.parametrize("name", ["train", "eval"])
+def test_rows_carry_the_score_of_the_function(name):
+    score = load_reward_function(f"{ROOT}/data/checkable.py:checkable_score")
+    for row in rows(name):
         responses, scores = row["responses"], row["scores"]
-        assert len(responses) == len(scores) >= (TASKS[task][2] if part == "train" else 4)
+        assert len(responses) == len(scores) >= 4
         assert len(set(scores)) > 1
         assert score([row["prompt"]] * len(responses), responses) == pytest.approx(scores, abs=1e-4)
 
 
-def correlation_with_length(task, wish=""):
-    """Of scores and lengths in words, both less their prompt's mean, over the training prompts with a wish."""
-    pairs = []
-    for row in rows(task, "train"):
-        if wish in row["prompt"][0]["content"]:
-            of_row = np.array([[len(text.split()) for text in row["responses"]], row["scores"]])
-            pairs.append(of_row - of_row.mean(axis=1, keepdims=True))
-    return np.corrcoef(np.concatenate(pairs, axis=1))[0, 1]
-
-
-def test_the_scores_are_not_length_alone():
-    assert -0.6 < correlation_with_length("checkable") < -0.3
-    assert abs(correlation_with_length("words")) < 0.05
-    assert all(abs(correlation_with_length("words", wish)) < 0.1 for wish in ("short words", "long words"))
-
-
-@pytest.mark.parametrize(
-    ("text", "long", "short"),
-    [
-        ("Drinking tea comforts and revives people.", 0.75, 0.25),
-        ("Drinking tea comforts, and revives: people!", 0.75, 0.25),
-        ("people people revives", 1 / 3, 2 / 3),  # letters are counted: six and seven
-        ("comforts", 0.5, 0.0),  # one word is no answer
-        ("I am a cat.", 0.0, 0.0),  # no word that counts
-        ("", 0.0, 0.0),
-        ("Élégance, don't 1234567 x1234567x", 0.5, 0.5),  # letters of any alphabet, no digits
-    ],
-)
-def test_share_of_long_and_short_words(text, long, short):
-    prompts = ["Tell me about tea. Use long words.", [{"role": "user", "content": "Use short words."}]]
-    messages = [{"role": "assistant", "content": text}]
-    assert reward_function("words")(prompts, [text, messages]) == pytest.approx([long, short])
-
-
-def test_a_prompt_that_asks_for_no_words():
-    with pytest.raises(ValueError, match="neither long nor short words"):
-        reward_function("words")(["Tell me about tea."], ["Tea."])
+def test_the_score_is_not_length_alone():
+    pairs = [(len(text), s) for row in rows("train") for text, s in zip(row["responses"], row["scores"], strict=True)]
+    lengths, scores = torch.tensor(pairs, dtype=torch.float64).T
+    assert abs(torch.corrcoef(torch.stack([lengths, scores]))[0, 1]) < 0.5
 
 
 @needs_model
