@@ -6,7 +6,7 @@ SCRIPTS := $(RUN) alignment-handbook/scripts
 MODEL := models/SmolLM2-135M-Instruct
 WORK := runs/data
 
-.PHONY: train test check docs bench figure2 setup data clean deepspeed
+.PHONY: train test check docs bench evidence figure2 setup data clean deepspeed
 .SECONDARY:  # the files on the way to the data stay
 
 train: setup  ## Align the embedded model on the embedded data, on this machine's CPU.
@@ -25,6 +25,9 @@ docs: setup  ## The option tables of docs/scripts/ and the keys of --help, from 
 
 bench: setup  ## Time and memory of a step against the padded way and upstream: benchmarks/results.json.
 	$(RUN) -m benchmarks.bench
+
+evidence: setup  ## Six losses on a small task, with three seeds of everything: docs/evidence.md. It can be stopped and given again.
+	$(RUN) -m benchmarks.evidence
 
 figure2: setup  ## The paper's Figure 2, small, with its verdict: docs/figure2.md. It can be stopped and given again.
 	$(RUN) -m benchmarks.figure2
