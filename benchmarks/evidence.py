@@ -46,6 +46,8 @@ BETAS = {
 #: Answers a prompt of those runs; and of the others, at each loss's smallest beta.
 NUM_RESPONSES = 4
 MORE_RESPONSES = {"NCA": (8, 16), "InfoNCA": (8, 16), "DPO": (8, 16)}
+#: Arms that were added when the others had been seen: how far do the regressions get at a smaller beta?
+LATER = {"QRPO": 0.05, "OAPL": 0.05, "GVPO": 0.05}
 SEEDS = (42, 43, 44)
 
 
@@ -53,9 +55,10 @@ def arm_words() -> list[list[str]]:
     """The arms as `--arm` takes them."""
     of_betas = [(loss, beta, NUM_RESPONSES) for loss, betas in BETAS.items() for beta in betas]
     of_responses = [(loss, min(BETAS[loss]), number) for loss, numbers in MORE_RESPONSES.items() for number in numbers]
+    later = [(loss, beta, NUM_RESPONSES) for loss, beta in LATER.items()]
     return [
         [f"loss_type={loss}", f"beta={beta}", f"num_responses={number}"]
-        for loss, beta, number in of_betas + of_responses
+        for loss, beta, number in of_betas + of_responses + later
     ]
 
 
@@ -75,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     places = environments_of(args.jobs, str(arms[0].resolved["model_name_or_path"]), use_cpu=True)
     for number, run in enumerate(finish_all(planned, folder, places), start=1):
         print(f"{number} of {len(planned)}  {run.name}  {run_line(read_run(run.folder))}", flush=True)
-    page = evidence_page.write(group_arms(planned), args.jobs, args.docs)
+    page = evidence_page.write(group_arms(planned), LATER, args.jobs, args.docs)
     print(f"\n{page.read_text()}\npage  {page}")
 
 

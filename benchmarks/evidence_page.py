@@ -37,11 +37,12 @@ class Place(NamedTuple):
 Found = Mapping[Place, Group]
 
 
-def write(groups: Sequence[Group], jobs: int, docs: Path) -> Path:
+def write(groups: Sequence[Group], later: Mapping[str, float], jobs: int, docs: Path) -> Path:
     """Writes evidence.md and figures/frontier.png.
 
     Args:
         groups: The arms' runs, over the same seeds.
+        later: Betas of losses that were added when the others had been seen. The predictions are not on them.
         jobs: Runs at a time.
         docs: Folder of the page.
 
@@ -50,6 +51,7 @@ def write(groups: Sequence[Group], jobs: int, docs: Path) -> Path:
     """
     found = {place_of(group): group for group in groups}
     fewest = min(place.num_responses for place in found)
+    predicted = {place: group for place, group in found.items() if place.beta != later.get(place.loss)}
     of_losses = {place: group for place, group in found.items() if place.num_responses == fewest}
     save_figure(draw_frontier(of_losses), docs, "frontier.png")
     parts = [
@@ -63,12 +65,15 @@ def write(groups: Sequence[Group], jobs: int, docs: Path) -> Path:
         "## Predictions, written before the first run",
         PREDICTIONS,
         "## What became of them",
-        table(("", "prediction", "holds", "by (95 %)"), list(outcomes(found))),
+        table(("", "prediction", "holds", "by (95 %)"), list(outcomes(predicted))),
         "## Losses and betas",
         "![Held-out score against KL](figures/frontier.png)",
         f"With {fewest} answers a prompt. A point is the mean over seeds and held-out prompts, and a line joins the "
         "betas of a loss, from the largest to the smallest.",
         _table_of(of_losses),
+        "Added when the others had been seen, to learn how far the regressions get: "
+        + ", ".join(f"{loss} at {beta:g}" for loss, beta in later.items())
+        + ". No prediction was made of these.",
         "## More answers a prompt",
         "At each loss's smallest beta. DPO is given the best and the worst of them, the others all.",
         _table_of({place: group for place, group in found.items() if _has_more(place, found)}),

@@ -25,10 +25,10 @@ def run_of(place: Place, seed: int, gain: float, kl: float, best: float) -> Run:
     )  # fmt: skip
 
 
-def made_up(worse_by_samples=True):
+def made_up(worse_by_samples=True, with_later=False):
     """Arms in which all predictions hold; or DPO gets better with more samples."""
     found = {}
-    for words in evidence.arm_words():
+    for words in evidence.arm_words()[: None if with_later else -len(evidence.LATER)]:
         loss, beta, number = (word.partition("=")[2] for word in words)
         place = Place(loss, float(beta), int(number))
         is_small, more = place.beta == min(evidence.BETAS[loss]), place.num_responses / 8 - 0.5
@@ -42,8 +42,10 @@ def made_up(worse_by_samples=True):
 
 
 def test_the_arms_are_what_the_page_takes_them_for():
-    found = made_up()
-    assert len(found) == sum(map(len, evidence.BETAS.values())) + sum(map(len, evidence.MORE_RESPONSES.values()))
+    found = made_up(with_later=True)
+    assert len(found) == len(evidence.LATER) + sum(map(len, evidence.BETAS.values())) + sum(
+        map(len, evidence.MORE_RESPONSES.values())
+    )
     assert all(place_of(group) == place for place, group in found.items())
 
 
@@ -54,10 +56,11 @@ def test_predictions_that_hold_and_one_that_does_not():
 
 
 def test_the_page_is_written(tmp_path):
-    page = evidence_page.write(list(made_up().values()), jobs=2, docs=tmp_path)
+    page = evidence_page.write(list(made_up(with_later=True).values()), evidence.LATER, jobs=2, docs=tmp_path)
     text = page.read_text()
     assert (tmp_path / "figures/frontier.png").stat().st_size > 10_000
     assert "| NCA | 0.1 | 16 |" in text
+    assert "| OAPL | 0.05 | 4 |" in text
     assert text.count("| NCA | 0.1 | 4 |") == 2
     assert not [line for line in text.splitlines() if len(line) > 100 and line[0] not in "|!"]
 
