@@ -46,8 +46,13 @@ BETAS = {
 #: Answers a prompt of those runs; and of the others, at each loss's smallest beta.
 NUM_RESPONSES = 4
 MORE_RESPONSES = {"NCA": (8, 16), "InfoNCA": (8, 16), "DPO": (8, 16)}
-#: Arms that were added when the others had been seen: how far do the regressions get at a smaller beta?
-LATER = {"QRPO": 0.05, "OAPL": 0.05, "GVPO": 0.05}
+#: Arms that were added when the others had been seen, as loss, beta and answers a prompt: how far do the regressions
+#: get at a smaller beta, how good are the rankings at a larger one, and what do more answers do there?
+LATER = [
+    *(evidence_page.Place(loss, 0.05, NUM_RESPONSES) for loss in ("QRPO", "OAPL", "GVPO")),
+    *(evidence_page.Place(loss, beta, NUM_RESPONSES) for loss in ("InfoNCA", "DPO") for beta in (1.0, 2.0)),
+    *(evidence_page.Place(loss, 0.5, number) for loss in ("NCA", "DPO") for number in (8, 16)),
+]
 SEEDS = (42, 43, 44)
 
 
@@ -55,10 +60,9 @@ def arm_words() -> list[list[str]]:
     """The arms as `--arm` takes them."""
     of_betas = [(loss, beta, NUM_RESPONSES) for loss, betas in BETAS.items() for beta in betas]
     of_responses = [(loss, min(BETAS[loss]), number) for loss, numbers in MORE_RESPONSES.items() for number in numbers]
-    later = [(loss, beta, NUM_RESPONSES) for loss, beta in LATER.items()]
     return [
         [f"loss_type={loss}", f"beta={beta}", f"num_responses={number}"]
-        for loss, beta, number in of_betas + of_responses + later
+        for loss, beta, number in [*of_betas, *of_responses, *LATER]
     ]
 
 

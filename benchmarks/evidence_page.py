@@ -4,7 +4,7 @@ S seeds, P held-out prompts: a number of each prompt after each run, in arrays o
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,12 +37,12 @@ class Place(NamedTuple):
 Found = Mapping[Place, Group]
 
 
-def write(groups: Sequence[Group], later: Mapping[str, float], jobs: int, docs: Path) -> Path:
+def write(groups: Sequence[Group], later: Collection[Place], jobs: int, docs: Path) -> Path:
     """Writes evidence.md and figures/frontier.png.
 
     Args:
         groups: The arms' runs, over the same seeds.
-        later: Betas of losses that were added when the others had been seen. The predictions are not on them.
+        later: Arms that were added when the others had been seen. The predictions are not on them.
         jobs: Runs at a time.
         docs: Folder of the page.
 
@@ -51,7 +51,7 @@ def write(groups: Sequence[Group], later: Mapping[str, float], jobs: int, docs: 
     """
     found = {place_of(group): group for group in groups}
     fewest = min(place.num_responses for place in found)
-    predicted = {place: group for place, group in found.items() if place.beta != later.get(place.loss)}
+    predicted = {place: group for place, group in found.items() if place not in later}
     of_losses = {place: group for place, group in found.items() if place.num_responses == fewest}
     save_figure(draw_frontier(of_losses), docs, "frontier.png")
     parts = [
@@ -71,11 +71,11 @@ def write(groups: Sequence[Group], later: Mapping[str, float], jobs: int, docs: 
         f"With {fewest} answers a prompt. A point is the mean over seeds and held-out prompts, and a line joins the "
         "betas of a loss, from the largest to the smallest.",
         _table_of(of_losses),
-        "Added when the others had been seen, to learn how far the regressions get: "
-        + ", ".join(f"{loss} at {beta:g}" for loss, beta in later.items())
-        + ". No prediction was made of these.",
+        "Added when the others had been seen, so that no prediction was made of them: "
+        + ", ".join(f"{place.loss} at {place.beta:g}, K {place.num_responses}" for place in later)
+        + ".",
         "## More answers a prompt",
-        "At each loss's smallest beta. DPO is given the best and the worst of them, the others all.",
+        "DPO is given the best and the worst of them, the others all.",
         _table_of({place: group for place, group in found.items() if _has_more(place, found)}),
         "## How to read it",
         "Intervals (95 %) are bootstraps that draw seeds and held-out prompts; those of differences draw the same ones "
@@ -162,7 +162,7 @@ def _is_at(place: Place, found: Found, end: Callable[[Iterable[float]], float]) 
 
 
 def _has_more(place: Place, found: Found) -> bool:
-    return found[place] in _by_count(found, place.loss) and len(_by_count(found, place.loss)) > 1
+    return len([other for other in found if (other.loss, other.beta) == (place.loss, place.beta)]) > 1
 
 
 def _table_of(found: Found) -> str:

@@ -61,7 +61,8 @@ def test_the_page_is_written(tmp_path):
     assert (tmp_path / "figures/frontier.png").stat().st_size > 10_000
     assert "| NCA | 0.1 | 16 |" in text
     assert "| OAPL | 0.05 | 4 |" in text
-    assert text.count("| NCA | 0.1 | 4 |") == 2
+    assert "| DPO | 0.5 | 16 |" in text
+    assert text.count("| NCA | 0.1 | 4 |") == 2, "among the betas, and among the numbers of answers"
     assert not [line for line in text.splitlines() if len(line) > 100 and line[0] not in "|!"]
 
 

@@ -46,12 +46,12 @@ needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is No
 def work(tmp_path_factory, tiny_model):
     """Folder with rows of K = 2 to 5 and a recipe of two epochs by 8 prompts, in float32."""
     folder, rng = tmp_path_factory.mktemp("launches"), random.Random(0)
-    for name, n in [("train", 40), ("eval", 5)]:
+    for name, n in [("train", 40), ("eval", 5), ("unweighted", 40)]:
         with open(folder / f"{name}.jsonl", "w") as rows:
             for i in range(n):
                 texts = [text(rng, 12) for _ in range(2 + i % 4)]
                 row = {"prompt": text(rng, 9), "responses": texts, "scores": [rng.random() for _ in texts]}
-                row |= {"weight": 0.5 + i % 3} if i % 4 else {}  # some have none
+                row |= {"weight": 0.5 + i % 3} if i % 4 and name != "unweighted" else {}  # some have none
                 rows.write(json.dumps(row) + "\n")
     settings = {
         "model_name_or_path": tiny_model, "use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj", "v_proj"],
@@ -188,6 +188,7 @@ def test_fsdp2_shards_4_bit_weights_and_runs_the_reference_on_them(work, tmp_pat
     Offload changes no number. (Without a GPU nothing moves: this is the way through the trainer.)
     """
     flags = ["--load_in_4bit=true", "--bnb_4bit_quant_storage=bfloat16", "--dtype=bfloat16", "--bf16=true"]
+    flags += [f"--train_file={work}/unweighted.jsonl"]  # so that the loss of the first step is 2 log 2
     of_cache = ["--precompute_ref_log_probs=true", f"--ref_logps_dir={tmp_path}/ref"]
     online, cached, offload = (command(work, tmp_path / run, *flags) for run in ("online", "cached", "offload"))
     launches = []
@@ -300,6 +301,7 @@ def test_the_slurm_script_is_bash():
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="4-bit weights are sharded on GPUs: needs 2")
 def test_fsdp2_over_4bit_weights(work, tmp_path):
     flags = ["--load_in_4bit=true", "--bnb_4bit_quant_storage=bfloat16", "--dtype=bfloat16", "--bf16=true"]
+    flags += [f"--train_file={work}/unweighted.jsonl"]  # so that the loss of the first step is 2 log 2
     launch = ["--config_file", str(CONFIGS / "fsdp2_qlora.yaml"), "--num_processes=2"]
     shell([*ACCELERATE, *launch, "run_reward.py", *command(work, tmp_path / "out", *flags)])
     logged, _ = outcome(tmp_path / "out")
@@ -310,6 +312,7 @@ def test_fsdp2_over_4bit_weights(work, tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU's optimizer is paged: needs one")
 def test_qlora_with_a_paged_optimizer(work, tmp_path):
     flags = ["--load_in_4bit=true", "--dtype=bfloat16", "--bf16=true", "--optim=paged_adamw_32bit"]
+    flags += [f"--train_file={work}/unweighted.jsonl"]  # so that the loss of the first step is 2 log 2
     align(command(work, tmp_path / "out", *flags), NCATrainer)
     logged, _ = outcome(tmp_path / "out")
     assert logged[0]["loss"] == pytest.approx(1.3863, abs=1e-3)

@@ -100,8 +100,8 @@ def advantage_targets(scores: Tensor, response_mask: Tensor | None, alpha: float
         arXiv 2602.19362 (OAPL) and 2505.20686 (A*-PO).
 
     Example:
-        >>> advantage_targets(torch.tensor([[1.0, 0.0]]), None, 0.0, 1e-3)  # V is the best score less beta * log 2
-        tensor([[ 0.0007, -0.9993]])
+        >>> advantage_targets(torch.tensor([[1.0, 0.0]]), None, 0.0, 0.1)  # V is about the best score less beta * log 2
+        tensor([[ 0.0693, -0.9307]])
     """
     real = _real(scores, response_mask)
     scores = scores.masked_fill(~real, -torch.inf)
