@@ -24,6 +24,8 @@ SHOWN = (SCORE, GAIN, CONTROLLED, KL, BEST)
 #: Losses by what of the implicit rewards counts in them.
 POINTWISE, DIFFERENCES = ("NCA", "QRPO", "OAPL"), ("DPO", "InfoNCA", "GVPO")
 ORDER = (*POINTWISE, *DIFFERENCES)
+#: The loss that the others are compared with.
+REFERENCE = "NCA"
 
 
 class Place(NamedTuple):
@@ -74,6 +76,10 @@ def write(groups: Sequence[Group], later: Collection[Place], jobs: int, docs: Pa
         "Added when the others had been seen, so that no prediction was made of them: "
         + ", ".join(f"{place.loss} at {place.beta:g}, K {place.num_responses}" for place in later)
         + ".",
+        "## Each loss at its best beta",
+        f"Of the arms above, those with the best score, and by how much it is above that of {REFERENCE}'s. They were "
+        "chosen by the score that is shown, which flatters a loss with more betas.",
+        _best_table(of_losses),
         "## More answers a prompt",
         "DPO is given the best and the worst of them, the others all.",
         _table_of({place: group for place, group in found.items() if _has_more(place, found)}),
@@ -174,6 +180,22 @@ def _table_of(found: Found) -> str:
         rows.append((place.loss, f"{place.beta:g}", str(place.num_responses), *numbers, rate, f"{seconds:.0f}"))
     head = ("loss", "beta", "K", *SHOWN, "score a root of KL", "training (s)")
     return table(head, rows)
+
+
+def _best_table(found: Found) -> str:
+    """The arm of each loss with the best score, less that of the reference."""
+
+    def best(loss: str) -> Place:
+        places = [place for place in found if place.loss == loss]
+        return max(places, key=lambda place: of_prompts(found[place], SCORE).mean())
+
+    places = [best(loss) for loss in ORDER if any(place.loss == loss for place in found)]
+    rows, ours = [], found[best(REFERENCE)]
+    for place in sorted(places, key=lambda place: -of_prompts(found[place], SCORE).mean()):
+        more = estimate(of_prompts(found[place], SCORE) - of_prompts(ours, SCORE)).text("+.3f")
+        numbers = [estimate(of_prompts(found[place], name)).text(MEASURES[name]) for name in (SCORE, KL, BEST)]
+        rows.append((place.loss, f"{place.beta:g}", *numbers, "" if place.loss == REFERENCE else more))
+    return table(("loss", "beta", SCORE, KL, BEST, f"score less {REFERENCE}'s"), rows)
 
 
 def of_root_of_kl(gains: np.ndarray, kls: np.ndarray, num_resamples: int = 2000) -> Estimate:
