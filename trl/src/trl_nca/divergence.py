@@ -9,7 +9,7 @@ The estimator is unbiased, whatever the number of samples; it is not bounded by 
 policy has hardly moved, the mean of a few samples may be below it.
 """
 
-from accelerate.utils import tqdm
+from tqdm.auto import tqdm
 from trl import DPOTrainer
 
 from trl_nca.chunks import logps_without_gradient

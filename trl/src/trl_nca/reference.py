@@ -16,11 +16,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object, tqdm
+from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
 from torch.distributed.tensor import DTensor
+from tqdm.auto import tqdm
 
 from trl_nca.code_hash import code_hash
 from trl_nca.sharing import base_model
@@ -58,7 +59,8 @@ def reference_logps(
     if missing and state.is_main_process:
         _append(file, [description])  # also ends a line that a kill cut short
     step = batch_size * state.num_processes
-    for at in tqdm(range(0, len(missing), step), desc=desc, disable=not missing):
+    hidden = None if missing and state.is_main_process else True  # None: where the output is no terminal
+    for at in tqdm(range(0, len(missing), step), desc=desc, disable=hidden):
         batch = missing[at : at + step]
         mine = batch[state.process_index :: state.num_processes] or batch[:1]  # no row is left: any
         found = gather_object(list(zip(mine, score([dataset[i] for i in mine]), strict=True)))
