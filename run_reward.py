@@ -1,6 +1,6 @@
 """Aligns a language model with K scored responses a prompt, by the NCA or InfoNCA loss.
 
-On a CPU, the embedded model and data (two cores, about 6 minutes):
+On a CPU, the embedded model and data (two cores, about 7 minutes):
 
     python run_reward.py yamls/reward_cpu.yaml
 
