@@ -20,6 +20,8 @@ from trl_nca.losses import LOSSES
 
 # Two that are sums over responses, and two that couple them.
 LOSS_TYPES = ("NCA", "OAPL", "InfoNCA", "GVPO")
+#: Of gradients, absolute: squared errors of log-ratios that are far from their targets have larger ones.
+TOLERANCES = {"NCA": 1e-9, "InfoNCA": 1e-9, "OAPL": 1e-8, "GVPO": 1e-8}
 # The second process has more to do: its groups are longer and need more chunks.
 SHAPES = [[(7, (3, 5, 1))], [(12, (6, 2, 9, 8)), (3, (4, 9))]]
 
@@ -52,7 +54,9 @@ def with_ddp(rank):
         step(model, batch, loss_type, 20, no_sync=model.no_sync)
         assert exchanges == sorted(set(exchanges)), "each bucket once"
         for name, expected in gradient_of_both(loss_type).items():
-            torch.testing.assert_close(model.module.get_parameter(name).grad, expected, rtol=1e-6, atol=1e-8)
+            torch.testing.assert_close(
+                model.module.get_parameter(name).grad, expected, rtol=1e-6, atol=TOLERANCES[loss_type]
+            )
 
 
 def with_sharded_weights(rank):
@@ -72,7 +76,7 @@ def with_sharded_weights(rank):
         step(model, batch, loss_type, 20, at_least, functools.partial(no_exchange, model))
         for name, expected in gradient_of_both(loss_type).items():
             torch.testing.assert_close(
-                model.get_parameter(name).grad.full_tensor(), expected, rtol=1e-6, atol=1e-8, msg=name
+                model.get_parameter(name).grad.full_tensor(), expected, rtol=1e-6, atol=TOLERANCES[loss_type], msg=name
             )
 
 

@@ -356,6 +356,7 @@ def test_the_loss_is_named_and_pairs_need_its_name(tmp_path):
         "Loss: NCA (the default: loss_type is not given), beta 0.01 (the default; TRL's is 0.1), alpha 0.0001 "
         "(the default)"
     )
+    assert "beta 0.01 (the default, for sums; " in loss({"loss_type": "DPO", "normalize": "tokens"})
     given = {"loss_type": "InfoNCA", "beta": 0.1, "alpha": 0.5}
     assert loss(given | {"tie_break": 0.01}) == "Loss: InfoNCA, beta 0.1, alpha 0.5, tie_break 0.01"
     assert loss(given, "--loss_type=sigmoid", pairs=True) == "Loss: DPO, beta 0.1"

@@ -263,3 +263,15 @@ def test_any_leading_shape(name):
 def test_losses_of_pairs_refuse_more(name):
     with pytest.raises(ValueError, match=f"^{'DPO' if name == 'SimPO' else name} compares two"):
         LOSSES[name].loss(torch.zeros(1, 3), torch.ones(1, 3) / 3, None)
+
+
+def test_a_reported_pair():
+    """One token each, log-ratios 6 apart, beta 0.1: a report of a trainer that took sigmoid for every loss."""
+    rewards = torch.tensor([[0.6, 0.0]], dtype=torch.float64, requires_grad=True)
+    scores = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    for name, value, slope in (("DPO", 0.437488, -0.035434), ("IPO", 1.0, 2.0)):
+        loss = LOSSES[name]
+        losses = loss.loss(rewards, loss.targets(scores, None, 0.0, 0.1), None)
+        (gradient,) = torch.autograd.grad(losses.sum(), rewards)
+        assert losses.item() == pytest.approx(value, abs=1e-6)
+        assert 0.1 * gradient[0, 0].item() == pytest.approx(slope, abs=1e-6)

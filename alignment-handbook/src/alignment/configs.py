@@ -62,9 +62,12 @@ def describe_loss(configs: Configs, pairs: bool) -> str:
     def setting(key: str, text: str, note: str) -> str:
         return text if key in given else f"{text} ({note})"
 
+    of_default_beta = "the default; TRL's is 0.1"
+    if args.per_token:  # a sum is as many times as large as it has tokens
+        of_default_beta = "the default, for sums; here implicit rewards are of a token, for which Tulu 3's DPO takes 5"
     settings = [
         setting("loss_type", args.loss_type, "the default: loss_type is not given"),
-        setting("beta", f"beta {args.beta:g}", "the default; TRL's is 0.1"),
+        setting("beta", f"beta {args.beta:g}", of_default_beta),
     ]
     if not pairs:
         settings += [setting("alpha", f"alpha {args.alpha:g}", "the default")] if args.loss.uses_alpha else []
