@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import re
 import runpy
 import sys
@@ -246,3 +247,19 @@ def test_the_script(folder, tmp_path, capsys, no_figures, monkeypatch):
         assert ended.value.code == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ")
+
+
+def test_the_loss_at_the_start_is_drawn_where_it_is_known():
+    def start(loss, key="loss", **recipe):
+        rows = {"k_histogram": {"2": 1, "4": 3}}
+        report = rows | {"eval": rows | {"weights": {"mean": 2.0}}}
+        return Run("r", {"beta": 0.1, "loss_type": loss} | recipe, [], data_report=report).start(key)
+
+    assert start("NCA") == pytest.approx(2 * math.log(2))
+    assert start("InfoNCA") == pytest.approx((math.log(2) + 3 * math.log(4)) / 4)
+    assert start("PL") == pytest.approx((math.log(2) + 3 * math.log(24)) / 4)
+    assert start("NCA", "eval_loss") is None, "its rows have weights"
+    assert start("OAPL") is None
+    assert start("NCA", sft_weight=0.1) is None
+    assert start("DPO", reference_free=True) is None
+    assert start("mine.py:loss") is None

@@ -170,6 +170,7 @@ def test_tie_break_goes_to_the_first_response(tmp_path):
         ({"label_smoothing": 0.1}, "label_smoothing: is for losses of pairs with labels, and NCA has none"),
         ({"label_smoothing": 0.5, "loss_type": "DPO"}, "label_smoothing: from 0 to below 0.5"),
         ({"margin": 0.1, "loss_type": "IPO"}, "margin: is for losses of pairs with labels, and IPO has none"),
+        ({"margin": float("nan"), "loss_type": "DPO"}, "margin: must be a finite number"),
         ({"ld_alpha": 1.1}, "ld_alpha: from 0 to 1, got 1.1"),
         ({"ld_alpha": 0.5, "sft_weight": 0.1}, "sft_weight: a response has one log-prob, and ld_alpha changes it"),
         ({"sft_weight": -0.1}, "sft_weight: must be >= 0"),

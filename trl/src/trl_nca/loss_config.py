@@ -142,6 +142,8 @@ class LossConfig:
         for key in ("label_smoothing", "margin"):
             if getattr(self, key) and not loss.has_labels:
                 raise ValueError(f"{key}: is for losses of pairs with labels, and {self.loss_type} has none; remove it")
+        if not math.isfinite(self.margin or 0.0):
+            raise ValueError(f"margin: must be a finite number, got {self.margin}")
         if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
             raise ValueError(f"ld_alpha: from 0 to 1, got {self.ld_alpha}")
         if not 0 <= self.sft_weight < math.inf:

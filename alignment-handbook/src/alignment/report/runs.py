@@ -210,10 +210,8 @@ def _read_history(folder: Path) -> list[dict[str, float]]:
 def start_loss(run: Run, is_held_out: bool) -> float | None:
     """The mean loss at step 0, where all implicit rewards are 0; None where scores or unknown numbers decide it."""
     report = run.data_report or {}
-    counts = ((report.get("eval") if is_held_out else report) or {}).get("k_histogram")
-    if not counts or run.loss not in LOSSES or any(run.recipe.get(key) for key in ("margin", "sft_weight")):
-        return None
-    start = LOSSES[run.loss].start
-    if start is None:
+    rows = (report.get("eval") if is_held_out else report) or {}
+    counts, start = rows.get("k_histogram"), getattr(LOSSES.get(run.loss), "start", None)
+    if not counts or start is None or rows.get("weights") or run.recipe.get("margin") or run.recipe.get("sft_weight"):
         return None
     return sum(num_rows * start(int(k)) for k, num_rows in counts.items()) / sum(counts.values())
