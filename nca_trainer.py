@@ -59,7 +59,8 @@ class NCATrainer(AtomicCheckpoints, DPOTrainer):
             frozen copy loaded from the same place.
         args: An `NCAConfig`.
         train_dataset: Columns `prompt`, `responses` (K a row), `scores` (K numbers), see
-            `trl_nca.responses.ResponseTokenizer`; or the already tokenized `prompt_ids`, `response_ids`, `scores`.
+            `trl_nca.responses.ResponseTokenizer`; or the already tokenized `prompt_ids`, `response_ids`, `scores`
+            and, where not all tokens of the responses count, `token_masks`.
             A column `weight` multiplies the loss of its prompt.
         eval_dataset: The same, or a dict of them.
         processing_class: The tokenizer. Default: the model's own.
@@ -126,7 +127,7 @@ class NCATrainer(AtomicCheckpoints, DPOTrainer):
         return scored_responses(dataset)
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = [*TOKENIZED_FEATURES, "weight", "ref_logps"]
+        self._signature_columns = [*TOKENIZED_FEATURES, "token_masks", "weight", "ref_logps"]
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         if self.args.train_sampling_strategy != "group_by_length":

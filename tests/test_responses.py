@@ -138,7 +138,7 @@ def test_rows_that_cannot_fit_are_dropped_by_reason():
     )
     kept, report = tokenize_dataset(rows, tiny_tokenizer(), max_length=80)
     assert kept["scores"][:] == [[1.0, 0.0], [1.0, 0.0, 0.5]]
-    assert set(kept.column_names) == {"prompt_ids", "response_ids", "scores", "length", "location"}
+    assert set(kept.column_names) == {"prompt_ids", "response_ids", "token_masks", "scores", "length", "location"}
     assert report == {
         "rows_in": 3,
         "rows_kept": 2,

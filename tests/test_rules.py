@@ -93,7 +93,7 @@ BAD = {
     "identical_scores": (row(scores=[0.5, 0.5, 0.5]), {}),
 }
 #: Rules that are met when the row is tokenized; test_responses.py, test_rendering.py and test_scripts.py have them.
-OF_TOKENS = {"template_refused", "prompt_too_long", "empty_prompt", "over_long"}
+OF_TOKENS = {"template_refused", "prompt_too_long", "empty_prompt", "over_long", "no_scored_token"}
 OF_TOKENS |= {"system_not_rendered", "prompt_not_rendered", "response_not_rendered", "prompt_not_as_sampled"}
 #: What is left of the row above when it is fixed: responses and scores.
 FIXED = {

@@ -106,20 +106,22 @@ def _select(batch: Batch, chosen: set[tuple[int, int]]) -> Batch:
         tokens += [context] if b in prompts else []
         real = (k for k, length in enumerate(layout.response_lengths[b]) if length)
         for k, response in zip(real, responses, strict=True):
-            length = response.stop - response.start
+            start, num_targets = num_targets, num_targets + layout.num_targets[b][k]
             if (b, k) in chosen:
                 tokens.append(response)
-                targets.append(slice(num_targets, num_targets + length))
-            num_targets += length
+                targets.append(slice(start, num_targets))
     mask = torch.tensor([[length > 0 for length in row] for row in lengths])  # (B, K)
     contexts = [length if b in prompts else 0 for b, length in enumerate(layout.context_lengths)]
+    scored = layout.scored and [
+        [spans if (b, k) in chosen else [] for k, spans in enumerate(row)] for b, row in enumerate(layout.scored)
+    ]
     of_targets = {key: batch[key] for key in ("targets", "token_weights") if key in batch}
     return batch | {
         "response_mask": to_device(mask, batch["response_mask"].device),
         "input_ids": torch.cat([batch["input_ids"][:, part] for part in tokens], dim=1),
         "position_ids": torch.cat([batch["position_ids"][:, part] for part in tokens], dim=1),
         **{key: torch.cat([values[part] for part in targets]) for key, values in of_targets.items()},
-        "layout": GroupLayout(contexts, lengths, layout.device),
+        "layout": GroupLayout(contexts, lengths, layout.device, scored),
     }
 
 

@@ -1,16 +1,17 @@
 """Batches of groups, packed: no padding, one copy of each prompt.
 
-Legend: B prompts, K responses (the largest of the batch), T packed tokens, R response tokens.
+Legend: B prompts, K responses (the largest of the batch), T packed tokens, R response tokens that count.
 """
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trl_nca.layout import GroupLayout
+from trl_nca.layout import GroupLayout, Spans
 
 
 @dataclass
@@ -38,6 +39,9 @@ class GroupCollator:
         >>> batch["scores"]
         tensor([[0.9000, 0.1000, 0.0000],
                 [1.0000, 2.0000, 3.0000]], dtype=torch.float64)
+        >>> rows[0]["token_masks"] = [[False, True], [True]]  # its token 3 is context: what a tool returned
+        >>> GroupCollator()(rows[:1])["targets"]
+        tensor([4, 5])
     """
 
     #: Weight of the tokens past the end of a prompt's shortest response; None: all count alike.
@@ -48,16 +52,17 @@ class GroupCollator:
 
         Args:
             rows: Each with `prompt_ids` (ints, at least one), `response_ids` (K lists of ints), `scores` (K numbers)
-                and, where the reference was precomputed, `ref_logps` (K numbers); also `weight` (a number, or None
-                for 1), where the data have it, and `location`, the row's place in its file.
+                and, where not all tokens of the responses count, `token_masks` (K lists of bools, or None); where the
+                reference was precomputed, `ref_logps` (K numbers); also `weight` (a number, or None for 1), where the
+                data have it, and `location`, the row's place in its file.
 
         Returns:
-            `scores` (float64), `response_mask` (bool) and `response_lengths`, shape (B, K), padded with 0 and False;
-            `input_ids` and `position_ids`, shape (1, T); `targets`, the tokens of all responses, shape (R,);
-            `token_weights`, float32, shape (R,), with `ld_alpha`;
+            `scores` (float64), `response_mask` (bool) and `response_lengths` (the tokens that count), shape (B, K),
+            padded with 0 and False; `input_ids` and `position_ids`, shape (1, T); `targets`, the tokens of all
+            responses that count, shape (R,); `token_weights`, float32, shape (R,), with `ld_alpha`;
             `ref_logps`, shape (B, K), and `weight` (float32), shape (B,), where the rows have them;
-            `best_length`, tokens of the responses with the highest scores, together;
-            `layout`, a `GroupLayout`: the lengths of contexts and responses, on the CPU;
+            `best_length`, tokens that count of the responses with the highest scores, together;
+            `layout`, a `GroupLayout`: the lengths of contexts and responses, and what counts of these, on the CPU;
             `location`, B texts to name the rows by.
         """
         input_ids: list[int] = []
@@ -70,13 +75,16 @@ class GroupCollator:
             for response in row["response_ids"]:
                 input_ids += [last, *response[:-1]]
                 position_ids += range(len(context), len(context) + len(response))
-                targets += response
-        response_lengths = _padded([[len(r) for r in row["response_ids"]] for row in rows], torch.long)
-        layout = GroupLayout([len(row["prompt_ids"]) - 1 for row in rows], response_lengths.tolist())
+            targets += itertools.chain.from_iterable(_scored_tokens(row))
+        context_lengths = [len(row["prompt_ids"]) - 1 for row in rows]
+        run_lengths = _padded([[len(r) for r in row["response_ids"]] for row in rows], torch.long)  # (B, K)
+        scored = [_spans(row, run_lengths.shape[1]) for row in rows] if any(map(_masks, rows)) else None
+        layout = GroupLayout(context_lengths, run_lengths.tolist(), scored=scored)
+        response_lengths = torch.tensor(layout.num_targets)  # (B, K)
         batch: dict[str, Any] = {
             # First in the batch: the Trainer takes the number of examples from the first tensor it meets.
             "scores": _padded([row["scores"] for row in rows], torch.float64),
-            "response_mask": response_lengths > 0,
+            "response_mask": run_lengths > 0,
             "response_lengths": response_lengths,
             "input_ids": torch.tensor([input_ids]),
             "position_ids": torch.tensor([position_ids]),
@@ -89,15 +97,48 @@ class GroupCollator:
             batch["weight"] = torch.tensor(weights, dtype=torch.float32)
         if "ref_logps" in rows[0]:
             batch["ref_logps"] = _padded([row["ref_logps"] for row in rows], torch.float32)
-        batch["best_length"] = sum(len(row["response_ids"][row["scores"].index(max(row["scores"]))]) for row in rows)
+        best = [row["scores"].index(max(row["scores"])) for row in rows]
+        batch["best_length"] = sum(counts[k] for counts, k in zip(layout.num_targets, best, strict=True))
         return batch | {"layout": layout, "location": [row.get("location", "") for row in rows]}
 
 
+def _masks(row: dict[str, Any]) -> list[list[bool]] | None:
+    """Which tokens of the row's responses count; None: all do."""
+    return row.get("token_masks")
+
+
+def _scored_tokens(row: dict[str, Any]) -> list[list[int]]:
+    """The tokens of each response that count."""
+    responses: list[list[int]] = row["response_ids"]
+    masks = _masks(row)
+    if masks is None:
+        return responses
+    return [[*itertools.compress(ids, mask)] for ids, mask in zip(responses, masks, strict=True)]
+
+
+def _spans(row: dict[str, Any], num_responses: int) -> Sequence[Spans]:
+    """Spans of the tokens that count, none for responses that the row does not have.
+
+    Example:
+        >>> row = {"response_ids": [[3, 4, 5, 6], [7]], "token_masks": [[True, False, True, True], [True]]}
+        >>> _spans(row, 3)
+        [[(0, 1), (2, 4)], [(0, 1)], []]
+    """
+    masks = _masks(row) or [[True] * len(ids) for ids in row["response_ids"]]
+    spans = []
+    for mask in masks:
+        runs = [(counts, len([*tokens])) for counts, tokens in itertools.groupby(mask)]
+        stops = itertools.accumulate(length for _, length in runs)
+        spans.append([(stop - n, stop) for (counts, n), stop in zip(runs, stops, strict=True) if counts])
+    return spans + [[] for _ in range(num_responses - len(spans))]
+
+
 def _token_weights(row: dict[str, Any], ld_alpha: float) -> Iterator[float]:
-    """1 for each token of the row's responses, `ld_alpha` past the length of the shortest."""
-    shortest = min(len(response) for response in row["response_ids"])
-    for response in row["response_ids"]:
-        yield from (1.0 if t < shortest else ld_alpha for t in range(len(response)))
+    """1 for each token of the row's responses that counts, `ld_alpha` past the length of the shortest."""
+    lengths = [len(tokens) for tokens in _scored_tokens(row)]
+    shortest = min(lengths)
+    for length in lengths:
+        yield from (1.0 if t < shortest else ld_alpha for t in range(length))
 
 
 def _padded(rows: list[list[Any]], dtype: torch.dtype) -> Tensor:

@@ -65,7 +65,8 @@ def tokenized_rows(dataset: Dataset, name: str, tokenizer: PreTrainedTokenizerBa
     """
     check_weights(dataset, name)
     limits, desc = (args.max_length, args.max_prompt_length), f"Tokenizing {name}"
-    rows, report = tokenize_dataset(dataset, tokenizer, *limits, num_proc=args.dataset_num_proc, desc=desc)
+    settings = {"score_tokens": args.score_tokens, "num_proc": args.dataset_num_proc}
+    rows, report = tokenize_dataset(dataset, tokenizer, *limits, **settings, desc=desc)
     if report["rows_dropped"] or report["responses_cut"]:
         logger.warning("%s: not all rows fit: %s", name, report)
     return rows
@@ -80,12 +81,13 @@ def checked_rows(dataset: Dataset, name: str) -> Dataset:
     """Rows that come tokenized, with their `length`.
 
     Args:
-        dataset: Columns `prompt_ids`, `response_ids`, `scores` and `location`.
+        dataset: Columns `prompt_ids`, `response_ids`, `scores` and `location`; `token_masks`, K lists of bools or null,
+            where not all tokens of the responses count.
         name: Name of the data set, for errors.
 
     Raises:
-        ValueError: A row has no prompt, fewer than two responses, an empty one, or another number of scores; names the
-            first. See also `check_weights`.
+        ValueError: A row has no prompt, fewer than two responses, an empty one, or another number of scores, or masks
+            that do not fit its responses; names the first. See also `check_weights`.
     """
     check_weights(dataset, name)
     table = dataset.select_columns(["prompt_ids", "response_ids", "scores"]).with_format("arrow")[:]
@@ -98,6 +100,7 @@ def checked_rows(dataset: Dataset, name: str) -> Dataset:
         "a response has no token": has_empty,
         "it has fewer than two responses": num_responses < 2,
         "it has another number of scores than of responses": num_responses != _lengths(scores),
+        **_faults_of_masks(dataset, responses),
     }
     for fault, rows in faults.items():
         if rows.any():
@@ -106,6 +109,20 @@ def checked_rows(dataset: Dataset, name: str) -> Dataset:
     if "length" in dataset.column_names:
         return dataset
     return dataset.map(lambda row: {"length": group_length(row)}, desc=f"Measuring {name}")
+
+
+def _faults_of_masks(dataset: Dataset, responses: pa.Array) -> dict[str, np.ndarray]:
+    """Which rows have a mask that does not fit its response, or one of which no token counts."""
+    if "token_masks" not in dataset.column_names:
+        return {}
+    masks = dataset.select_columns(["token_masks"]).with_format("arrow")[:]["token_masks"].combine_chunks()
+    misfits, empty = np.zeros(len(masks), dtype=bool), np.zeros(len(masks), dtype=bool)
+    for i in np.flatnonzero(masks.is_valid().to_numpy(zero_copy_only=False)):
+        mask, ids = masks[i].as_py(), responses[i]
+        misfits[i] = [*map(len, mask)] != [len(r) for r in ids.values]
+        empty[i] = not all(map(any, mask))
+    return {"token_masks does not have a bool for each token of its responses": misfits,
+            "no token of a response counts (token_masks)": empty}  # fmt: skip
 
 
 def check_weights(dataset: Dataset, name: str) -> None:

@@ -55,6 +55,14 @@ class NCAConfig(LossConfig, DPOConfig):
         default=None,
         metadata={"help": "Most tokens of a prompt; a longer one loses its beginning. None: no bound of its own."},
     )
+    score_tokens: str = field(
+        default="assistant",
+        metadata={
+            "help": "Which tokens of a response of several turns count: assistant (those of all its assistant turns; "
+            "what tools and users say is context), last (those of its last assistant turn), or all.",
+            "choices": ["assistant", "last", "all"],
+        },
+    )
     shared_prompt: str = field(
         default="auto",
         metadata={
@@ -148,6 +156,9 @@ class NCAConfig(LossConfig, DPOConfig):
         if self.report_to in (None, "false"):  # null, and no as YAML 1.1 reads it
             self.report_to = "none"
         self.shared_prompt = str(self.shared_prompt).lower()
+        self.score_tokens = str(self.score_tokens).lower()
+        if self.score_tokens not in ("assistant", "last", "all"):
+            raise ValueError(f"score_tokens: assistant, last or all; got {self.score_tokens!r}")
         counts_tokens = str(self.include_num_input_tokens_seen).lower() not in ("false", "no")
         self.include_num_input_tokens_seen = "all" if counts_tokens else "no"  # packed: all tokens are real
         if not torch.accelerator.is_available():  # recipes are written for GPUs; on a CPU they run there, in float32

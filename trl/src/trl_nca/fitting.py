@@ -4,7 +4,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from trl_nca.rendering import RefusedRow
 
@@ -36,24 +36,39 @@ class Limits:
     min_responses: int = 2
 
 
-def fit_row(
-    prompt_ids: list[int], response_ids: list[list[int]], scores: Sequence[float], bos: int | None, limits: Limits
-) -> dict[str, Any]:
-    """Cuts a row to the limits.
+class Encoded(NamedTuple):
+    """Token ids of a prompt and of each of its responses.
+
+    Attributes:
+        prompt_ids: Those of the prompt.
+        response_ids: Those of its K responses.
+        token_masks: Which of a response's tokens count in the loss, K lists.
+        broken: Names of the rules that the row breaks and is kept despite.
+    """
+
+    prompt_ids: list[int]
+    response_ids: list[list[int]]
+    token_masks: list[list[bool]]
+    broken: list[str]
+
+
+def fit_row(encoded: Encoded, scores: Sequence[float], bos: int | None, limits: Limits) -> dict[str, Any]:
+    """Cuts a row to the limits, and each response behind its last token that counts.
 
     Args:
-        prompt_ids: Token ids of the prompt.
-        response_ids: Those of its K responses.
-        scores: Of the responses.
+        encoded: The row's tokens.
+        scores: Of the K responses.
         bos: The tokenizer's BOS, which a prompt that is trimmed keeps.
         limits: What the row must keep to.
 
     Returns:
-        `prompt_ids`, `response_ids` and `scores`, and what was done: `prompt_trimmed`, `responses_cut`, `merged`.
+        `prompt_ids`, `response_ids`, `token_masks` (None where all tokens count) and `scores`, and what was done:
+        `prompt_trimmed`, `responses_cut`, `merged`.
 
     Raises:
         RefusedRow: It cannot fit, or too little of it is left.
     """
+    prompt_ids, response_ids, masks, _ = encoded
     fitted = _fit_prompt(prompt_ids, bos, limits.max_prompt_length)
     room = sys.maxsize if limits.max_length is None else limits.max_length - len(fitted)
     num_cut = sum(len(ids) > room for ids in response_ids)
@@ -67,15 +82,34 @@ def fit_row(
     if (is_trimmed or num_cut) and limits.actions["over_long"] != "fix":
         longest = len(prompt_ids) + max(map(len, response_ids))
         raise RefusedRow("over_long", f"{longest} tokens of prompt and response")
-    kept, means = _merge_duplicates([ids[:room] for ids in response_ids], scores, limits)
+    masks = [_without_tail(mask[:room]) for mask in masks]
+    if not all(masks):
+        cut = f" in what max_length {limits.max_length} leaves of it" if num_cut else ""
+        raise RefusedRow("no_scored_token", f"no token of response {masks.index([]) + 1} counts{cut}")
+    responses = [Response((*ids[: len(mask)],), (*mask,)) for ids, mask in zip(response_ids, masks, strict=True)]
+    kept, means = _merge_duplicates(responses, scores, limits)
     return {
         "prompt_ids": fitted,
-        "response_ids": kept,
+        "response_ids": [[*response.ids] for response in kept],
+        "token_masks": None if all(map(all, masks)) else [[*response.mask] for response in kept],
         "scores": means,
         "prompt_trimmed": is_trimmed,
         "responses_cut": num_cut,
-        "merged": len(kept) < len(response_ids),
+        "merged": len(kept) < len(responses),
     }
+
+
+class Response(NamedTuple):
+    """Token ids of a response, and which of them count."""
+
+    ids: tuple[int, ...]
+    mask: tuple[bool, ...]
+
+
+def _without_tail(mask: list[bool]) -> list[bool]:
+    """A mask up to the last token that counts: what stands behind it predicts nothing."""
+    last = next((i for i in reversed(range(len(mask))) if mask[i]), -1)
+    return mask[: last + 1]
 
 
 def _fit_prompt(prompt_ids: list[int], bos: int | None, longest: int | None) -> list[int]:
@@ -87,15 +121,15 @@ def _fit_prompt(prompt_ids: list[int], bos: int | None, longest: int | None) -> 
 
 
 def _merge_duplicates(
-    response_ids: list[list[int]], scores: Sequence[float], limits: Limits
-) -> tuple[list[list[int]], list[float]]:
+    responses: list[Response], scores: Sequence[float], limits: Limits
+) -> tuple[list[Response], list[float]]:
     """Responses without those that occurred before, and the means of their scores."""
-    indices: dict[tuple[int, ...], list[int]] = {}
-    for k, ids in enumerate(response_ids):
-        indices.setdefault(tuple(ids), []).append(k)
+    indices: dict[Response, list[int]] = {}
+    for k, response in enumerate(responses):
+        indices.setdefault(response, []).append(k)
     action = limits.actions["duplicate_response"]
-    if len(indices) == len(response_ids) or action == "keep":
-        return response_ids, list(scores)
+    if len(indices) == len(responses) or action == "keep":
+        return responses, list(scores)
     first, second = next(ks for ks in indices.values() if len(ks) > 1)[:2]
     detail = f"responses {first + 1} and {second + 1} are the same tokens"
     if action != "fix":
@@ -105,4 +139,4 @@ def _merge_duplicates(
     means = [math.fsum(scores[k] for k in ks) / len(ks) for ks in indices.values()]
     if len(set(means)) == 1 and limits.actions["identical_scores"] != "keep":
         raise RefusedRow("identical_scores", f"all are {means[0]:g} (after duplicate_response: {detail})")
-    return [list(ids) for ids in indices], means
+    return [*indices], means

@@ -1,7 +1,7 @@
 """Where each prompt's context and its responses lie in the packed row of a batch.
 
-Legend: B prompts, K responses (the largest of the batch), T packed tokens, R response tokens. `GroupCollator` says what
-belongs to a context and to a response.
+Legend: B prompts, K responses (the largest of the batch), T packed tokens, R response tokens that count.
+`GroupCollator` says what belongs to a context and to a response.
 
 Lengths are Python numbers, known where a batch is made. So nobody asks the device for them, which would wait for all
 that it has still to do; what is derived from them goes to the device with the batch.
@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+#: Spans of a response's tokens: where each begins, and where it ends.
+Spans = Sequence[tuple[int, int]]
+
 
 @dataclass(frozen=True)
 class GroupLayout:
@@ -26,11 +29,13 @@ class GroupLayout:
         context_lengths: Tokens of each prompt but its last. B numbers.
         response_lengths: Tokens of each response, 0 where it is padded or elsewhere. B times K numbers.
         device: Where the tokens, and the tensors below, are.
+        scored: Which of a response's tokens count: for each of the B times K the spans. None: all of all.
     """
 
     context_lengths: Sequence[int]
     response_lengths: Sequence[Sequence[int]]
     device: torch.device = torch.device("cpu")
+    scored: Sequence[Sequence[Spans]] | None = None
 
     @classmethod
     def of(cls, context_lengths: Tensor, response_lengths: Tensor) -> "GroupLayout":
@@ -55,6 +60,7 @@ class GroupLayout:
             self,
             context_lengths=[*self.context_lengths] * times,
             response_lengths=[*self.response_lengths] * times,
+            scored=None if self.scored is None else [*self.scored] * times,
         )
 
     @functools.cached_property
@@ -77,16 +83,39 @@ class GroupLayout:
         return max(context + max(responses, default=0) for context, responses in pairs)
 
     @functools.cached_property
+    def spans(self) -> list[list[Spans]]:
+        """Which tokens count of each prompt's real responses, in the order of `groups`.
+
+        Example:
+            >>> GroupLayout([2], [[3, 0, 1]]).spans
+            [[[(0, 3)], [(0, 1)]]]
+        """
+        return [
+            [self.scored[b][k] if self.scored else [(0, length)] for k, length in enumerate(lengths) if length]
+            for b, lengths in enumerate(self.response_lengths)
+        ]
+
+    @functools.cached_property
+    def num_targets(self) -> Sequence[Sequence[int]]:
+        """Tokens of each response that count. B times K numbers."""
+        if self.scored is None:
+            return self.response_lengths
+        return [[sum(stop - start for start, stop in spans) for spans in row] for row in self.scored]
+
+    @functools.cached_property
     def target_positions(self) -> Tensor:
-        """Positions in the packed row that predict the response tokens. Shape (R,)."""
+        """Positions in the packed row that predict the response tokens that count. Shape (R,)."""
         responses = [response for _, responses in self.groups for response in responses]
-        return self._on_device([torch.arange(r.start, r.stop) for r in responses])
+        spans = itertools.chain.from_iterable(self.spans)
+        return self._on_device(
+            [at for r, of_r in zip(responses, spans, strict=True) for at in _positions(r.start, of_r)]
+        )
 
     @functools.cached_property
     def response_index(self) -> Tensor:
-        """The response, as b * K + k, that each response token belongs to. Shape (R,)."""
-        lengths = torch.tensor([length for lengths in self.response_lengths for length in lengths])  # (B * K,)
-        return self._on_device([torch.arange(len(lengths)).repeat_interleave(lengths)])
+        """The response, as b * K + k, that each response token that counts belongs to. Shape (R,)."""
+        counts = torch.tensor([count for counts in self.num_targets for count in counts])  # (B * K,)
+        return self._on_device([torch.arange(len(counts)).repeat_interleave(counts)])
 
     @functools.cached_property
     def sequences(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
@@ -121,6 +150,11 @@ class GroupLayout:
         return to_device(joined, self.device)
 
 
+def _positions(start: int, spans: Spans) -> list[Tensor]:
+    """Positions of a response's tokens that count, in a row where it begins at `start`."""
+    return [torch.arange(start + first, start + stop) for first, stop in spans]
+
+
 def padded_inputs(tokens: Tensor, layout: GroupLayout) -> dict[str, Any]:
     """One row a response, each behind its own copy of the context, padded on the right: no token sees another row.
 
@@ -148,12 +182,13 @@ def padded_inputs(tokens: Tensor, layout: GroupLayout) -> dict[str, Any]:
     longest = input_ids.shape[1]
     # Known from the lengths: to look for them would wait for the device.
     starts = [n * longest + context.stop - context.start for n, (context, _) in enumerate(pairs)]
-    spans = [torch.arange(at, at + r.stop - r.start) for at, (_, r) in zip(starts, pairs, strict=True)]
+    spans = itertools.chain.from_iterable(layout.spans)
+    positions = [at for start, of_r in zip(starts, spans, strict=True) for at in _positions(start, of_r)]
     return {
         "input_ids": input_ids.clamp(min=0),
         "attention_mask": (input_ids >= 0).long(),
         "row_length": longest,
-        "positions": to_device(torch.cat(spans), tokens.device),
+        "positions": to_device(torch.cat(positions), tokens.device),
     }
 
 

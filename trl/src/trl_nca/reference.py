@@ -138,7 +138,8 @@ def hash_weights(model: nn.Module, adapter: str | None = None) -> str:
 
 def _hash_rows(dataset: Dataset) -> str:
     digest = hashlib.sha256()
-    for table in dataset.select_columns(["prompt_ids", "response_ids"]).with_format("arrow").iter(1000):
+    names = [name for name in ("prompt_ids", "response_ids", "token_masks") if name in dataset.column_names]
+    for table in dataset.select_columns(names).with_format("arrow").iter(1000):
         for column in table.columns:
             array = column.combine_chunks()
             while pa.types.is_list(array.type) or pa.types.is_large_list(array.type):

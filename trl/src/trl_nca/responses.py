@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +17,7 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
 from trl_nca.code_hash import code_hash
-from trl_nca.fitting import DEFAULT_ACTIONS, Limits, fit_row
+from trl_nca.fitting import DEFAULT_ACTIONS, Encoded, Limits, fit_row
 from trl_nca.rendering import (
     Messages,
     RefusedRow,
@@ -42,6 +42,8 @@ TOKENIZED_FEATURES = Features(
         "location": Value("string"),  # the row's place in its file, for a person
     }
 )
+#: Which tokens of the responses count in the loss; null where all of the row's do.
+TOKEN_MASKS = {"token_masks": List(List(Value("bool")))}
 #: What was done to a row, beside its token ids.
 _OUTCOME = {
     "prompt_trimmed": Value("bool"),
@@ -52,14 +54,6 @@ _OUTCOME = {
     "dropped": Value("string"),
     "detail": Value("string"),
 }
-
-
-class Encoded(NamedTuple):
-    """Token ids of a prompt and of each of its responses, and the rules that the row breaks and is kept despite."""
-
-    prompt_ids: list[int]
-    response_ids: list[list[int]]
-    broken: list[str]
 
 
 def group_length(row: Mapping[str, Any]) -> int:
@@ -90,6 +84,7 @@ class ResponseTokenizer:
         tokenizer: A tokenizer, with a chat template if prompts are lists of messages.
         max_length, max_prompt_length, min_responses: See `trl_nca.fitting.Limits`.
         actions: What happens to rows by the name of a rule, where it is not as in `trl_nca.fitting.DEFAULT_ACTIONS`.
+        score_tokens: See `trl_nca.config.NCAConfig`.
     """
 
     def __init__(
@@ -99,8 +94,10 @@ class ResponseTokenizer:
         max_prompt_length: int | None = None,
         actions: Mapping[str, str] | None = None,
         min_responses: int = 2,
+        score_tokens: str = "assistant",
     ):
         self.tokenizer = tokenizer
+        self.score_tokens = score_tokens
         self.limits = Limits(max_length, max_prompt_length, DEFAULT_ACTIONS | dict(actions or {}), min_responses)
         self._renderer = Renderer(tokenizer)
 
@@ -116,7 +113,8 @@ class ResponseTokenizer:
         else:
             vocabulary = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), str(tokenizer.init_kwargs)]
         template = [tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token, self._renderer.specials]
-        content = json.dumps([rows, vocabulary, template, asdict(self.limits), code_hash([__name__])], sort_keys=True)
+        settings = [asdict(self.limits), self.score_tokens, code_hash([__name__])]
+        content = json.dumps([rows, vocabulary, template, settings], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:32]
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -127,18 +125,21 @@ class ResponseTokenizer:
                 A `weight` and a `location` are handed on.
 
         Returns:
-            `prompt_ids` (ints), `response_ids` (K lists of ints), `scores`, `length` (tokens of the packed group),
-            `location` (as given); what was done to fit them: `prompt_trimmed` (bool), `responses_cut` (count),
+            `prompt_ids` (ints), `response_ids` (K lists of ints), `token_masks` (K lists of bools, which tokens count;
+            None where all do), `scores`, `length` (tokens of the packed group), `location` (as given); what was done
+            to fit them: `prompt_trimmed` (bool), `responses_cut` (count),
             `merged` (bool: responses that are the same tokens became one), `fixed` (bool: one of these, or the row
             came with a `fixed` that is not empty); `broken` (names of the rules that it is kept despite); and
             `dropped` (a reason, or "" for a row to train on) with its `detail`. A dropped row has no ids.
         """
-        done = {"prompt_ids": [], "response_ids": [], "scores": row["scores"], "prompt_trimmed": False,
-                "responses_cut": 0, "merged": False, "broken": [], "dropped": "", "detail": ""}  # fmt: skip
+        done = {"prompt_ids": [], "response_ids": [], "token_masks": None, "scores": row["scores"],
+                "prompt_trimmed": False, "responses_cut": 0, "merged": False, "broken": [], "dropped": "",
+                "detail": ""}  # fmt: skip
         done |= {"weight": row["weight"]} if "weight" in row else {}
         try:
-            prompt_ids, response_ids, done["broken"] = self._encode_row(row["prompt"], row["responses"])
-            done |= fit_row(prompt_ids, response_ids, row["scores"], self.tokenizer.bos_token_id, self.limits)
+            encoded = self._encode_row(row["prompt"], row["responses"])
+            done |= fit_row(encoded, row["scores"], self.tokenizer.bos_token_id, self.limits)
+            done["broken"] = encoded.broken
         except RefusedRow as refused:
             done |= {"dropped": refused.reason, "detail": refused.detail}
         done["merged"] &= "duplicate_response" not in (row.get("fixed") or ())  # else it is counted there
@@ -180,7 +181,7 @@ class ResponseTokenizer:
         if prompt_ids[-len(tail_ids) :] != tail_ids:  # a tokenizer that looks back
             tail, tail_ids = split.prompt, prompt_ids
         response_ids = [self._encode_after(tail_ids, tail, rest, stand_ins) for rest in split.rests]
-        return Encoded(prompt_ids, response_ids, split.broken)
+        return Encoded(prompt_ids, response_ids, _all_count(response_ids), split.broken)
 
     def _encode_after(self, prompt_ids: list[int], prompt: str, rest: str, stand_ins: StandIns) -> list[int]:
         whole = self._renderer.encode(prompt + rest, stand_ins)
@@ -203,12 +204,16 @@ class ResponseTokenizer:
             else:
                 ids = self._renderer.encode(response, stand_ins, continues=bool(prompt))
             response_ids.append(ids if eos_id is None else [*ids, eos_id])
-        return Encoded(prompt_ids, response_ids, [])
+        return Encoded(prompt_ids, response_ids, _all_count(response_ids), [])
 
     def _encode_text(self, text: str, stand_ins: StandIns) -> list[int]:
         """Token ids of plain text, with a BOS where the tokenizer adds one, and without the EOS that some add."""
         ids = self._renderer.encode(text, stand_ins, add_special_tokens=True)
         return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
+
+
+def _all_count(response_ids: list[list[int]]) -> list[list[bool]]:
+    return [[True] * len(ids) for ids in response_ids]
 
 
 def _protected(messages: Messages, stand_ins: StandIns) -> Messages:
@@ -223,6 +228,7 @@ def tokenize_dataset(
     max_prompt_length: int | None = None,
     actions: Mapping[str, str] | None = None,
     min_responses: int = 2,
+    score_tokens: str = "assistant",
     num_proc: int | None = None,
     desc: str = "Tokenizing",
 ) -> tuple[Dataset, dict[str, Any]]:
@@ -233,15 +239,15 @@ def tokenize_dataset(
     Args:
         dataset: Columns `prompt`, `responses` (K >= 2 a row, K may differ by row), `scores`, and where they are there
             `weight` and `location`, which the rows are named by. Others are dropped.
-        tokenizer, max_length, max_prompt_length, actions, min_responses: See `ResponseTokenizer`.
+        tokenizer, max_length, max_prompt_length, actions, min_responses, score_tokens: See `ResponseTokenizer`.
         num_proc: Processes to use; None for this one.
         desc: Label of the progress bar.
 
     Returns:
-        The data set with columns `prompt_ids`, `response_ids`, `scores`, `length`, `location`, `weight` where it was
-        there, and a report; see `_report`.
+        The data set with columns `prompt_ids`, `response_ids`, `token_masks`, `scores`, `length`, `location`, `weight`
+        where it was there, and a report; see `_report`.
     """
-    tokenize = ResponseTokenizer(tokenizer, max_length, max_prompt_length, actions, min_responses)
+    tokenize = ResponseTokenizer(tokenizer, max_length, max_prompt_length, actions, min_responses, score_tokens)
     weight = {"weight": Value("float64")} if "weight" in dataset.column_names else {}
     pieces = []
     for start in range(0, max(len(dataset), 1), _PIECE_ROWS):
@@ -250,7 +256,7 @@ def tokenize_dataset(
             piece.map(
                 tokenize,
                 remove_columns=dataset.column_names,
-                features=Features({**TOKENIZED_FEATURES, **weight, **_OUTCOME}),
+                features=Features({**TOKENIZED_FEATURES, **TOKEN_MASKS, **weight, **_OUTCOME}),
                 num_proc=num_proc if len(dataset) > 1000 else None,  # starting processes takes longer than a few rows
                 new_fingerprint=tokenize.key(piece._fingerprint),
                 desc=desc if len(dataset) <= _PIECE_ROWS else f"{desc}, from row {start + 1} of {len(dataset)}",

@@ -53,6 +53,7 @@ def prepare_rows(
             max_prompt_length=args.max_prompt_length,
             actions={reason: chosen[reason] for reason in DEFAULT_ACTIONS},
             min_responses=2 if pairs else config.min_responses,
+            score_tokens=args.score_tokens,
             num_proc=args.dataset_num_proc,
             desc=f"Tokenizing {name}",
         )
@@ -105,18 +106,21 @@ def describe_group(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> s
     """A tokenized group as text, to check: what the model is given, and which tokens count in the loss.
 
     Args:
-        row: A tokenized row: `prompt_ids`, `response_ids`, `scores`, and `weight`, where the data have it.
+        row: A tokenized row: `prompt_ids`, `response_ids`, `token_masks`, `scores`; `weight`, where the data have it.
         tokenizer: The policy's tokenizer.
     """
     prompt = tokenizer.decode(row["prompt_ids"])
     weight = "" if row.get("weight") is None else f", weight {row['weight']:g}"
     lines = [f"prompt ({len(row['prompt_ids'])} tokens, mask 0{weight}):", repr(prompt), ""]
-    for k, (ids, score) in enumerate(zip(row["response_ids"], row["scores"], strict=True)):
+    masks = row["token_masks"] or [[True] * len(ids) for ids in row["response_ids"]]
+    for k, (ids, mask, score) in enumerate(zip(row["response_ids"], masks, row["scores"], strict=True)):
+        counts = "mask 1" if all(mask) else f"mask 1 on {sum(mask)} of them"
         lines += [
-            f"response {k + 1}, score {score:g} ({len(ids)} tokens, mask 1, {_end(ids, tokenizer)}):",
+            f"response {k + 1}, score {score:g} ({len(ids)} tokens, {counts}, {_end(ids, tokenizer)}):",
             repr(tokenizer.decode(ids)),
         ]
-        lines += [" ".join(f"{token!r}:1" for token in tokenizer.convert_ids_to_tokens(ids)), ""]
+        tokens = zip(tokenizer.convert_ids_to_tokens(ids), mask, strict=True)
+        lines += [" ".join(f"{token!r}:{int(counts)}" for token, counts in tokens), ""]
     return "\n".join(lines)
 
 

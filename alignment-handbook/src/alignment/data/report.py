@@ -4,10 +4,12 @@ N rows, K responses of a row, all responses of all rows one behind the other in 
 """
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
@@ -30,7 +32,7 @@ class Columns:
 
     Attributes:
         scores: Shape (sum of K,).
-        response_lengths: Shape (sum of K,).
+        response_lengths: Of the tokens that count. Shape (sum of K,).
         prompt_lengths: Shape (N,).
         num_responses: K of each row. Shape (N,).
         unit: Unit of the lengths: tokens or characters.
@@ -44,13 +46,13 @@ class Columns:
 
     @classmethod
     def of_tokens(cls, rows: Dataset) -> "Columns":
-        """From rows with `prompt_ids`, `response_ids` and `scores`."""
+        """From rows with `prompt_ids`, `response_ids`, `token_masks` and `scores`."""
         scores, responses, prompts = [], [], []
         # Chunk by chunk, and of the lists their ends alone: the ids themselves are not read from the disk.
-        table = rows.select_columns(["scores", "response_ids", "prompt_ids"]).with_format("arrow")
+        table = rows.select_columns(["scores", "response_ids", "token_masks", "prompt_ids"]).with_format("arrow")
         for part in table.iter(10_000):
             scores += part["scores"].chunks
-            responses += [chunk.flatten().value_lengths().to_numpy() for chunk in part["response_ids"].chunks]
+            responses += [_scored_lengths(*chunks) for chunks in _chunks(part, "response_ids", "token_masks")]
             prompts += [chunk.value_lengths().to_numpy() for chunk in part["prompt_ids"].chunks]
         return cls._of(scores, responses, prompts, "tokens")
 
@@ -75,6 +77,25 @@ class Columns:
             num_responses=np.concatenate([s.value_lengths().to_numpy() for s in scores]),
             unit=unit,
         )
+
+
+def _chunks(table: pa.Table, *names: str) -> Iterator[list[pa.ListArray]]:
+    """Chunks of columns, cut alike."""
+    for batch in table.to_batches():
+        yield [batch.column(name) for name in names]
+
+
+def _scored_lengths(responses: pa.ListArray, masks: pa.ListArray) -> np.ndarray:
+    """Tokens that count of all responses of a chunk: all of them in rows without a mask."""
+    lengths = responses.flatten().value_lengths().to_numpy().copy()
+    if masks.null_count < len(masks):
+        in_masks = pc.fill_null(pc.list_value_length(masks), 0).to_numpy(zero_copy_only=False)
+        owner = np.repeat(in_masks > 0, responses.value_lengths().to_numpy())
+        flat = masks.drop_null().flatten()
+        sums = np.r_[0, np.cumsum(flat.flatten().to_numpy(zero_copy_only=False))]
+        ends = np.cumsum(flat.value_lengths().to_numpy())
+        lengths[owner] = np.diff(sums[np.r_[0, ends]])
+    return lengths
 
 
 def _parts(rows: Dataset, names: list[str]) -> Any:

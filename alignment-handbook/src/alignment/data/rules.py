@@ -89,6 +89,7 @@ RULES: dict[str, Rule] = {
     ),
     "prompt_too_long": Rule("the prompt leaves no room for a response in `max_length`", "", _DROP),
     "empty_prompt": Rule("a prompt without a token", "", _DROP),
+    "no_scored_token": Rule("a response of which no token counts, or none that `max_length` leaves", "", _DROP),
     "over_long": Rule("prompt and response together are longer than `max_length`", "the end is cut", _FIX),
 }  # fmt: skip
 
