@@ -175,6 +175,16 @@ def test_describe_group_shows_text_mask_and_eos():
     assert "ends with EOS" in text
 
 
+def test_describe_group_shows_which_tokens_count():
+    tokenizer, row = tokenize(USER, ["Paris", "Rome"])
+    row["token_masks"] = [[i > 1 for i in range(len(ids))] for ids in row["response_ids"]]
+    text = describe_group(row, tokenizer)
+    num = len(row["response_ids"][0])
+    first, second, third = tokenizer.convert_ids_to_tokens(row["response_ids"][0])[:3]
+    assert f"response 1, score 0 ({num} tokens, mask 1 on {num - 2} of them, ends with EOS)" in text
+    assert f"\n{first!r}:0 {second!r}:0 {third!r}:1" in text
+
+
 def test_over_long_rows_are_cut_or_dropped_and_counted_as_fixed():
     rows = Dataset.from_list(
         [

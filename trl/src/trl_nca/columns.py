@@ -1,6 +1,7 @@
 """The columns of a data set that the trainers take: scored responses, pairs, or the token ids of either."""
 
 import logging
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -36,12 +37,36 @@ def scored_pairs(dataset: Dataset) -> Dataset:
     """
     check_columns(dataset, {"chosen", "rejected"})
     if "prompt" not in dataset.column_names:
-        dataset = dataset.map(extract_prompt, desc="Extracting prompts")
+        dataset = dataset.map(_with_prompt, desc="Extracting prompts")
     return dataset.map(
         lambda row: {"responses": [row["chosen"], row["rejected"]], "scores": [1.0, 0.0]},
         remove_columns=["chosen", "rejected"],
         desc="Pairing",
     )
+
+
+def _with_prompt(row: dict[str, Any]) -> dict[str, Any]:
+    """A pair with the turns that both responses share as its prompt, but for those from a last answer on.
+
+    Trajectories may begin with the same call, whose result differs.
+
+    Example:
+        >>> def turns(*texts):
+        ...     roles = ["user", "assistant", "tool", "assistant"]
+        ...     return [{"role": role, "content": text} for role, text in zip(roles, texts)]
+        >>> row = _with_prompt({"chosen": turns("q", "call", "4", "It is 4."), "rejected": turns("q", "call", "5", "5")})
+        >>> row["prompt"], row["rejected"][0]
+        ([{'role': 'user', 'content': 'q'}], {'role': 'assistant', 'content': 'call'})
+    """
+    row = extract_prompt(row)
+    prompt, sides = row["prompt"], (row["chosen"], row["rejected"])
+    if isinstance(prompt, str):
+        return row
+    num = len(prompt)
+    while 0 < num and any((prompt[num:] + side)[0]["role"] != "assistant" for side in sides):
+        num -= 1
+    chosen, rejected = (prompt[num:] + side for side in sides)
+    return {**row, "prompt": prompt[:num], "chosen": chosen, "rejected": rejected}
 
 
 def with_locations(dataset: Dataset, name: str) -> Dataset:
