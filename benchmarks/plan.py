@@ -113,7 +113,11 @@ def planned(case: Case) -> dict[str, float]:
 def measured(case: Case) -> int:
     """The peak of two optimizer steps, in bytes."""
     prompt, response = case.lengths
-    row = {"prompt_ids": [5] * prompt, "response_ids": [[6] * response] * 4, "scores": [0.1, 0.4, 0.2, 0.3]}
+    row = {
+        "prompt_ids": [5] * prompt,
+        "response_ids": [[6 + k] * response for k in range(4)],
+        "scores": [0.1, 0.4, 0.2, 0.3],
+    }
     with tempfile.TemporaryDirectory() as folder:
         args = NCAConfig(
             folder, max_steps=2, per_device_train_batch_size=1, gradient_accumulation_steps=case.prompts,

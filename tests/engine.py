@@ -52,6 +52,18 @@ def make_model(dropout=0.0, dtype=torch.float64):
     return model.train()
 
 
+def plain_logps(model, rows):
+    """Log-probs by the plain forward, a response at a time, summed over the tokens that count."""
+    logps = []
+    for row in rows:
+        masks = row.get("token_masks") or [[True] * len(ids) for ids in row["response_ids"]]
+        for ids, mask in zip(row["response_ids"], masks, strict=True):
+            whole = torch.tensor([row["prompt_ids"] + ids])
+            predicted = model(input_ids=whole).logits[0, -len(ids) - 1 : -1].log_softmax(-1)
+            logps.append(predicted[range(len(ids)), ids][torch.tensor(mask)].sum())
+    return torch.stack(logps)
+
+
 def losses_of(loss_type, batch, beta=0.05, **settings):
     """The losses of a batch's prompts as a function of its log-probs."""
     args = LossConfig(loss_type=loss_type, beta=beta, alpha=0.3, **settings)

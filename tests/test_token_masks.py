@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alignment.data.report import Columns
-from tests.engine import FAMILIES, losses_of, make, make_model, step
+from tests.engine import FAMILIES, losses_of, make, make_model, plain_logps, step
 from tests.tiny import SHAPES, rows_of
 from trl_nca.chunks import split_batch
 from trl_nca.collate import GroupCollator
@@ -30,18 +30,6 @@ def masked_rows(shapes=SHAPES, seed=0):
         for mask in row["token_masks"]:
             mask[rng.randrange(len(mask))] = True
     return rows
-
-
-def plain_logps(model, rows):
-    """Log-probs by the plain forward, a response at a time, summed over the tokens that count."""
-    logps = []
-    for row in rows:
-        masks = row.get("token_masks") or [[True] * len(ids) for ids in row["response_ids"]]
-        for ids, mask in zip(row["response_ids"], masks, strict=True):
-            whole = torch.tensor([row["prompt_ids"] + ids])
-            predicted = model(input_ids=whole).logits[0, -len(ids) - 1 : -1].log_softmax(-1)
-            logps.append(predicted[range(len(ids)), ids][torch.tensor(mask)].sum())
-    return torch.stack(logps)
 
 
 @pytest.mark.parametrize("shared_prompt", [True, False], ids=["packed", "padded"])

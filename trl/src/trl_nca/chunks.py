@@ -4,14 +4,14 @@ Legend: B prompts, K responses. A batch is that of `GroupCollator`, a chunk a pa
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from trl_nca.layout import GroupLayout, to_device
+from trl_nca.layout import Branch, GroupLayout, cut, to_device
 from trl_nca.logps import Batch
 
 #: Log-probs of a chunk, shape (B, K), 0 for responses that are in another chunk.
@@ -77,19 +77,35 @@ def _plan_chunks(layout: GroupLayout, max_tokens: int | None, shared_prompt: boo
     most = float("inf") if max_tokens is None else max_tokens
     for b, (context, lengths) in enumerate(zip(layout.context_lengths, layout.response_lengths, strict=True)):
         real = [k for k, length in enumerate(lengths) if length]
-        whole = sum(lengths) + context * (1 if shared_prompt else len(real))
+
+        def cost(k: int, before: Sequence[int], b: int = b, context: int = context) -> int:
+            """Tokens that a response adds to a chunk that has others of its prompt."""
+            branch = _branch(layout, b, k, before) if shared_prompt else None
+            shared = branch[1] if branch else 0
+            return layout.response_lengths[b][k] - shared + (0 if shared_prompt and before else context)
+
+        whole = sum(cost(k, real[:i]) for i, k in enumerate(real))
         if used and used + whole > most:
             chunks.append([])
             used = 0
+        before: list[int] = []
         for k in real:
-            has_prompt = shared_prompt and bool(chunks[-1]) and chunks[-1][-1][0] == b
-            cost = lengths[k] + (0 if has_prompt else context)
-            if used and used + cost > most:
+            if used and used + cost(k, before) > most:
                 chunks.append([])
-                used, cost = 0, lengths[k] + context
+                used, before = 0, []
+            used += cost(k, before)
             chunks[-1].append((b, k))
-            used += cost
+            before.append(k)
     return chunks
+
+
+def _branch(layout: GroupLayout, b: int, k: int, chosen: Container[int]) -> Branch | None:
+    """What a response goes on from, of those of its prompt that are chosen."""
+    branch = layout.branch(b, k)
+    while branch and branch[0] not in chosen:
+        before = layout.branch(b, branch[0])
+        branch = (before[0], min(branch[1], before[1])) if before else None
+    return branch
 
 
 def _select(batch: Batch, chosen: set[tuple[int, int]]) -> Batch:
@@ -102,13 +118,16 @@ def _select(batch: Batch, chosen: set[tuple[int, int]]) -> Batch:
     ]
     tokens, targets = [], []  # slices of the T tokens, and of the R targets
     num_targets = 0
-    for b, (context, responses) in enumerate(layout.groups):
+    branches: list[list[Branch | None]] = [[None] * len(row) for row in lengths]
+    for b, ((context, _), paths) in enumerate(zip(layout.groups, layout.paths, strict=True)):
         tokens += [context] if b in prompts else []
         real = (k for k, length in enumerate(layout.response_lengths[b]) if length)
-        for k, response in zip(real, responses, strict=True):
+        of_prompt = {k for k, length in enumerate(lengths[b]) if length}
+        for k, path in zip(real, paths, strict=True):
             start, num_targets = num_targets, num_targets + layout.num_targets[b][k]
-            if (b, k) in chosen:
-                tokens.append(response)
+            if k in of_prompt:
+                branches[b][k] = branch = _branch(layout, b, k, of_prompt)
+                tokens += cut(path, branch[1] if branch else 0, lengths[b][k])
                 targets.append(slice(start, num_targets))
     mask = torch.tensor([[length > 0 for length in row] for row in lengths])  # (B, K)
     contexts = [length if b in prompts else 0 for b, length in enumerate(layout.context_lengths)]
@@ -121,7 +140,7 @@ def _select(batch: Batch, chosen: set[tuple[int, int]]) -> Batch:
         "input_ids": torch.cat([batch["input_ids"][:, part] for part in tokens], dim=1),
         "position_ids": torch.cat([batch["position_ids"][:, part] for part in tokens], dim=1),
         **{key: torch.cat([values[part] for part in targets]) for key, values in of_targets.items()},
-        "layout": GroupLayout(contexts, lengths, layout.device, scored),
+        "layout": GroupLayout(contexts, lengths, layout.device, scored, branches if layout.branches else None),
     }
 
 

@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trl_nca.layout import GroupLayout, Spans
+from trl_nca.layout import Branch, GroupLayout, Spans
+
+#: Tokens at the beginning of two responses that are worth a part of its own in attention.
+_LEAST_SHARED = 8
 
 
 @dataclass
@@ -20,7 +23,8 @@ class GroupCollator:
 
     A response is run from the prompt's last token, which predicts its first, to its own last but one. So each prompt is
     there once but for that token, every position of a response predicts one target, and no position is run in vain.
-    Positions restart after the prompt: each response continues it as if it were the only one.
+    Positions restart after the prompt: each response continues it as if it were the only one. Responses that begin with
+    the same tokens, as trajectories with the same call do, run these once: see `find_branches`.
 
     Example:
         >>> rows = [
@@ -68,18 +72,27 @@ class GroupCollator:
         input_ids: list[int] = []
         position_ids: list[int] = []
         targets: list[int] = []
-        for row in rows:
+        branches = [find_branches(row["response_ids"]) for row in rows]
+        for row, of_row in zip(rows, branches, strict=True):
             *context, last = row["prompt_ids"]
             input_ids += context
             position_ids += range(len(context))
-            for response in row["response_ids"]:
-                input_ids += [last, *response[:-1]]
-                position_ids += range(len(context), len(context) + len(response))
+            for response, branch in zip(row["response_ids"], of_row, strict=True):
+                start = branch[1] if branch else 0
+                input_ids += [last, *response[:-1]][start:]
+                position_ids += range(len(context) + start, len(context) + len(response))
             targets += itertools.chain.from_iterable(_scored_tokens(row))
         context_lengths = [len(row["prompt_ids"]) - 1 for row in rows]
         run_lengths = _padded([[len(r) for r in row["response_ids"]] for row in rows], torch.long)  # (B, K)
         scored = [_spans(row, run_lengths.shape[1]) for row in rows] if any(map(_masks, rows)) else None
-        layout = GroupLayout(context_lengths, run_lengths.tolist(), scored=scored)
+        layout = GroupLayout(
+            context_lengths,
+            run_lengths.tolist(),
+            scored=scored,
+            branches=[_filled(of_row, run_lengths.shape[1]) for of_row in branches]
+            if any(map(any, branches))
+            else None,
+        )
         response_lengths = torch.tensor(layout.num_targets)  # (B, K)
         batch: dict[str, Any] = {
             # First in the batch: the Trainer takes the number of examples from the first tensor it meets.
@@ -100,6 +113,34 @@ class GroupCollator:
         best = [row["scores"].index(max(row["scores"])) for row in rows]
         batch["best_length"] = sum(counts[k] for counts, k in zip(layout.num_targets, best, strict=True))
         return batch | {"layout": layout, "location": [row.get("location", "") for row in rows]}
+
+
+def find_branches(response_ids: list[list[int]]) -> list[Branch | None]:
+    """What each response goes on from: the one before it with which it has the longest beginning in common.
+
+    A position is run once for all responses that are the same up to it; at least one of each response is its own.
+
+    Example:
+        >>> find_branches([[*range(20)], [*range(12), 99], [0, 1, 2]])
+        [None, (0, 12), None]
+    """
+    branches: list[Branch | None] = []
+    alike: dict[tuple[int, ...], list[int]] = {}  # responses by their first tokens
+    for k, ids in enumerate(response_ids):
+        others = alike.setdefault((*ids[:_LEAST_SHARED],), [])
+        shared = [(_num_shared(response_ids[j], ids), -j) for j in others] if len(ids) > _LEAST_SHARED else []
+        most, j = max(shared, default=(0, 0))
+        branches.append((-j, most) if most else None)
+        others.append(k)
+    return branches
+
+
+def _num_shared(other: list[int], ids: list[int]) -> int:
+    """Positions that are run for both: a token's is that before it."""
+    num_tokens = next(
+        (t for t, (a, b) in enumerate(zip(other, ids, strict=False)) if a != b), min(len(other), len(ids))
+    )
+    return min(num_tokens + 1, len(other), len(ids) - 1)
 
 
 def _masks(row: dict[str, Any]) -> list[list[bool]] | None:
@@ -130,7 +171,11 @@ def _spans(row: dict[str, Any], num_responses: int) -> Sequence[Spans]:
         runs = [(counts, len([*tokens])) for counts, tokens in itertools.groupby(mask)]
         stops = itertools.accumulate(length for _, length in runs)
         spans.append([(stop - n, stop) for (counts, n), stop in zip(runs, stops, strict=True) if counts])
-    return spans + [[] for _ in range(num_responses - len(spans))]
+    return _filled(spans, num_responses, [])
+
+
+def _filled(values: list[Any], length: int, value: Any = None) -> list[Any]:
+    return values + [value] * (length - len(values))
 
 
 def _token_weights(row: dict[str, Any], ld_alpha: float) -> Iterator[float]:

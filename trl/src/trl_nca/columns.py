@@ -54,7 +54,7 @@ def _with_prompt(row: dict[str, Any]) -> dict[str, Any]:
         >>> def turns(*texts):
         ...     roles = ["user", "assistant", "tool", "assistant"]
         ...     return [{"role": role, "content": text} for role, text in zip(roles, texts)]
-        >>> row = _with_prompt({"chosen": turns("q", "call", "4", "It is 4."), "rejected": turns("q", "call", "5", "5")})
+        >>> row = _with_prompt({"chosen": turns("q", "call", "4", "It is 4."), "rejected": turns("q", "call", "5")})
         >>> row["prompt"], row["rejected"][0]
         ([{'role': 'user', 'content': 'q'}], {'role': 'assistant', 'content': 'call'})
     """
@@ -63,7 +63,7 @@ def _with_prompt(row: dict[str, Any]) -> dict[str, Any]:
     if isinstance(prompt, str):
         return row
     num = len(prompt)
-    while 0 < num and any((prompt[num:] + side)[0]["role"] != "assistant" for side in sides):
+    while num > 0 and any((prompt[num:] + side)[0]["role"] != "assistant" for side in sides):
         num -= 1
     chosen, rejected = (prompt[num:] + side for side in sides)
     return {**row, "prompt": prompt[:num], "chosen": chosen, "rejected": rejected}

@@ -19,6 +19,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 #: Spans of a response's tokens: where each begins, and where it ends.
 Spans = Sequence[tuple[int, int]]
+#: A response of the same prompt, by its index among the K, and how many of its positions another goes on from.
+Branch = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,15 @@ class GroupLayout:
         response_lengths: Tokens of each response, 0 where it is padded or elsewhere. B times K numbers.
         device: Where the tokens, and the tensors below, are.
         scored: Which of a response's tokens count: for each of the B times K the spans. None: all of all.
+        branches: Where a response begins as another of its prompt does: for each of the B times K the other one, which
+            stands before it, and how many positions of it are run for both; or None. None: nowhere.
     """
 
     context_lengths: Sequence[int]
     response_lengths: Sequence[Sequence[int]]
     device: torch.device = torch.device("cpu")
     scored: Sequence[Sequence[Spans]] | None = None
+    branches: Sequence[Sequence[Branch | None]] | None = None
 
     @classmethod
     def of(cls, context_lengths: Tensor, response_lengths: Tensor) -> "GroupLayout":
@@ -61,20 +66,65 @@ class GroupLayout:
             context_lengths=[*self.context_lengths] * times,
             response_lengths=[*self.response_lengths] * times,
             scored=None if self.scored is None else [*self.scored] * times,
+            branches=None if self.branches is None else [*self.branches] * times,
         )
 
     @functools.cached_property
     def groups(self) -> list[tuple[slice, list[slice]]]:
-        """For each prompt the slice of the T tokens that holds its context, and the slices of its real responses."""
+        """For each prompt the slice of the T tokens that holds its context, and the slices of its real responses.
+
+        Of a response that goes on from another it is what it runs itself.
+        """
         groups, start = [], 0
-        for context_length, lengths in zip(self.context_lengths, self.response_lengths, strict=True):
+        for b, (context_length, lengths) in enumerate(zip(self.context_lengths, self.response_lengths, strict=True)):
             context = slice(start, start + context_length)
             responses, start = [], context.stop
-            for length in filter(None, lengths):
-                responses.append(slice(start, start + length))
-                start += length
+            for k, length in enumerate(lengths):
+                if length:
+                    branch = self.branch(b, k)
+                    responses.append(slice(start, start + length - (branch[1] if branch else 0)))
+                    start = responses[-1].stop
             groups.append((context, responses))
         return groups
+
+    def branch(self, b: int, k: int) -> Branch | None:
+        """What response k of prompt b goes on from; None: from its context."""
+        return self.branches[b][k] if self.branches else None
+
+    @functools.cached_property
+    def paths(self) -> list[list[list[slice]]]:
+        """For each prompt's real responses, in the order of `groups`, the slices of the T tokens that hold them.
+
+        The last of them is what the response runs itself; those before it are of responses that it goes on from.
+
+        Example:
+            >>> GroupLayout([2], [[3, 3]], branches=[[None, (0, 2)]]).paths
+            [[[slice(2, 5, None)], [slice(2, 4, None), slice(5, 6, None)]]]
+        """
+        paths = []
+        for b, ((_, responses), lengths) in enumerate(zip(self.groups, self.response_lengths, strict=True)):
+            of_prompt: dict[int, list[slice]] = {}
+            real = (k for k, length in enumerate(lengths) if length)
+            for k, own in zip(real, responses, strict=True):
+                branch = self.branch(b, k)
+                of_prompt[k] = [*(cut(of_prompt[branch[0]], 0, branch[1]) if branch else []), own]
+            paths.append([*of_prompt.values()])
+        return paths
+
+    @functools.cached_property
+    def seen_before(self) -> list[tuple[slice, slice]]:
+        """Queries, and keys before them that all of them see: contexts, and what responses go on from.
+
+        Example:
+            >>> GroupLayout([2], [[3, 3]], branches=[[None, (0, 2)]]).seen_before
+            [(slice(2, 6, None), slice(0, 2, None)), (slice(5, 6, None), slice(2, 4, None))]
+        """
+        seen = []
+        for (context, responses), paths in zip(self.groups, self.paths, strict=True):
+            if responses and context.stop > context.start:
+                seen.append((slice(responses[0].start, responses[-1].stop), context))
+            seen += [(own, before) for *path, own in paths for before in path]
+        return seen
 
     @functools.cached_property
     def longest(self) -> int:
@@ -105,11 +155,12 @@ class GroupLayout:
     @functools.cached_property
     def target_positions(self) -> Tensor:
         """Positions in the packed row that predict the response tokens that count. Shape (R,)."""
-        responses = [response for _, responses in self.groups for response in responses]
-        spans = itertools.chain.from_iterable(self.spans)
-        return self._on_device(
-            [at for r, of_r in zip(responses, spans, strict=True) for at in _positions(r.start, of_r)]
-        )
+        parts: list[slice] = []
+        for paths, spans in zip(self.paths, self.spans, strict=True):
+            for path, of_it in zip(paths, spans, strict=True):
+                for start, stop in of_it:
+                    parts += cut(path, start, stop)
+        return self._on_device([torch.arange(part.start, part.stop) for part in parts])
 
     @functools.cached_property
     def response_index(self) -> Tensor:
@@ -133,10 +184,9 @@ class GroupLayout:
             ([0, 2, 5, 6], [0, 2, 7, 10], [3, 5])
         """
         pieces: list[tuple[int, Tensor]] = []  # number of queries, and keys
-        for context, responses in self.groups:
-            seen = torch.arange(context.start, context.stop)
-            pieces += [(len(seen), seen)] if len(seen) else []
-            pieces += [(r.stop - r.start, torch.cat([seen, torch.arange(r.start, r.stop)])) for r in responses]
+        for (context, responses), paths in zip(self.groups, self.paths, strict=True):
+            pieces += [(context.stop - context.start, _indices([context]))] if context.stop > context.start else []
+            pieces += [(r.stop - r.start, _indices([context, *path])) for r, path in zip(responses, paths, strict=True)]
         keys = [keys for _, keys in pieces]
         num_queries, num_keys = [n for n, _ in pieces], [len(k) for k in keys]
         query_starts, key_starts = (
@@ -150,9 +200,23 @@ class GroupLayout:
         return to_device(joined, self.device)
 
 
-def _positions(start: int, spans: Spans) -> list[Tensor]:
-    """Positions of a response's tokens that count, in a row where it begins at `start`."""
-    return [torch.arange(start + first, start + stop) for first, stop in spans]
+def cut(path: Sequence[slice], start: int, stop: int) -> list[slice]:
+    """The part of a path from one of its positions to another.
+
+    Example:
+        >>> cut([slice(10, 13), slice(20, 25)], 2, 5)
+        [slice(12, 13, None), slice(20, 22, None)]
+    """
+    parts = []
+    for piece in path:
+        first, last = max(piece.start, piece.start + start), min(piece.stop, piece.start + stop)
+        parts += [slice(first, last)] if first < last else []
+        start, stop = start - (piece.stop - piece.start), stop - (piece.stop - piece.start)
+    return parts
+
+
+def _indices(parts: Sequence[slice]) -> Tensor:
+    return torch.cat([torch.arange(part.start, part.stop) for part in parts])
 
 
 def padded_inputs(tokens: Tensor, layout: GroupLayout) -> dict[str, Any]:
@@ -176,19 +240,19 @@ def padded_inputs(tokens: Tensor, layout: GroupLayout) -> dict[str, Any]:
         >>> inputs["positions"]
         tensor([1, 2, 4, 6, 7])
     """
-    pairs = [(context, response) for context, responses in layout.groups for response in responses]
-    rows = [torch.cat([tokens[context], tokens[response]]) for context, response in pairs]
+    pairs = [(c, path) for (c, _), paths in zip(layout.groups, layout.paths, strict=True) for path in paths]
+    rows = [torch.cat([tokens[part] for part in (context, *path)]) for context, path in pairs]
     input_ids = pad_sequence(rows, batch_first=True, padding_value=-1)  # (N, L)
     longest = input_ids.shape[1]
     # Known from the lengths: to look for them would wait for the device.
     starts = [n * longest + context.stop - context.start for n, (context, _) in enumerate(pairs)]
     spans = itertools.chain.from_iterable(layout.spans)
-    positions = [at for start, of_r in zip(starts, spans, strict=True) for at in _positions(start, of_r)]
+    scored = [slice(at + first, at + stop) for at, of_it in zip(starts, spans, strict=True) for first, stop in of_it]
     return {
         "input_ids": input_ids.clamp(min=0),
         "attention_mask": (input_ids >= 0).long(),
         "row_length": longest,
-        "positions": to_device(torch.cat(positions), tokens.device),
+        "positions": to_device(_indices(scored), tokens.device),
     }
 
 

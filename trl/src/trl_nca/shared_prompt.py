@@ -1,4 +1,5 @@
 """Attention over packed groups: each response sees its prompt's context and itself, and the context is there only once.
+What responses have in common behind it is there once too, and seen by all that go on from it.
 
 Works through transformers' attention interface, so it needs no patched model. A group costs P^2 + sum_k L_k (P + L_k)
 score products in place of sum_k (P + L_k)^2, and no masked response-response block is ever computed.
@@ -159,11 +160,11 @@ def _attend_by_flash(
 
 
 class _TwoPartAttention(torch.autograd.Function):
-    """On a CPU: all responses of a prompt over its context at once, each over itself, and the two joined.
+    """On a CPU: all responses of a prompt over its context at once, each over itself, and the parts joined.
 
     Against `_attend_by_parts` it saves a copy of the context's keys and values for each response, in memory and time.
 
-    With logsumexps a and b of the two parts' scores, l = log(e^a + e^b), the output is their outputs weighted by
+    With logsumexps a and b of two parts' scores, l = log(e^a + e^b), the output is their outputs weighted by
     e^(a - l) and e^(b - l). Given l and the joined output, each part's gradient is that of attention by itself, so the
     kernels below serve both ways. Nothing is masked but what is above the diagonal, and no key is copied.
     """
@@ -182,13 +183,12 @@ class _TwoPartAttention(torch.autograd.Function):
             for part in (context, *responses):
                 if part.stop > part.start:
                     out[:, :, part], lse[:, :, part] = attend(part, part, causal=True)
-            if responses and context.stop > context.start:
-                span = slice(responses[0].start, responses[-1].stop)
-                seen, seen_lse = attend(span, context, causal=False)
-                joined = torch.logaddexp(lse[:, :, span], seen_lse)
-                own_share, seen_share = ((x - joined).exp_()[..., None] for x in (lse[:, :, span], seen_lse))
-                out[:, :, span] = out[:, :, span] * own_share + seen * seen_share
-                lse[:, :, span] = joined
+        for span, before in layout.seen_before:
+            seen, seen_lse = attend(span, before, causal=False)
+            joined = torch.logaddexp(lse[:, :, span], seen_lse)
+            own_share, seen_share = ((x - joined).exp_()[..., None] for x in (lse[:, :, span], seen_lse))
+            out[:, :, span] = out[:, :, span] * own_share + seen * seen_share
+            lse[:, :, span] = joined
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.scaling, ctx.layout = scaling, layout
         return out
@@ -207,12 +207,11 @@ class _TwoPartAttention(torch.autograd.Function):
             for part in (context, *responses):
                 if part.stop > part.start:
                     d_query[:, :, part], d_key[:, :, part], d_value[:, :, part] = gradients(part, part, causal=True)
-            if responses and context.stop > context.start:
-                span = slice(responses[0].start, responses[-1].stop)
-                by_query, by_key, by_value = gradients(span, context, causal=False)
-                d_query[:, :, span] += by_query
-                d_key[:, :, context] += by_key
-                d_value[:, :, context] += by_value
+        for span, before in ctx.layout.seen_before:
+            by_query, by_key, by_value = gradients(span, before, causal=False)
+            d_query[:, :, span] += by_query
+            d_key[:, :, before] += by_key
+            d_value[:, :, before] += by_value
         return d_query, d_key, d_value, None, None
 
 
@@ -239,13 +238,15 @@ def _attend_by_parts(
     lengths = [part.stop - part.start for context, responses in group_layout.groups for part in (context, *responses)]
     parts = zip(*(t.split(lengths, dim=2) for t in (query, key, value)), strict=True)
     outputs = []
-    for context, responses in group_layout.groups:
-        context_query, context_key, context_value = next(parts)
+    for (context, responses), paths in zip(group_layout.groups, group_layout.paths, strict=True):
+        context_query, *context_keys = next(parts)
         if context.stop > context.start:
-            outputs.append(attend(context_query, context_key, context_value))
-        for _ in responses:
-            q, k, v = next(parts)
-            outputs.append(attend(q, torch.cat([context_key, k], dim=2), torch.cat([context_value, v], dim=2)))
+            outputs.append(attend(context_query, *context_keys))
+        run: dict[int, list[Tensor]] = {}  # keys and values of each response, by where it begins
+        for response, path in zip(responses, paths, strict=True):
+            q, *run[response.start] = next(parts)
+            seen = [context_keys, *([t[:, :, : p.stop - p.start] for t in run[p.start]] for p in path)]
+            outputs.append(attend(q, *(torch.cat(pieces, dim=2) for pieces in zip(*seen, strict=True))))
     return torch.cat(outputs, dim=2).transpose(1, 2)  # (1, T, H, D)
 
 

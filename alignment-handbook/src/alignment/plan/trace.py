@@ -91,7 +91,11 @@ def largest_forward(
         shared_prompt: Whether prompts are shared.
     """
     rows = [
-        {"prompt_ids": [0] * prompt, "response_ids": [[0] * n for n in responses], "scores": [0.0] * len(responses)}
+        {
+            "prompt_ids": [0] * prompt,
+            "response_ids": [[k] * n for k, n in enumerate(responses)],
+            "scores": [0.0] * len(responses),
+        }
         for prompt, responses in lengths
     ]
     chunks = split_batch(GroupCollator()(rows), max_tokens, shared_prompt)
