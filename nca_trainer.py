@@ -23,7 +23,7 @@ from trl import DPOTrainer
 from trl_nca import paper
 from trl_nca.adapter_reference import AdapterReference
 from trl_nca.checkpoints import AtomicCheckpoints, RunStopped
-from trl_nca.chunks import NumForwards, count_forwards, logps_for_training, logps_without_gradient, split_batch
+from trl_nca.chunks import NumForwards, logps_for_training, logps_without_gradient, split_batch
 from trl_nca.collate import GroupCollator
 from trl_nca.columns import checked_rows, is_tokenized, scored_pairs, scored_responses, tokenized_rows, with_locations
 from trl_nca.config import NCAConfig
@@ -33,6 +33,7 @@ from trl_nca.logps import Batch, prepare, response_logps
 from trl_nca.metrics import group_metrics
 from trl_nca.nonfinite import SkipNonFiniteSteps
 from trl_nca.objective import make_targets, prompt_losses
+from trl_nca.pieces import Cutting, find_cutting
 from trl_nca.preemption import StopOnSigterm
 from trl_nca.reference import cache_file, describe_reference, reference_logps
 from trl_nca.responses import TOKENIZED_FEATURES
@@ -105,7 +106,7 @@ class NCATrainer(AtomicCheckpoints, DPOTrainer):
             cast_adapter_to_float32(self.model)
         self._adapter_reference  # noqa: B018  now: the weights are those that training starts from
         if not self._is_sharded:  # else at the first batch, when the models are put together
-            self._shared_prompt  # noqa: B018
+            self._cutting  # noqa: B018
         self.step_metrics = StepMetrics(self)
         self.nonfinite, self.preemption = SkipNonFiniteSteps(self), StopOnSigterm(self)
         self.add_callback(self.nonfinite)
@@ -182,7 +183,7 @@ class NCATrainer(AtomicCheckpoints, DPOTrainer):
         counts = [sum(len(b["scores"]) for b in batches), sum(b.get("best_length", 0) for b in batches)]
         totals = torch.stack([torch.full((), count, device=device) for count in counts])  # filled there, not copied
         num_prompts, best_length = self.accelerator.reduce(totals, reduction="sum")
-        forwards = self._most_forwards(batches)
+        forwards = most_forwards(self, batches)
         more = [{"num_forwards": n, "mean_best_length": best_length / num_prompts} for n in forwards]
         return [b | m for b, m in zip(batches, more, strict=True)], num_prompts
 
@@ -229,12 +230,21 @@ class NCATrainer(AtomicCheckpoints, DPOTrainer):
     @functools.cached_property
     def _shared_prompt(self) -> bool:
         """Whether batches run packed. Decided when policy and reference are both there."""
-        models = [self.accelerator.unwrap_model(m) for m in (self.model, self.ref_model) if m is not None]
         try:
             with self.accelerator.autocast():
-                return prepare(models, self.args.shared_prompt, self.args.check_logps)
+                return prepare(self._models, self.args.shared_prompt, self.args.check_logps)
         except ValueError as error:
             raise (RunStopped(str(error)) if self.is_in_train else error) from error
+
+    @functools.cached_property
+    def _cutting(self) -> Cutting:
+        """Which responses are run in pieces."""
+        args, find = self.args, self.accelerator.autocast()(find_cutting)
+        return find(self._models, args.max_tokens_per_forward, self._shared_prompt, self._is_sharded, args.check_logps)
+
+    @property
+    def _models(self) -> list[nn.Module]:
+        return [self.accelerator.unwrap_model(m) for m in (self.model, self.ref_model) if m is not None]
 
     def _logps_fn(self, model: nn.Module, *collectors: RouterLoss | TokenMetrics) -> Callable[[Batch], Tensor]:
         run, shared_prompt = self.accelerator.autocast()(response_logps), self._shared_prompt
@@ -242,16 +252,9 @@ class NCATrainer(AtomicCheckpoints, DPOTrainer):
 
     def _chunks(self, inputs: Batch) -> tuple[list[Batch], NumForwards]:
         """The chunks, and the forwards to run at least: of a training step's batches they are known before it."""
-        num_forwards = inputs["num_forwards"] if "num_forwards" in inputs else self._most_forwards([inputs])[0]
-        return split_batch(inputs, self.args.max_tokens_per_forward, self._shared_prompt), num_forwards
-
-    def _most_forwards(self, batches: list[Batch]) -> list[NumForwards]:
-        """Of all processes for each batch, where weights are sharded and each forward takes all of them; else none."""
-        most, separable = self.args.max_tokens_per_forward, self.args.loss.separable
-        if most is None or not self._is_sharded:
-            return [NumForwards()] * len(batches)
-        counts = [count_forwards(batch, most, self._shared_prompt, separable) for batch in batches]
-        return most_forwards(self.accelerator, counts)
+        num_forwards = inputs["num_forwards"] if "num_forwards" in inputs else most_forwards(self, [inputs])[0]
+        most = self.args.max_tokens_per_forward
+        return split_batch(inputs, most, self._shared_prompt, self._cutting), num_forwards
 
     def _backward(self, loss: Tensor) -> None:
         """As in `Trainer.training_step`, for the chunks whose gradient it does not see."""

@@ -22,6 +22,7 @@ from trl_nca.logps import prepare, response_logps
 from trl_nca.loss_config import LossConfig
 from trl_nca.losses import LOSSES
 from trl_nca.objective import make_targets, prompt_losses
+from trl_nca.pieces import WHOLE
 
 FAMILIES = {
     "llama": (LlamaForCausalLM, tiny_config()),
@@ -77,7 +78,7 @@ def losses_of(loss_type, batch, beta=0.05, **settings):
 
 def step(
     model, batch, loss_type, most, at_least=NO_MORE, no_sync=contextlib.nullcontext, runs=None, shared_prompt=True,
-    **settings,
+    cutting=WHOLE, **settings,
 ):  # fmt: skip
     """Back-propagates a batch in chunks of `most` tokens; returns its log-probs."""
     loss = losses_of(loss_type, batch, **settings)
@@ -89,7 +90,7 @@ def step(
 
     logps = logps_for_training(
         run,
-        split_batch(batch, most, shared_prompt),
+        split_batch(batch, most, shared_prompt, cutting),
         separable=LOSSES[loss_type].separable,
         backward=lambda logps: loss(logps).sum().backward(),
         no_sync=no_sync,

@@ -4,18 +4,16 @@ Legend: B prompts, K responses. A batch is that of `GroupCollator`, a chunk a pa
 """
 
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Container, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from trl_nca.layout import Branch, GroupLayout, cut, to_device
+from trl_nca.layout import Branch, GroupLayout, cut_path, to_device
 from trl_nca.logps import Batch
-
-#: Log-probs of a chunk, shape (B, K), 0 for responses that are in another chunk.
-LogpsFn = Callable[[Batch], Tensor]
+from trl_nca.pieces import WHOLE, Cutting, LogpsFn, RandomState, cut, replayed, run_in_order
 
 
 @dataclass(frozen=True)
@@ -35,16 +33,20 @@ class NumForwards:
 NO_MORE = NumForwards()
 
 
-def split_batch(batch: Batch, max_tokens: int | None, shared_prompt: bool = True) -> list[Batch]:
+def split_batch(
+    batch: Batch, max_tokens: int | None, shared_prompt: bool = True, cutting: Cutting = WHOLE
+) -> list[Batch]:
     """Cuts a batch into chunks of at most `max_tokens` tokens.
 
     A group that fits a chunk is not split. One that does not is divided over as many as it needs, each behind a copy
-    of the prompt. A single response that is too long, with its prompt, is a chunk of its own.
+    of the prompt. A single response that is too long, with its prompt, is a chunk of its own, which is run in pieces
+    where it can be.
 
     Args:
         batch: Packed groups.
         max_tokens: Most tokens of a forward; None for no bound.
         shared_prompt: Whether a prompt counts once for the responses in a chunk, or for each.
+        cutting: Which responses are run in pieces: `num_pieces` says in how many a chunk is.
 
     Returns:
         Chunks in which prompts and responses of other chunks have length 0 and mask False, so that log-probs of
@@ -60,7 +62,8 @@ def split_batch(batch: Batch, max_tokens: int | None, shared_prompt: bool = True
         [[[1, 2, 3, 4, 3]], [[1, 2, 3, 7]]]
     """
     chunks = _plan_chunks(batch["layout"], max_tokens, shared_prompt)
-    return [batch] if len(chunks) == 1 else [_select(batch, set(chunk)) for chunk in chunks]
+    selected = [batch] if len(chunks) == 1 else [_select(batch, set(chunk)) for chunk in chunks]
+    return [cutting.mark(chunk, max_tokens) for chunk in selected]
 
 
 def count_forwards(batch: Batch, max_tokens: int | None, shared_prompt: bool, separable: bool) -> NumForwards:
@@ -127,7 +130,7 @@ def _select(batch: Batch, chosen: set[tuple[int, int]]) -> Batch:
             start, num_targets = num_targets, num_targets + layout.num_targets[b][k]
             if k in of_prompt:
                 branches[b][k] = branch = _branch(layout, b, k, of_prompt)
-                tokens += cut(path, branch[1] if branch else 0, lengths[b][k])
+                tokens += cut_path(path, branch[1] if branch else 0, lengths[b][k])
                 targets.append(slice(start, num_targets))
     mask = torch.tensor([[length > 0 for length in row] for row in lengths])  # (B, K)
     contexts = [length if b in prompts else 0 for b, length in enumerate(layout.context_lengths)]
@@ -150,10 +153,9 @@ def logps_without_gradient(
     at_least: NumForwards = NO_MORE,
 ) -> Tensor:
     """Log-probs of a batch that is run in chunks. Shape (B, K). For the arguments see `logps_for_training`."""
-    with torch.no_grad():
-        logps = torch.zeros_like(chunks[0]["response_mask"], dtype=torch.float32)
-        for chunk in _with_idle_chunks(chunks, at_least):
-            logps = _fill(logps, logps_fn, chunk)
+    logps = torch.zeros_like(chunks[0]["response_mask"], dtype=torch.float32)
+    for chunk in _with_idle_chunks(chunks, at_least):
+        logps = _fill(logps, chunk, run_in_order(logps_fn, cut(chunk))[0])
     return logps
 
 
@@ -188,27 +190,36 @@ def logps_for_training(
     groups = [{b for b, row in enumerate(chunk["layout"].response_lengths) if any(row)} for chunk in chunks]
     first = [] if separable else _with_split_groups(groups)
     chunks = _with_idle_chunks(chunks, at_least)
-    mask = chunks[0]["response_mask"]  # (B, K)
     first += [len(chunks) - 1] * (at_least.before - len(first))
-    states = {}
-    with torch.no_grad():
-        logps = mask.new_zeros(mask.shape, dtype=torch.float32)
-        for i in first:
-            states[i] = _random_state(mask.device)
-            logps = _fill(logps, logps_fn, chunks[i])
-    for i, chunk in enumerate(chunks[:-1]):
-        with no_sync():
-            with _replayed(states.get(i), mask.device):
-                logps = _fill(logps, logps_fn, chunk)
-            backward(logps)
-        logps = logps.detach()
-    with _replayed(states.get(len(chunks) - 1), mask.device):
-        return _fill(logps, logps_fn, chunks[-1])
+    logps = torch.zeros_like(chunks[0]["response_mask"], dtype=torch.float32)  # (B, K)
+    drawn: dict[int, list[RandomState]] = {}
+    for i in first:
+        of_chunk, drawn[i] = run_in_order(logps_fn, cut(chunks[i]))
+        logps = _fill(logps, chunks[i], of_chunk)
+    for i, chunk in enumerate(chunks):
+        pieces = cut(chunk)
+        # Nothing looks at the keys of the last piece, which is run next.
+        total, states = run_in_order(logps_fn, pieces[:-1], drawn.get(i, ()))
+        for j in reversed(range(len(pieces))):
+            is_last = i == len(chunks) - 1 and j == 0
+            with nullcontext() if is_last else no_sync():
+                with replayed(states[j] if j < len(states) else None, logps.device):
+                    of_piece = logps_fn(pieces[j])
+                total = total + of_piece.detach() if j == len(pieces) - 1 else total
+                logps = _fill(logps.detach(), chunk, _at(total, of_piece) if len(pieces) > 1 else of_piece)
+                if not is_last:
+                    backward(logps)
+    return logps
 
 
-def _fill(logps: Tensor, logps_fn: LogpsFn, chunk: Batch) -> Tensor:
+def _fill(logps: Tensor, chunk: Batch, of_chunk: Tensor) -> Tensor:
     """Log-probs with those of a chunk filled in. Shape (B, K)."""
-    return torch.where(chunk["response_mask"], logps_fn(chunk), logps)
+    return torch.where(chunk["response_mask"], of_chunk, logps)
+
+
+def _at(total: Tensor, part: Tensor) -> Tensor:
+    """A sum, with the gradient of one of its terms alone."""
+    return total + (part - part.detach())
 
 
 def _with_idle_chunks(chunks: list[Batch], at_least: NumForwards) -> list[Batch]:
@@ -221,22 +232,3 @@ def _with_split_groups(groups: Sequence[set[int]]) -> list[int]:
     """Which chunks hold a part of a group whose other responses are in other chunks, of the groups in each chunk."""
     num_chunks = Counter(b for chunk in groups for b in chunk)
     return [i for i, chunk in enumerate(groups) if any(num_chunks[b] > 1 for b in chunk)]
-
-
-def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    on_device = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
-    return torch.get_rng_state(), on_device
-
-
-@contextmanager
-def _replayed(state: tuple[Tensor, Tensor | None] | None, device: torch.device) -> Iterator[None]:
-    """Draws the random numbers again that were drawn after `_random_state`; none, where there is no state."""
-    if state is None:
-        yield
-        return
-    on_cpu, on_device = state
-    with torch.random.fork_rng([] if on_device is None else [device], device_type=device.type):
-        torch.set_rng_state(on_cpu)
-        if on_device is not None:
-            torch.get_device_module(device).set_rng_state(on_device, device)
-        yield

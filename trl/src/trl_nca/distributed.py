@@ -10,12 +10,20 @@ from torch import nn
 from trl import DPOTrainer
 from trl.models import prepare_deepspeed
 
-from trl_nca.chunks import NumForwards
+from trl_nca.chunks import NO_MORE, NumForwards, count_forwards
 from trl_nca.layout import to_device
+from trl_nca.logps import Batch
 
 
-def most_forwards(accelerator: Accelerator, counts: Sequence[NumForwards]) -> list[NumForwards]:
-    """The most forwards of all processes for each of several batches. Called by all of them, for as many batches."""
+def most_forwards(trainer: DPOTrainer, batches: Sequence[Batch]) -> list[NumForwards]:
+    """The most forwards of all processes for each of several batches. Called by all of them, for as many batches.
+
+    That is where weights are sharded, and each forward takes all of them; else none are needed.
+    """
+    accelerator, most, separable = trainer.accelerator, trainer.args.max_tokens_per_forward, trainer.args.loss.separable
+    if most is None or not trainer._is_sharded:
+        return [NO_MORE] * len(batches)
+    counts = [count_forwards(batch, most, trainer._shared_prompt, separable) for batch in batches]
     table = to_device(torch.tensor([[c.chunks, c.before] for c in counts]), accelerator.device)
     return [NumForwards(*row) for row in accelerator.gather(table[None]).amax(dim=0).tolist()]
 

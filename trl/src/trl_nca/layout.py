@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from trl_nca.keys import KeyStore
+
 #: Spans of a response's tokens: where each begins, and where it ends.
 Spans = Sequence[tuple[int, int]]
 #: A response of the same prompt, by its index among the K, and how many of its positions another goes on from.
@@ -34,6 +36,8 @@ class GroupLayout:
         scored: Which of a response's tokens count: for each of the B times K the spans. None: all of all.
         branches: Where a response begins as another of its prompt does: for each of the B times K the other one, which
             stands before it, and how many positions of it are run for both; or None. None: nowhere.
+        start: Of a piece of a response with its context: tokens of these that were run before.
+        store: Of a piece: their keys and values.
     """
 
     context_lengths: Sequence[int]
@@ -41,6 +45,8 @@ class GroupLayout:
     device: torch.device = torch.device("cpu")
     scored: Sequence[Sequence[Spans]] | None = None
     branches: Sequence[Sequence[Branch | None]] | None = None
+    start: int = 0
+    store: KeyStore | None = None
 
     @classmethod
     def of(cls, context_lengths: Tensor, response_lengths: Tensor) -> "GroupLayout":
@@ -107,7 +113,7 @@ class GroupLayout:
             real = (k for k, length in enumerate(lengths) if length)
             for k, own in zip(real, responses, strict=True):
                 branch = self.branch(b, k)
-                of_prompt[k] = [*(cut(of_prompt[branch[0]], 0, branch[1]) if branch else []), own]
+                of_prompt[k] = [*(cut_path(of_prompt[branch[0]], 0, branch[1]) if branch else []), own]
             paths.append([*of_prompt.values()])
         return paths
 
@@ -127,10 +133,16 @@ class GroupLayout:
         return seen
 
     @functools.cached_property
+    def num_tokens(self) -> int:
+        """T."""
+        stops: list[int] = [part.stop for context, responses in self.groups for part in (context, *responses)]
+        return max(stops)
+
+    @functools.cached_property
     def longest(self) -> int:
-        """Tokens of the longest context with a response."""
+        """Tokens of the longest context with a response, those before a piece among them."""
         pairs = zip(self.context_lengths, self.response_lengths, strict=True)
-        return max(context + max(responses, default=0) for context, responses in pairs)
+        return self.start + max(context + max(responses, default=0) for context, responses in pairs)
 
     @functools.cached_property
     def spans(self) -> list[list[Spans]]:
@@ -159,7 +171,7 @@ class GroupLayout:
         for paths, spans in zip(self.paths, self.spans, strict=True):
             for path, of_it in zip(paths, spans, strict=True):
                 for start, stop in of_it:
-                    parts += cut(path, start, stop)
+                    parts += cut_path(path, start, stop)
         return self._on_device([torch.arange(part.start, part.stop) for part in parts])
 
     @functools.cached_property
@@ -169,12 +181,13 @@ class GroupLayout:
         return self._on_device([torch.arange(len(counts)).repeat_interleave(counts)])
 
     @functools.cached_property
-    def sequences(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
+    def sequences(self) -> tuple[Tensor | slice, Tensor, Tensor, int, int]:
         """The row as sequences of queries, contexts and responses in turn, each with keys of its own.
 
         Returns:
-            The keys of all sequences, as positions in the row; where each sequence's queries and its keys begin, and
-            the last one's end, int32; the largest number of queries and of keys of a sequence.
+            The keys of all sequences, as positions in the row (of a piece, one sequence, all there are); where each
+            sequence's queries and its keys begin, and the last one's end, int32; the largest number of queries and of
+            keys of a sequence.
 
         Example:
             >>> keys, query_starts, key_starts, *largest = GroupLayout([2], [[3, 1]]).sequences
@@ -183,28 +196,31 @@ class GroupLayout:
             >>> query_starts.tolist(), key_starts.tolist(), largest
             ([0, 2, 5, 6], [0, 2, 7, 10], [3, 5])
         """
-        pieces: list[tuple[int, Tensor]] = []  # number of queries, and keys
-        for (context, responses), paths in zip(self.groups, self.paths, strict=True):
-            pieces += [(context.stop - context.start, _indices([context]))] if context.stop > context.start else []
-            pieces += [(r.stop - r.start, _indices([context, *path])) for r, path in zip(responses, paths, strict=True)]
-        keys = [keys for _, keys in pieces]
-        num_queries, num_keys = [n for n, _ in pieces], [len(k) for k in keys]
+        parts: list[tuple[int, Tensor]] = []  # number of queries, and keys
+        for (context, responses), paths in [] if self.store is not None else zip(self.groups, self.paths, strict=True):
+            parts += [(context.stop - context.start, _indices([context]))] if context.stop > context.start else []
+            parts += [(r.stop - r.start, _indices([context, *path])) for r, path in zip(responses, paths, strict=True)]
+        keys = [keys for _, keys in parts]
+        num_queries, num_keys = [n for n, _ in parts], [len(k) for k in keys]
+        if self.store is not None:
+            num_queries, num_keys = [self.num_tokens], [self.start + self.num_tokens]
         query_starts, key_starts = (
             self._on_device([torch.tensor([0, *itertools.accumulate(n)], dtype=torch.int32)])
             for n in (num_queries, num_keys)
         )
-        return self._on_device(keys), query_starts, key_starts, max(num_queries), max(num_keys)
+        taken = slice(None) if self.store is not None else self._on_device(keys)
+        return taken, query_starts, key_starts, max(num_queries), max(num_keys)
 
     def _on_device(self, parts: list[Tensor]) -> Tensor:
         joined = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long)
         return to_device(joined, self.device)
 
 
-def cut(path: Sequence[slice], start: int, stop: int) -> list[slice]:
+def cut_path(path: Sequence[slice], start: int, stop: int) -> list[slice]:
     """The part of a path from one of its positions to another.
 
     Example:
-        >>> cut([slice(10, 13), slice(20, 25)], 2, 5)
+        >>> cut_path([slice(10, 13), slice(20, 25)], 2, 5)
         [slice(12, 13, None), slice(20, 22, None)]
     """
     parts = []

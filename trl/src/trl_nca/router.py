@@ -64,7 +64,8 @@ class RouterLoss:
 
     .. math:: c \sum_f \frac{K_{bf}}{K_b} \, aux_f
 
-    where forward f runs K_bf of prompt b's K_b responses. Averaged over the prompts of the global batch as their losses
+    where forward f runs K_bf of prompt b's K_b responses; of a response that is run in pieces each counts by its share
+    of the tokens. Averaged over the prompts of the global batch as their losses
     are, that is c times the mean over the step's forwards, weighted by their prompts: with one forward a micro-batch,
     one process and no accumulation, c times upstream's `aux_loss`.
 
@@ -88,7 +89,7 @@ class RouterLoss:
         """Notes the scalar loss of a forward. One without gradient, before that with it, does not count."""
         if torch.is_grad_enabled() != self._training:
             return
-        term = chunk["response_mask"].sum(dim=1) / self.num_responses * loss.float()  # (B,)
+        term = chunk["response_mask"].sum(dim=1) / self.num_responses * chunk.get("share", 1.0) * loss.float()  # (B,)
         self._values += term.detach()
         self._terms.append(term)
 

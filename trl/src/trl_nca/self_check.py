@@ -39,7 +39,7 @@ class Probe:
     def __init__(self, model: nn.Module):
         device = next(model.parameters()).device
         rows = _rows(_vocab_size(model))
-        self.batch = {k: v.to(device) if hasattr(v, "to") else v for k, v in GroupCollator()(rows).items()}
+        self.batch = _batch(rows, device)
         self._expected = _plain_logps(model, rows, device)  # (N,)
         self._tolerance = _tolerance(model)
 
@@ -48,9 +48,30 @@ class Probe:
         lengths = [length for row in self.batch["layout"].response_lengths for length in row if length]
         found = logps[self.batch["response_mask"]] - self._expected
         largest = (found.abs() / torch.tensor(lengths, device=found.device)).max().item()
-        if largest <= self._tolerance:  # NaN is not
-            return None
-        return f"the log-probs differ from those of its own forward, by up to {largest:.2g} nats a token"
+        return _judge(largest, self._tolerance, "those of its own forward")
+
+
+def _judge(largest: float, tolerance: float, expected: str) -> str | None:
+    if largest <= tolerance:  # NaN is not
+        return None
+    return f"the log-probs differ from {expected}, by up to {largest:.2g} nats a token"
+
+
+def long_response(model: nn.Module) -> dict[str, Any]:
+    """A batch of the probe's longest response alone, as from `GroupCollator`, where the model is."""
+    row = _rows(_vocab_size(model))[0]
+    one = row | {"response_ids": row["response_ids"][:1], "scores": [0.0]}
+    return _batch([one], next(model.parameters()).device)
+
+
+def compare_pieces(model: nn.Module, in_pieces: Tensor, whole: Tensor) -> str | None:
+    """Says how log-probs of `long_response` in pieces differ from those of it whole; None: they do not."""
+    largest = ((in_pieces - whole).abs() / _SHAPES[0][1][0]).max().item()
+    return _judge(largest, _tolerance(model), "those of the row whole")
+
+
+def _batch(rows: list[dict[str, Any]], device: torch.device) -> dict[str, Any]:
+    return {k: v.to(device) if hasattr(v, "to") else v for k, v in GroupCollator()(rows).items()}
 
 
 def probe_logits(model: nn.Module) -> Tensor:

@@ -20,6 +20,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 from trl_nca.layout import GroupLayout
+from trl_nca.two_part import TwoPartAttention, two_parts
 
 NAME = "shared_prompt"
 #: Arguments that layers hand on and that change no score here: the mask has the window, the rotation the positions.
@@ -28,9 +29,6 @@ _IGNORED = frozenset({
     "output_attentions", "output_hidden_states", "output_router_logits", "num_items_in_batch", "logits_to_keep",
     "layer_idx", "target_dtype", "deterministic", "implementation", "position_embeddings",
 })  # fmt: skip
-# What scaled_dot_product_attention calls on a CPU; called here because they give and take the logsumexp.
-_cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_cpu_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 # Fewer heads of keys than of queries: torch 2.11 takes them as they are, later releases want to be told.
 _GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
@@ -55,7 +53,7 @@ def shared_prompt_attention(
 
     Args:
         query: Shape (1, H, T, D).
-        key: Shape (1, H or fewer, T, D).
+        key: Shape (1, H or fewer, T, D). Of a piece of a long row, those of its own tokens.
         value: As the key; the head dimension may be another.
         attention_mask: Of a packed row, what `shared_prompt_mask` made of it.
         group_layout: Layout of the packed row, handed through the model's forward.
@@ -79,6 +77,8 @@ def shared_prompt_attention(
         raise CannotShare(f"{type(module).__name__} scores by {', '.join(unknown)} too")
     window = _window(attention_mask, key)
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves them wide after the rotation
+    if group_layout.store is not None:
+        key, value = group_layout.store.extend(module, key, value, group_layout.start)
     same_size = value.shape[-1] == key.shape[-1]
     if same_size and _has_flash(query) and not dropout:
         return _attend_by_flash(query, key, value, scaling, window, group_layout), None
@@ -86,7 +86,7 @@ def shared_prompt_attention(
     if same_size and query.device.type == "cpu" and not dropout and within_window:
         heads_per_key = query.shape[1] // key.shape[1]
         key, value = repeat_kv(key, heads_per_key), repeat_kv(value, heads_per_key)
-        out = _TwoPartAttention.apply(query, key, value, scaling, group_layout).transpose(1, 2)
+        out = TwoPartAttention.apply(query, key, value, scaling, *two_parts(group_layout)).transpose(1, 2)
     else:
         out = _attend_by_parts(query, key, value, dropout, scaling, window, group_layout)
     return out.contiguous(), None
@@ -131,6 +131,8 @@ def gpu_attention(
 ) -> tuple[Tensor, None]:
     """What `shared_prompt_attention` does on the GPU here, or on a recent one: for a plan to trace on any device."""
     query, key, window = query.to(value.dtype), key.to(value.dtype), _window(attention_mask, key)
+    if group_layout.store is not None:
+        key, value = group_layout.store.extend(module, key, value, group_layout.start)
     is_recent = not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0)
     if value.shape[-1] == key.shape[-1] and _fits_flash(query) and is_recent:
         return _attend_by_flash(query, key, value, scaling, window, group_layout), None
@@ -159,62 +161,6 @@ def _attend_by_flash(
     )[None]  # fmt: skip
 
 
-class _TwoPartAttention(torch.autograd.Function):
-    """On a CPU: all responses of a prompt over its context at once, each over itself, and the parts joined.
-
-    Against `_attend_by_parts` it saves a copy of the context's keys and values for each response, in memory and time.
-
-    With logsumexps a and b of two parts' scores, l = log(e^a + e^b), the output is their outputs weighted by
-    e^(a - l) and e^(b - l). Given l and the joined output, each part's gradient is that of attention by itself, so the
-    kernels below serve both ways. Nothing is masked but what is above the diagonal, and no key is copied.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layout: GroupLayout
-    ) -> Tensor:
-        def attend(queries: slice, keys: slice, causal: bool) -> tuple[Tensor, Tensor]:
-            q, k, v = query[:, :, queries], key[:, :, keys], value[:, :, keys]
-            return _cpu_attention(q, k, v, is_causal=causal, scale=scaling)
-
-        out = torch.empty_like(query)
-        lse = torch.empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))  # (1, H, T)
-        for context, responses in layout.groups:
-            for part in (context, *responses):
-                if part.stop > part.start:
-                    out[:, :, part], lse[:, :, part] = attend(part, part, causal=True)
-        for span, before in layout.seen_before:
-            seen, seen_lse = attend(span, before, causal=False)
-            joined = torch.logaddexp(lse[:, :, span], seen_lse)
-            own_share, seen_share = ((x - joined).exp_()[..., None] for x in (lse[:, :, span], seen_lse))
-            out[:, :, span] = out[:, :, span] * own_share + seen * seen_share
-            lse[:, :, span] = joined
-        ctx.save_for_backward(query, key, value, out, lse)
-        ctx.scaling, ctx.layout = scaling, layout
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, lse = ctx.saved_tensors
-        d_query, d_key, d_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-
-        def gradients(queries: slice, keys: slice, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
-            d_out, q, o, logsumexp = (t[:, :, queries] for t in (gradient, query, out, lse))
-            k, v = key[:, :, keys], value[:, :, keys]
-            return _cpu_attention_backward(d_out, q, k, v, o, logsumexp, 0.0, causal, scale=ctx.scaling)
-
-        for context, responses in ctx.layout.groups:
-            for part in (context, *responses):
-                if part.stop > part.start:
-                    d_query[:, :, part], d_key[:, :, part], d_value[:, :, part] = gradients(part, part, causal=True)
-        for span, before in ctx.layout.seen_before:
-            by_query, by_key, by_value = gradients(span, before, causal=False)
-            d_query[:, :, span] += by_query
-            d_key[:, :, before] += by_key
-            d_value[:, :, before] += by_value
-        return d_query, d_key, d_value, None, None
-
-
 def _attend_by_parts(
     query: Tensor,
     key: Tensor,
@@ -234,6 +180,9 @@ def _attend_by_parts(
         causal = mask is None and q.shape[2] > 1
         return scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=causal, scale=scaling)
 
+    if group_layout.store is not None:
+        unseen = 0 if sliding_window is None else max(key.shape[2] - query.shape[2] - sliding_window + 1, 0)
+        return attend(query, key[:, :, unseen:], value[:, :, unseen:]).transpose(1, 2)
     # One split, whose gradient is one concatenation: a slice's would be a tensor of the whole row's size each.
     lengths = [part.stop - part.start for context, responses in group_layout.groups for part in (context, *responses)]
     parts = zip(*(t.split(lengths, dim=2) for t in (query, key, value)), strict=True)
