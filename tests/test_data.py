@@ -378,7 +378,7 @@ def test_prompts_on_both_sides_end_the_run(tmp_path):
         (ROW | {"scores": [1, 2]}, "line 2: responses and scores are not lists of the same length"),
         (ROW | {"prompt": None}, "line 2: no prompt"),
         (ROW | {"responses": ["a", 7, "b"]}, "line 2: response 2 is neither text nor messages"),
-        (ROW | {"responses": ["a", USER, "b"]}, "line 2: response 2 does not end with an assistant message"),
+        (ROW | {"responses": ["a", USER, "b"]}, "line 2: response 2 has no turn of the assistant's"),
         ("{'prompt': 'x'}", "line 2: not JSON"),
         ("[1, 2]", "line 2: expected an object"),
     ],

@@ -152,7 +152,7 @@ def test_forms_with_scores(row, expected):
         # The chosen and the rejected answer go on where the prompt ends.
         ({"prompt": USER, "chosen": [*said("Paris"), TWO_TURNS[2], *said("Rome")],
           "rejected": [*said("Paris"), TWO_TURNS[2], *said("Oslo")]},
-         {"prompt": TWO_TURNS, "responses": ["Rome", "Oslo"], "scores": [1.0, 0.0]}),
+         RANKED | {"responses": [[*TWO_TURNS[1:], *said("Rome")], [*TWO_TURNS[1:], *said("Oslo")]]}),
         # A pair of SimPO's.
         ({"prompt": ASKED, "all_generated_responses": ["Rome", "Paris", "Oslo"], "all_rm_scores": [0.1, 0.9, 0.2],
           "chosen": USER + said("Paris"), "rejected": USER + said("Rome")}, RANKED),
@@ -192,10 +192,12 @@ def test_records_with_other_system_turns_are_of_other_prompts(tmp_path):
 def test_pairs_that_part_at_an_earlier_turn():
     other = [*USER, *said("Lyon"), TWO_TURNS[2]]
     pair = {"chosen": TWO_TURNS + said("Rome"), "rejected": other + said("Oslo")}
-    assert reason(pair, pairs=True).startswith("multi_turn_response: the responses part at turn 2")
+    answers = [[*said("Paris"), TWO_TURNS[2], *said("Rome")], [*said("Lyon"), TWO_TURNS[2], *said("Oslo")]]
+    assert read(pair, pairs=True) == RANKED | {"responses": answers}
     assert read({"chosen": USER + said("Paris"), "rejected": USER + said("Lyon")}, pairs=True)["prompt"] == USER
     # One is the start of the other.
-    assert "multi_turn_response" in reason({"chosen": TWO_TURNS + said("Rome"), "rejected": TWO_TURNS[:2]}, pairs=True)
+    group = read({"chosen": TWO_TURNS + said("Rome"), "rejected": TWO_TURNS[:2]}, pairs=True)
+    assert group == RANKED | {"responses": [answers[0], "Paris"]}
     other = [{"role": "user", "content": "Capital of Spain?"}, *said("Madrid")]
     assert "prompts_differ" in reason({"chosen": USER + said("Paris"), "rejected": other}, pairs=True)
 
@@ -203,21 +205,9 @@ def test_pairs_that_part_at_an_earlier_turn():
 @pytest.mark.parametrize(
     ("row", "rule"),
     [
-        (ROW | {"prompt": [*USER, {"role": "assistant", "content": "", "tool_calls": [CALL]}, *USER]}, "tool_calls"),
-        (ROW | {"prompt": [*USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}, *USER]}, "tool_calls"),
-        (ROW | {"prompt": [*USER, {"role": "assistant", "function_call": {"name": "f"}}, *USER]}, "tool_calls"),
-        (ROW | {"prompt": [*USER, {"from": "function_call", "value": "{}"}, *USER]}, "tool_calls"),
-        (ROW | {"responses": [[{"role": "assistant", "content": "", "tool_calls": [CALL]}], "b", "c"]}, "tool_calls"),
-        (ROW | {"tools": json.dumps([CALL])}, "tool_calls"),
-        (ROW | {"prompt": [{"role": "user", "content": [{"type": "tool_result", "content": "4"}]}]}, "tool_calls"),
-        (ROW | {"responses": [[said("Rome")[0] | {"reasoning_content": "Hm."}], "b", "c"]}, "reasoning_content"),
-        (ROW | {"responses": [[said("Rome")[0] | {"thinking": "Hm."}], "b", "c"]}, "reasoning_content"),
-        (ROW | {"responses": [[{"role": "assistant", "content": [{"type": "thinking", "thinking": "Hm."}]}], "b", "c"]},
-         "reasoning_content"),
         (ROW | {"prompt": [{"role": "user", "content": [{"type": "image"}, *parts(ASKED)]}]},
          "bad_messages: the prompt has a content part of type 'image'"),
         (ROW | {"images": ["cat.png"]}, "bad_messages: it has the column images"),
-        (ROW | {"chat_template_kwargs": {"enable_thinking": False}}, "template_kwargs"),
         (ROW | {"prompt": [{"role": "critic", "content": ASKED}]}, "bad_messages: the prompt has the role 'critic'"),
         (ROW | {"prompt": [{"role": "user", "content": None}]}, "bad_messages"),
         (ROW | {"system": ["no", "text"]}, "bad_messages: the system column"),
@@ -227,13 +217,6 @@ def test_pairs_that_part_at_an_earlier_turn():
 def test_what_would_be_lost_drops_the_row_under_a_name(row, rule):
     assert reason(row).startswith(rule)
     assert reason(row, pairs=True, make_pairs="best_worst").startswith(rule)
-
-
-def test_a_record_with_calls_is_dropped_under_its_name(tmp_path):
-    rows = [{"prompt": p, "response": r, "score": s} for p in "pq" for r, s in [("a", 1), ("b", 2)]]
-    path = write_jsonl(tmp_path / "long.jsonl", [rows[0] | {"tools": [CALL], "prompt": "x"}, *rows])
-    counts = load_groups(DataConfig(train_file=path, max_dropped_fraction=0.5))[1]["train"]
-    assert (counts["rows_in"], counts["dropped_by_reason"]) == (3, {"tool_calls": 1})
 
 
 def test_nulls_of_a_table_are_as_if_absent():
@@ -330,7 +313,8 @@ def test_spellings_of_roles(role, known):
     for user, system in [("human", "system"), ("User", "System"), ("prompter", "developer")]:
         turns = [{"from": said_by, "value": "x"} for said_by in (system, user, role)]
         row = ROW | {"prompt": [*turns, {"role": user, "content": "u"}]}
-        assert [turn["role"] for turn in read(row)["prompt"]] == ["system", "user", known, "user"]
+        group = read(row, row_rules={"result_without_call": "keep"})
+        assert [turn["role"] for turn in group["prompt"]] == ["system", "user", known, "user"]
 
 
 def test_scores_under_other_names_are_not_replaced():
@@ -438,9 +422,6 @@ def test_rows_that_look_rendered_are_a_warning(tmp_path, text, warning):
 def test_prompts_to_sample_from_have_their_system_turn(tmp_path):
     path = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": ASKED, "system": SYSTEM["content"], "id": 3}])
     assert read_prompts(path)[0] == [{"prompt": [SYSTEM, *USER], "system": SYSTEM["content"], "id": 3}]
-    path = write_jsonl(tmp_path / "tools.jsonl", [{"prompt": ASKED, "tools": [CALL]}])
-    with pytest.raises(UserError, match="line 1: it has the column tools"):
-        read_prompts(path)
 
 
 def test_names_that_are_no_text_are_noted_all_the_same(tmp_path):

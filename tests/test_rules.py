@@ -10,11 +10,18 @@ from hypothesis import strategies as st
 
 from alignment.data.groups import GroupReader, RowConfig
 from alignment.data.row import BadRow, FailedRow
-from alignment.data.rules import RULES, actions, is_blank
+from alignment.data.rules import RULES, actions
+from alignment.data.texts import is_blank
 from tests.conftest import ROOT
 
 USER = [{"role": "user", "content": "Capital of France?"}]
 ROW = {"prompt": USER, "responses": ["Rome", "Paris", "Oslo"], "scores": [0.1, 0.9, 0.2]}
+CALL = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "capital", "arguments": {}}}],
+}
+RESULT = {"role": "tool", "content": "Paris", "tool_call_id": "c1"}
 TWO_TURNS = [{"role": "user", "content": "Hi"}, *USER]
 
 
@@ -33,22 +40,8 @@ BAD = {
     "dropped_source": (row(source="truthful_qa"), {"drop_sources": ["truthful_qa"]}),
     "lengths_differ": (row(scores=[0.1, 0.9]), {}),
     "bad_messages": (row(responses=["a", 7, "b"]), {}),
-    "tool_calls": (row(tools=[{"type": "function", "function": {"name": "f"}}]), {}),
-    "reasoning_content": (
-        row(prompt=[*USER, {"role": "assistant", "content": "Paris", "reasoning_content": "Easy."}, *USER]),
-        {},
-    ),
-    "template_kwargs": (row(chat_template_kwargs={"enable_thinking": False}), {}),
-    "multi_turn_response": (
-        {
-            "prompt": USER,
-            "responses": [
-                [{"role": "assistant", "content": c}, *USER, {"role": "assistant", "content": c}] for c in "ab"
-            ],
-            "scores": [1, 0],
-        },
-        {},
-    ),
+    "bad_tools": (row(tools=[{"type": "function", "function": {"parameters": {}}}]), {}),
+    "no_assistant_turn": (row(responses=["Rome", USER, "Oslo"]), {}),
     "prompts_differ": (
         {
             "chosen": [*USER, {"role": "assistant", "content": "Paris"}],
@@ -80,6 +73,8 @@ BAD = {
         {},
     ),
     "roles_do_not_alternate": (row(prompt=TWO_TURNS), {}),
+    "call_without_result": (row(prompt=[*USER, CALL, *USER]), {}),
+    "result_without_call": (row(prompt=[*USER, RESULT]), {}),
     "control_tokens": (row(responses=["Rome<eos>", "Paris", "Oslo"]), {}),
     "empty_response": (row(responses=["Rome", "Paris", " \u200b\n"]), {}),
     "missing_score": (row(scores=[0.1, 0.9, None]), {}),
@@ -94,6 +89,7 @@ BAD = {
 }
 #: Rules that are met when the row is tokenized; test_responses.py, test_rendering.py and test_scripts.py have them.
 OF_TOKENS = {"template_refused", "prompt_too_long", "empty_prompt", "over_long", "no_scored_token"}
+OF_TOKENS |= {"calls_not_rendered", "turns_not_found"}
 OF_TOKENS |= {"system_not_rendered", "prompt_not_rendered", "response_not_rendered", "prompt_not_as_sampled"}
 #: What is left of the row above when it is fixed: responses and scores.
 FIXED = {

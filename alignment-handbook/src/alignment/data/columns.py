@@ -4,14 +4,14 @@ import json
 import re
 from typing import Any
 
-from alignment.data.messages import read_written
 from alignment.data.row import Row
+from alignment.data.written import read_written
 from alignment.errors import did_you_mean
 
 #: Names that a column may be given.
 TARGETS = (
     "prompt", "system", "responses", "scores", "chosen", "rejected", "score_chosen", "score_rejected",
-    "prompt_id", "response", "score", "completion", "label", "weight",
+    "prompt_id", "response", "score", "completion", "label", "weight", "tools", "chat_template_kwargs",
 )  # fmt: skip
 
 _OF_NUMBERS = re.compile(r"scores?(_\w+)?|label|weight")

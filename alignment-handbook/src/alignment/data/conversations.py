@@ -1,4 +1,4 @@
-"""Splits responses into the turns that they share, which are the prompt, and the text of each answer.
+"""Splits responses into the turns that they share, which are the prompt, and what each answers them with.
 
 A prompt may be in its own column, inside the responses, or in both; a system turn may have a column of its own.
 """
@@ -6,15 +6,16 @@ A prompt may be in its own column, inside the responses, or in both; a system tu
 import re
 from typing import Any
 
-from alignment.data.messages import as_objects, dialogue, messages_of, written_messages
-from alignment.data.row import BadRow, Messages
+from alignment.data.messages import messages_of
+from alignment.data.row import BadRow, Messages, Response
+from alignment.data.written import as_objects, dialogue, written_messages
 
 #: Roles of the first turn of a response that goes on where the prompt ends, and does not tell it once more.
 _GOING_ON = ("assistant", "tool")
 
 
-def read_response(value: Any, what: str, has_prompt: bool, unread: set[str]) -> Messages | str | None:
-    """A response as text, or as turns that end with the answer; None where there is none.
+def read_response(value: Any, what: str, has_prompt: bool, unread: set[str]) -> Response | None:
+    """A response as text, or as turns of which one at least is the assistant's; None where there is none.
 
     Args:
         value: Text, messages, or one message.
@@ -23,9 +24,9 @@ def read_response(value: Any, what: str, has_prompt: bool, unread: set[str]) -> 
         unread: Gets the message keys that are not read.
 
     Raises:
-        BadRow: It is neither text nor messages that end with an answer.
+        BadRow: It is neither text nor messages, or no turn of it is the assistant's.
     """
-    if value is None:
+    if value is None or value == []:
         return None
     if isinstance(value, str):
         turns: Any = written_messages(value)
@@ -35,45 +36,97 @@ def read_response(value: Any, what: str, has_prompt: bool, unread: set[str]) -> 
             return value
         value = turns
     turns = messages_of(as_objects(value), what, unread)
-    if not turns or turns[-1]["role"] != "assistant":
-        raise BadRow("bad_messages", f"{what} does not end with an assistant message")
+    if not any(turn["role"] == "assistant" for turn in turns):
+        raise BadRow("no_assistant_turn", f"{what} has no turn of the assistant's")
     return turns
 
 
-def split(responses: list[Messages | str | None], prompt: Any = None) -> tuple[Messages | None, list[str | None]]:
-    """The turns that the responses share, and the text that each answers them with.
+def split(
+    responses: list[Response | None], prompt: Messages | None = None
+) -> tuple[Messages | None, list[Response | None]]:
+    """The turns that the responses share, and what each answers them with.
+
+    A response that begins with a turn of the assistant's is an answer as it is. Those that begin earlier are whole
+    conversations: the turns that all of them share are the prompt. It ends where the column `prompt` does, if a call or
+    several turns follow there, and else at the last place where all conversations go on with a turn of the assistant's.
 
     Args:
         responses: From `read_response`.
-        prompt: The column `prompt`, if there is one.
+        prompt: The prompt of a column of its own, if there is one.
 
     Returns:
-        The turns before the answers, None where the responses have none; and the answers.
+        The turns before the answers, None where the responses have none; and the answers: a text where it is one turn
+        of nothing but text, else messages.
 
     Raises:
-        BadRow: They answer different turns, or part at an earlier turn than the last.
+        BadRow: They answer different turns, or one has no answer.
     """
-    conversations = [response for response in responses if isinstance(response, list) and len(response) > 1]
+    conversations = [turns for turns in responses if isinstance(turns, list) and turns[0]["role"] != "assistant"]
     if not conversations:
-        return None, [turns[-1]["content"] if isinstance(turns, list) else turns for turns in responses]
-    num_shared = 0
-    while all(num_shared < len(turns) - 1 for turns in conversations) and all(
-        turns[num_shared] == conversations[0][num_shared] for turns in conversations
-    ):
-        num_shared += 1
-    rests = [turns[num_shared:] for turns in conversations]
-    is_multi_turn = any(len(rest) > 1 for rest in rests)
-    restarts = conversations[0][0]["role"] not in _GOING_ON
-    is_in_prompt = is_multi_turn and restarts and isinstance(prompt, list) and num_shared < len(prompt)
-    if is_in_prompt or any(rest[0]["role"] != "assistant" for rest in rests):
+        return None, [_answer(response, 0) for response in responses]
+    num_shared = _common(conversations)
+    cuts = [
+        cut
+        for cut in range(1, num_shared + 1)
+        if all(len(turns) > cut and turns[cut]["role"] == "assistant" for turns in conversations)
+    ]
+    for k, turns in enumerate(responses):
+        if isinstance(turns, list) and all(turn["role"] != "assistant" for turn in turns[num_shared:]) and not cuts:
+            raise BadRow("no_assistant_turn", f"response {k + 1} does not answer the turns that all responses share")
+    if not cuts:
         raise BadRow("prompts_differ", "the responses' earlier turns differ")
-    if is_multi_turn:
-        raise BadRow(
-            "multi_turn_response",
-            f"the responses part at turn {num_shared + 1}, and more turns follow; one answer each is read",
-        )
-    texts = [turns[-1]["content"] if isinstance(turns, list) else turns for turns in responses]
-    return conversations[0][:num_shared] or None, texts
+    cut = _cut(conversations, prompt, cuts, num_shared) if prompt else cuts[-1]
+    return conversations[0][:cut], [
+        _answer(response, cut if isinstance(response, list) and response[0]["role"] != "assistant" else 0)
+        for response in responses
+    ]
+
+
+def _common(conversations: list[Messages]) -> int:
+    """Turns at the start that all conversations share."""
+    first, *others = conversations
+    shortest = min(map(len, conversations))
+    return next((i for i in range(shortest) if any(turns[i] != first[i] for turns in others)), shortest)
+
+
+def _cut(conversations: list[Messages], prompt: Messages, cuts: list[int], num_shared: int) -> int:
+    """Of the places where the answers may begin the one that fits the prompt of a column of its own.
+
+    Where one answer follows turns of plain talk, a prompt of one turn names them all: it is their first or last.
+    """
+    told = _told(prompt, conversations[0])
+    if told and told[0] > num_shared:
+        raise BadRow("prompts_differ", "the responses part before the prompt ends")
+    ends = [end for end in told if end in cuts]
+    if not ends:
+        return cuts[-1]
+    follows = [turn for turns in conversations for turn in turns[ends[-1] :]]
+    is_one_answer = all(len(turns) == cuts[-1] + 1 for turns in conversations) and all(map(_is_talk, follows))
+    return cuts[-1] if is_one_answer and len(_split_system(prompt)[1]) == 1 else ends[-1]
+
+
+def _told(prompt: Messages, conversation: Messages) -> list[int]:
+    """Where a conversation has told the prompt once more: all of its turns, or its one turn of the user's."""
+    _, asked = _split_system(prompt)
+    num_system = len(_split_system(conversation)[0])
+    end = num_system + len(asked)
+    if [_words(turn) for turn in asked] == [_words(turn) for turn in conversation[num_system:end]]:
+        return [end]
+    if len(asked) == 1:
+        return [i + 1 for i, turn in enumerate(conversation) if _words(turn) == _words(asked[0])]
+    return []
+
+
+def _is_talk(turn: dict[str, Any]) -> bool:
+    return len(turn) == 2 and turn["role"] != "tool"
+
+
+def _answer(response: Response | None, start: int) -> Response | None:
+    """What a response says from a turn on: a text, if it is one turn of nothing but text."""
+    if not isinstance(response, list):
+        return response
+    turns = response[start:]
+    return turns[0]["content"] if len(turns) == 1 and _is_talk(turns[0]) else turns
 
 
 def join(prompt: Messages | None, system: Any, shared: Messages | None) -> Messages:
@@ -84,7 +137,7 @@ def join(prompt: Messages | None, system: Any, shared: Messages | None) -> Messa
     """
     has_both = prompt and shared and any(_words(turn) for turn in prompt)
     turns = _agreed(prompt, shared) if has_both else shared or prompt
-    if not turns or not turns[-1]["content"].strip():
+    if not turns or not (turns[-1]["content"].strip() or turns[-1]["role"] == "tool"):
         raise BadRow("no_prompt", "no prompt column, and none inside the responses")
     return with_system(turns, system)
 
@@ -137,7 +190,7 @@ def _split_system(messages: Messages) -> tuple[Messages, Messages]:
     return messages[:num], messages[num:]
 
 
-def _words(message: dict[str, str]) -> list[str]:
+def _words(message: dict[str, Any]) -> list[str]:
     return message["content"].split()
 
 

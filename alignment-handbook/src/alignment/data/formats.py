@@ -10,17 +10,21 @@ from alignment.data import conversations, ultrafeedback
 from alignment.data.forms import Fields, find_responses
 from alignment.data.messages import messages_of, refuse
 from alignment.data.row import BadRow, Group, Messages, Row
+from alignment.data.tools import agreed, template_kwargs_of, tools_of
+from alignment.data.written import ROLE_KEYS, first, is_empty
 
 #: Columns that a prompt may be in; the first that has a value is taken.
 PROMPTS = ("prompt", "trajectory", "question", "instruction", "query", "input", "context", "history")
 #: Columns of the turns before the answer.
 _CONVERSATIONS = ("conversations", "conversation", "messages")
 _SYSTEMS = ("system", "system_prompt", "system_message")
-#: Columns that change what is trained on, and are not read yet.
+#: Columns, or keys of a prompt that is an object, with the tools that may be called.
+_TOOLS = ("tools", "functions")
+_TEMPLATE_KWARGS = "chat_template_kwargs"
+#: Columns that change what is trained on, and are not read.
 _UNREAD_COLUMNS = {
-    **dict.fromkeys(("tools", "functions", "tool_calls", "function_call"), "tool_calls"),
+    **dict.fromkeys(("tool_calls", "function_call"), "bad_tools"),
     **dict.fromkeys(("images", "image", "videos", "video", "audios", "audio"), "bad_messages"),
-    "chat_template_kwargs": "template_kwargs",
 }
 _LABELS = {
     **dict.fromkeys(("true", "yes", "desirable", "good", "positive", "pos", "chosen", "accepted", "thumbs_up"), 1.0),
@@ -34,7 +38,7 @@ def unwrap(row: Any) -> Any:
 
 
 def as_record(row: Row, score: str = "overall") -> Row | None:
-    """Reads a row of one response as `id`, `prompt`, `system`, `response`, `score`, `weight` and `noted`.
+    """Reads a row of one response as `id`, `prompt`, `system`, `response`, `score`, `noted` and what else a group has.
 
     Args:
         row: The row as it was read.
@@ -46,6 +50,7 @@ def as_record(row: Row, score: str = "overall") -> Row | None:
     Raises:
         BadRow: It is of this form, and has what cannot be read.
     """
+    row = _opened(row)
     fields = Fields(row)
     if not any(name in row for name in ("prompt_id", *PROMPTS, *_CONVERSATIONS)):
         return None
@@ -64,6 +69,7 @@ def as_record(row: Row, score: str = "overall") -> Row | None:
         "id": fields.take("prompt_id"),
         "prompt": _prompt(fields, (*PROMPTS, *_CONVERSATIONS)),
         "system": _system(fields),
+        **_options(fields),
         "response": fields.take(response),
         "score": value,
         "weight": fields.take("weight"),
@@ -86,6 +92,7 @@ def to_group(
     Raises:
         BadRow: It is of no known form, its parts do not belong together, or it has what cannot be read.
     """
+    row = _opened(row)
     fields = Fields(row)
     found = find_responses(fields, pairs, unscored_pairs, make_pairs, score)
     responses, scores = found.responses, found.scores
@@ -98,24 +105,56 @@ def to_group(
         conversations.read_response(response, f"response {k + 1}", has_prompt, keys)
         for k, response in enumerate(responses)
     ]
-    shared, texts = conversations.split(turns, row.get("prompt"))
-    shared = shared or _conversation(fields, keys)
-    value = _prompt(fields, ("prompt",) if shared else PROMPTS)  # beside turns, other columns may be about anything
+    is_inside = any(isinstance(said, list) and said[0]["role"] not in ("assistant", "tool") for said in turns)
+    talk = None if is_inside else _conversation(fields, keys)
+    # Beside turns, other columns may be about anything.
+    value = _prompt(fields, ("prompt",) if is_inside or talk else PROMPTS)
     prompt = None if value is None else messages_of(value, "the prompt", keys)
-    prompt = conversations.join(prompt, _system(fields), shared)
-    weight = fields.take("weight")
+    shared, answers = conversations.split(turns, prompt)
+    prompt = conversations.join(prompt, _system(fields), shared or talk)
+    weight, options = fields.take("weight"), _options(fields)
     noted = [*fields.unread(), *(f"message key {key}" for key in sorted(keys))]
-    return Group(prompt, texts, scores, found.fixed, found.ranked, noted, weight)
+    return Group(prompt, answers, scores, found.fixed, found.ranked, noted, weight, **options)
 
 
-def read_prompt(row: Row) -> Messages:
-    """The prompt of a row without responses: its column `prompt`, and a system turn of a column of its own.
+def read_prompt(row: Row) -> Row:
+    """The prompt of a row without responses: `prompt`, `tools` and `chat_template_kwargs`, see `Group`.
+
+    Args:
+        row: Its columns, of which one is `prompt`.
 
     Raises:
-        BadRow: It is neither text nor messages, or has what cannot be read.
+        BadRow: One of them cannot be read.
     """
+    row = _opened(row)
     refuse(row, _UNREAD_COLUMNS, "it has the column")
-    return conversations.with_system(messages_of(row["prompt"], "the prompt"), _system(Fields(row)))
+    fields = Fields(row)
+    prompt = conversations.with_system(messages_of(row["prompt"], "the prompt"), _system(fields))
+    return {"prompt": prompt, **_options(fields)}
+
+
+def _opened(row: Row) -> Row:
+    """A row whose prompt is an object with `messages` and, beside them, `tools`: these become columns."""
+    prompt = row.get("prompt")
+    name = next((n for n in _CONVERSATIONS if prompt.get(n) is not None), None) if isinstance(prompt, dict) else None
+    if name is None or first(prompt, ROLE_KEYS) is not None:
+        return row
+    inside = {key: value for key, value in prompt.items() if key != name and not is_empty(value)}
+    for key in inside:
+        if key in (*_TOOLS, _TEMPLATE_KWARGS, *_SYSTEMS) and not is_empty(row.get(key)) and row[key] != inside[key]:
+            raise BadRow("prompts_differ", f"the row has two of {key}, one of them inside the prompt")
+    beside = {key: value for key, value in row.items() if not is_empty(value) or key not in inside}
+    return {**inside, **beside, "prompt": prompt[name]}
+
+
+def _options(fields: Fields) -> Row:
+    """What the chat template is given beside the messages."""
+    tools = {name: tools_of(fields.take(name), f"the column {name}") for name in _TOOLS if name in fields.row}
+    template_kwargs = fields.take(_TEMPLATE_KWARGS)
+    return {
+        "tools": agreed(tools),
+        "chat_template_kwargs": template_kwargs_of(template_kwargs, f"the column {_TEMPLATE_KWARGS}"),
+    }
 
 
 def _system(fields: Fields) -> Any:

@@ -10,14 +10,15 @@ from typing import Any
 
 from alignment.data import ultrafeedback
 from alignment.data.columns import suggestion
-from alignment.data.messages import as_objects, is_empty, read_written
 from alignment.data.row import BadRow, Row, as_number
+from alignment.data.written import as_objects, is_empty, read_written
 
 #: Columns that are a list of responses, and of their scores.
 _RESPONSES = ("responses", "all_generated_responses", "generations", "completions", "candidates", "outputs", "answers")
 _SCORES = ("scores", "rewards", "all_rm_scores", "rm_scores", "ratings", "rating")
 #: Keys of the objects in a list of responses.
-_TEXT_KEYS = ("response", "answer", "text", "content", "completion", "output", "generation")
+_TEXT_KEYS = ("response", "answer", "text", "content", "completion", "output", "generation", "messages", "trajectory",
+              "conversation", "conversations")  # fmt: skip
 _SCORE_KEYS = ("score", "reward", "rating", "rm_score")
 #: Two responses, and a number that is the more above 0 the better the second is.
 _PREFERENCES = (

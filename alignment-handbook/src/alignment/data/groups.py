@@ -8,13 +8,14 @@ import json
 import random
 import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from alignment.data import columns, rules, ultrafeedback
+from alignment.data.cleaning import RowCleaner
 from alignment.data.formats import to_group
 from alignment.data.row import BadRow, Group
-from alignment.data.rules import RowCleaner
+from alignment.data.texts import key_of
 from alignment.errors import UserError
 
 
@@ -174,13 +175,11 @@ class GroupReader:
             raise self.cleaner.error("identical_scores", f"all of them {group.scores[0]:g}")
         scale(group, self.config.scale_scores)
         return [
-            Group(
-                group.prompt,
-                [group.responses[a], group.responses[b]],
-                [1.0, 0.0] if self.pairs else [group.scores[a], group.scores[b]],
-                group.fixed,
-                noted=group.noted,
-                weight=group.weight,
+            replace(
+                group,
+                responses=[group.responses[a], group.responses[b]],
+                scores=[1.0, 0.0] if self.pairs else [group.scores[a], group.scores[b]],
+                ranked=False,
             )
             for a, b in found
         ]
@@ -233,5 +232,5 @@ def pairs_of(group: Group, method: str | None, seed: int, tie_margin: float = 0.
 
 
 def _rng(group: Group, seed: int) -> random.Random:
-    digest = hashlib.sha256("\0".join([str(seed), *group.responses]).encode("utf-8", "replace")).digest()
+    digest = hashlib.sha256("\0".join([str(seed), *map(key_of, group.responses)]).encode("utf-8", "replace")).digest()
     return random.Random(digest)

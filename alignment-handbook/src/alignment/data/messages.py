@@ -1,44 +1,44 @@
-"""Reads a value as messages: their roles, their contents, and messages that somebody wrote down as text.
+"""Reads a value as messages, in the spellings of OpenAI, Anthropic and ShareGPT.
 
-A message becomes `role` and `content`, a text. What else it has changes what is trained on (calls, reasoning, images),
-and the row is dropped under the name of it; or it does not, and the report names it.
+A message becomes `role` and `content`, a text; and where the source has them `reasoning_content` and `tool_calls` of
+the assistant's turns, `tool_call_id` and `name` of a tool's. What else changes what is trained on, such as images,
+drops the row under a name; what does not is named in the report.
 """
 
-import ast
-import json
-import re
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from alignment.data.row import BadRow, Messages, Row
+from alignment.data.tools import CALL_TYPES, agreed, calls_of, identity_of
+from alignment.data.written import (
+    CALL_ROLES,
+    CONTENT_KEYS,
+    ROLE_KEYS,
+    ROLE_OF,
+    ROLES,
+    as_objects,
+    dialogue,
+    first,
+    is_empty,
+    is_open_dialogue,
+    written_messages,
+)
 
-#: Spellings of the roles; case and surrounding white space do not matter.
-ROLES = {
-    "system": ("system", "developer"),
-    "user": ("user", "human", "prompter"),
-    "assistant": ("assistant", "gpt", "chatgpt", "gpt-4", "gpt4", "model", "bot", "chatbot", "ai", "bard", "bing",
-                  "claude", "llm", "agent"),
-    "tool": ("tool", "function", "observation", "function_response", "tool_response", "tool_result", "ipython"),
-}  # fmt: skip
-_ROLE_OF = {spelling: role for role, spellings in ROLES.items() for spelling in spellings}
-#: A turn that is a call.
-_CALL_ROLES = ("function_call", "tool_call", "tool_calls")
-_ROLE_KEYS = ("role", "from")
-_CONTENT_KEYS = ("content", "value", "text")
-_READ_KEYS = {*_ROLE_KEYS, *_CONTENT_KEYS}
-#: Keys of a message that cannot be left out without changing what is trained on: the rule for each.
-_CALLS = ("tool_calls", "tool_call", "function_call", "function_calls", "tools", "functions")
-_REASONING = ("reasoning_content", "reasoning", "reasoning_details", "thinking", "thought", "thoughts")
-_MEDIA = ("images", "image", "videos", "video", "audios", "audio")
-_KEYS_THAT_COUNT = (
-    dict.fromkeys(_CALLS, "tool_calls") | dict.fromkeys(_REASONING, "reasoning_content")
-    | dict.fromkeys(_MEDIA, "bad_messages")
-)  # fmt: skip
-#: Types of the parts of a content, likewise; any other that is no text is `bad_messages`.
-_PARTS_THAT_COUNT = {
-    **dict.fromkeys(("tool_use", "tool_result", "tool_call", "function_call", "tool_response"), "tool_calls"),
-    **dict.fromkeys(("thinking", "redacted_thinking", "reasoning"), "reasoning_content"),
-}
+#: Keys of the assistant's calls, and of its reasoning.
+_CALLS = ("tool_calls", "tool_call", "function_call", "function_calls")
+_REASONING = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts")
+#: Of a tool's turn: the id of the call that it answers.
+_ANSWERED = ("tool_call_id", "tool_use_id", "call_id")
+#: Keys that are not read, and cannot be left out without changing what is trained on: the rule for each.
+_REFUSED = dict.fromkeys(("tools", "functions"), "bad_tools") | dict.fromkeys(
+    ("images", "image", "videos", "video", "audios", "audio"), "bad_messages"
+)
+#: Of another role than the assistant these are refused too.
+_ASSISTANTS = dict.fromkeys(_CALLS, "bad_tools") | dict.fromkeys((*_REASONING, "reasoning_details"), "bad_messages")
+#: Types of the parts of a content.
+_TEXTS = ("text", "input_text", "output_text")
+_THOUGHTS = ("thinking", "reasoning")
+_RESULTS = ("tool_result", "tool_response", "function_call_output")
 #: What a chat template writes around a turn, in the templates that are met most often.
 _TEMPLATE_MARKS = (
     "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|eot_id|>", "<start_of_turn>", "<end_of_turn>", "[INST]",
@@ -48,22 +48,14 @@ _TEMPLATE_MARKS = (
 )  # fmt: skip
 
 
-def is_empty(value: Any, depth: int = 3) -> bool:
-    """Whether a column or key is as if it were absent: tables fill up with nulls, and with objects of nulls.
-
-    Example:
-        >>> is_empty([{"id": None, "function": {"name": None}}]), is_empty([0])
-        (True, False)
-    """
-    if isinstance(value, list | dict):
-        items = value.values() if isinstance(value, dict) else value
-        return not value or (depth > 0 and all(is_empty(item, depth - 1) for item in items))
-    return value is None or value == ""
-
-
 def looks_rendered(text: str) -> bool:
     """Whether a text has what a chat template writes around turns."""
     return any(mark in text for mark in _TEMPLATE_MARKS)
+
+
+def is_absent(value: Any) -> bool:
+    """Whether a key says nothing, also as text."""
+    return is_empty(value) or value is False or value in ("[]", "{}", "null", "None")
 
 
 def refuse(row: Row, reasons: Mapping[str, str], what: str) -> None:
@@ -75,8 +67,7 @@ def refuse(row: Row, reasons: Mapping[str, str], what: str) -> None:
         what: Name of the row or message, for the error.
     """
     for name in reasons:
-        value = row.get(name)
-        if not is_empty(value) and value is not False and value not in ("[]", "{}", "null", "None"):
+        if not is_absent(row.get(name)):
             raise BadRow(reasons[name], f"{what} {name}, which is not read")
 
 
@@ -94,7 +85,7 @@ def messages_of(value: Any, what: str, unread: set[str] | None = None) -> Messag
     if isinstance(value, str):
         turns = written_messages(value)
         if turns is None:
-            turns = dialogue(value) if value.startswith("\n\nHuman:") or _is_open_dialogue(value) else None
+            turns = dialogue(value) if value.startswith("\n\nHuman:") or is_open_dialogue(value) else None
         if turns is None:
             return [{"role": "user", "content": value}]
         if turns and turns[-1] == {"role": "assistant", "content": ""}:  # where the answer is to follow
@@ -103,139 +94,169 @@ def messages_of(value: Any, what: str, unread: set[str] | None = None) -> Messag
     objects = as_objects(value)
     if not isinstance(objects, list):
         raise BadRow("bad_messages", f"{what} is neither text nor messages with 'role' and 'content'")
-    return [_message(message, what, unread) for message in objects]
-
-
-def as_objects(value: Any) -> Any:
-    """A list of objects, also from one object or from a dict of lists, as tables store them; else the value itself."""
-    if not isinstance(value, dict):
-        return value
-    columns = {name: column for name, column in value.items() if column is not None}
-    if not columns or not all(isinstance(column, list) for column in columns.values()):
-        return [value]
-    if len({len(column) for column in columns.values()}) > 1:
-        return [value]
-    return [dict(zip(columns, items, strict=True)) for items in zip(*columns.values(), strict=True)]
-
-
-def written_messages(text: str) -> list[Any] | None:
-    """The messages that a text is, written as JSON or as Python prints them; None for any other text.
-
-    Raises:
-        BadRow: It looks like messages, and cannot be read as such.
-    """
-    if not re.match(r"\s*(\[\s*(array\(\[\s*)?)?\{", text) or not _ROLE_IN_TEXT.search(text):
-        return None
-    objects = as_objects(read_written(text))
-    if not isinstance(objects, list) or not all(isinstance(item, dict) for item in objects):
-        if text.lstrip().startswith("[") and not _begins_with_json(text):
-            raise BadRow("bad_messages", "text that looks like messages and cannot be read; is it cut off?")
-        return None
-    is_messages = all(isinstance(_first(item, _CONTENT_KEYS), str | list | None) for item in objects)
-    return objects if is_messages and any(_has_known_role(item) for item in objects) else None
-
-
-_SPELLINGS = "|".join(map(re.escape, [*_ROLE_OF, *_CALL_ROLES]))
-#: Stands in a text that is messages: a known role.
-_ROLE_IN_TEXT = re.compile(rf"""['"](?:role|from)['"]\s*:\s*\[?\s*['"]\s*(?:{_SPELLINGS})\s*['"]""", re.IGNORECASE)
-
-
-_STRING = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
-#: What numpy prints of a list of texts, without commas, and of one of numbers, nan among them.
-_NUMPY_TEXTS = re.compile(rf"\[\s*{_STRING}(?:\s+{_STRING})+\s*\]", re.DOTALL)
-_NUMBER = r"[-+\w.]+"
-_NUMBERS = re.compile(rf"\[\s*{_NUMBER}(?:[\s,]+{_NUMBER})*\s*\]")
-
-
-def _begins_with_json(text: str) -> bool:
-    """Whether a text has whole JSON at its start, and goes on: it speaks of it, and is not cut off."""
-    try:
-        json.JSONDecoder().raw_decode(text.lstrip())
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def read_written(text: str) -> Any:
-    """What a text says as JSON, or as Python and numpy print lists and dicts; None where it is none of these.
-
-    Example:
-        >>> read_written("['a' 'b']"), read_written("[0.5 nan]"), read_written("[{'role': 'user'}\\n {'role': 'x'}]")
-        (['a', 'b'], [0.5, None], [{'role': 'user'}, {'role': 'x'}])
-    """
-    text = text.strip()
-    numpy = re.sub(r"\barray\((\[.*\])(?:,\s*dtype=object)?\)", r"\1", text, flags=re.DOTALL)
-    numpy = re.sub(r"\}\s*\n\s*\{", "}, {", numpy)
-    if _NUMPY_TEXTS.fullmatch(text):
-        numpy = f"[{', '.join(re.findall(_STRING, text, re.DOTALL))}]"
-    elif _NUMBERS.fullmatch(text):
-        numpy = f"[{', '.join(re.findall(_NUMBER, text))}]".replace("nan", "None")
-    for parse, candidate in ((json.loads, text), (ast.literal_eval, numpy)):
-        try:
-            return parse(candidate)
-        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+    messages: Messages = []
+    for message in objects:
+        if _is_plain(message):
+            messages.append({"role": message["role"], "content": message["content"]})
             continue
-    return None
+        turns = _turns(message, what, unread)
+        is_call = _spelling(message, what) in CALL_ROLES and "reasoning_content" not in turns[0]
+        if is_call and messages and messages[-1]["role"] == "assistant":
+            # ShareGPT's turn of a call: what was said before it, and calls beside it, are one turn with it.
+            calls = [*messages[-1].get("tool_calls", []), *turns[0]["tool_calls"]]
+            messages[-1] = {**messages[-1], "tool_calls": calls}
+        else:
+            messages += turns
+    return messages
 
 
-def dialogue(text: str) -> Messages | None:
-    """The turns of hh-rlhf's text, `Human: ... Assistant: ...`; None for any other text.
-
-    Example:
-        >>> [turn["role"] for turn in dialogue("\\n\\nHuman: Name a prime.\\n\\nAssistant: 7")]
-        ['user', 'assistant']
-    """
-    if not text.lstrip().startswith("Human:") or "\n\nAssistant:" not in text:
-        return None
-    _, *parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + text.lstrip())
-    roles = {"Human": "user", "Assistant": "assistant"}
-    pairs = zip(parts[::2], parts[1::2], strict=True)
-    return [{"role": roles[speaker], "content": said.strip()} for speaker, said in pairs]
+def _is_plain(message: Any) -> bool:
+    """Whether a message is one as it will be: most are."""
+    return (
+        isinstance(message, dict)
+        and len(message) == 2
+        and isinstance(message.get("content"), str)
+        and isinstance(message.get("role"), str)
+        and message["role"] in ROLES
+    )
 
 
-def _is_open_dialogue(text: str) -> bool:
-    return text.lstrip().startswith("Human:") and text.rstrip().endswith("\n\nAssistant:")
-
-
-def _first(message: Row, keys: Iterable[str]) -> Any:
-    return next((message[key] for key in keys if message.get(key) is not None), None)
-
-
-def _has_known_role(item: Row) -> bool:
-    role = _first(item, _ROLE_KEYS)
-    return isinstance(role, str) and (role.strip().lower() in _ROLE_OF or role.strip().lower() in _CALL_ROLES)
-
-
-def _message(message: Any, what: str, unread: set[str] | None) -> dict[str, str]:
-    """A message with its role and content."""
-    role = _first(message, _ROLE_KEYS) if isinstance(message, dict) else None
+def _spelling(message: Any, what: str) -> str:
+    role = first(message, ROLE_KEYS) if isinstance(message, dict) else None
     if not isinstance(role, str):
         raise BadRow("bad_messages", f"{what} is neither text nor messages with 'role' and 'content'")
     spelling = role.strip().lower()
-    if spelling in _CALL_ROLES:
-        raise BadRow("tool_calls", f"{what} has a turn of {role}, which is not read yet")
-    if spelling not in _ROLE_OF:
-        raise BadRow("bad_messages", f"{what} has the role {role!r}; known are {', '.join(_ROLE_OF)}")
-    refuse(message, _KEYS_THAT_COUNT, f"{what} has a turn with")
-    content = _content(_first(message, _CONTENT_KEYS), what)
+    if spelling not in ROLE_OF and spelling not in CALL_ROLES:
+        raise BadRow("bad_messages", f"{what} has the role {role!r}; known are {', '.join(ROLES)}")
+    return spelling
+
+
+def _turns(message: Row, what: str, unread: set[str] | None) -> Messages:
+    """The turn that a message is; of Anthropic's results of tools several, and what the user says behind them."""
+    spelling = _spelling(message, what)
+    if spelling in CALL_ROLES:
+        return [_call_turn(message, what, unread)]
+    role = ROLE_OF[spelling]
+    refuse(message, _REFUSED if role == "assistant" else _REFUSED | _ASSISTANTS, f"{what} has a turn with")
+    raw = first(message, CONTENT_KEYS)
+    content = _content(raw, role, what, unread)
+    keys = {*ROLE_KEYS, *CONTENT_KEYS}
+    if role == "assistant":
+        keys |= {*_CALLS, *_REASONING, "reasoning_details"}
+        turns = [_assistants_turn(message, content, what, unread)]
+    elif role == "tool" and not content.results:
+        keys |= {*_ANSWERED, "name"}
+        turns = [_result(content.text, first(message, _ANSWERED), message.get("name"), what)]
+    else:
+        said = [{"role": role, "content": content.text}] if content.text or not content.results else []
+        turns = [*content.results, *said]
+    if raw is None and role != "tool" and len(turns[0]) == 2:
+        raise BadRow("bad_messages", f"{what} is neither text nor messages with 'role' and 'content': one has none")
+    _note(message, keys, unread)
+    return turns
+
+
+def _call_turn(message: Row, what: str, unread: set[str] | None) -> Row:
+    """ShareGPT's turn of its own for a call, which is the assistant's."""
+    refuse(message, _REFUSED | dict.fromkeys(_CALLS, "bad_tools"), f"{what} has a turn with")
+    calls = calls_of(first(message, CONTENT_KEYS), what, unread)
+    if not calls:
+        raise BadRow("bad_tools", f"{what} has a turn of a call without one")
+    _note(message, {*ROLE_KEYS, *CONTENT_KEYS, *_REASONING, "reasoning_details"}, unread)
+    return _assistants_turn(message, _Content("", "", calls, []), what, unread)
+
+
+def _note(message: Row, read: set[str], unread: set[str] | None) -> None:
     if unread is not None:
-        unread |= {str(key) for key in message if key not in _READ_KEYS and not is_empty(message[key])}
-    return {"role": _ROLE_OF[spelling], "content": content}
+        unread |= {str(key) for key in message if key not in read and not is_empty(message[key])}
 
 
-def _content(content: Any, what: str) -> str:
-    """Text of a content: a text, or parts that are text."""
-    if isinstance(content, str):
-        return content
+def _assistants_turn(message: Row, content: "_Content", what: str, unread: set[str] | None) -> Row:
+    turn: Row = {"role": "assistant", "content": content.text}
+    reasoning = _reasoning(message, content.reasoning, what)
+    given = {key: calls_of(message[key], what, unread) or None for key in _CALLS if not is_absent(message.get(key))}
+    calls = agreed(given | {"its content": content.calls or None})
+    if reasoning:
+        turn["reasoning_content"] = reasoning
+    if calls:
+        turn["tool_calls"] = calls
+    return turn
+
+
+def _reasoning(message: Row, in_content: str, what: str) -> str:
+    """The reasoning beside the text: under any of its names, or in parts."""
+    found = {key: message[key] for key in _REASONING if not is_absent(message.get(key))}
+    if not found and not is_absent(message.get("reasoning_details")):
+        details = as_objects(message["reasoning_details"])
+        texts = [part.get("text") if isinstance(part, dict) else None for part in details]
+        found = {"reasoning_details": "".join(texts) if all(isinstance(text, str) for text in texts) else None}
+    for key, value in found.items():
+        if not isinstance(value, str):
+            raise BadRow("bad_messages", f"{what} has a turn with {key} that is no text")
+    texts = {*found.values(), *([in_content] if in_content else [])}
+    if len(texts) > 1:
+        raise BadRow("bad_messages", f"{what} has a turn with two texts of reasoning: {', '.join(found)}")
+    return next(iter(texts), "")
+
+
+def _result(text: str, answered: Any, name: Any, what: str) -> Row:
+    """A tool's turn."""
+    turn = {"role": "tool", "content": text}
+    if identity := identity_of(answered, what):
+        turn["tool_call_id"] = identity
+    if isinstance(name, str) and name:
+        turn["name"] = name
+    return turn
+
+
+class _Content(NamedTuple):
+    """What a content holds: text and reasoning, "" for none, calls, and tools' turns."""
+
+    text: str
+    reasoning: str
+    calls: list[Row]
+    results: Messages
+
+
+def _content(content: Any, role: str, what: str, unread: set[str] | None) -> _Content:
+    """What a content holds: a text, or parts."""
+    if content is None or isinstance(content, str):
+        return _Content(content or "", "", [], [])
     parts = as_objects(content)
     if not isinstance(parts, list) or content == []:
         raise BadRow("bad_messages", f"{what} is neither text nor messages with 'role' and 'content': one is no text")
-    return "".join(part if isinstance(part, str) else _part_text(part, what) for part in parts)
+    found: dict[str, list[Any]] = {"results": [], "reasoning": [], "text": [], "calls": []}
+    order = []
+    for part in parts:
+        kind, value = _part(part, role, what, unread)
+        found[kind].append(value)
+        order.append([*found].index(kind))
+    if order != sorted(order) or (role == "tool" and found["results"] and found["text"]):
+        raise BadRow("bad_messages", f"{what} has content parts in an order that no template writes: {_kinds(parts)}")
+    return _Content("".join(found["text"]), "".join(found["reasoning"]), found["calls"], found["results"])
 
 
-def _part_text(part: Any, what: str) -> str:
-    kind = part.get("type", "text") if isinstance(part, dict) else None
-    if kind in ("text", "input_text", "output_text") and isinstance(part.get("text"), str):
-        return part["text"]
-    reason = _PARTS_THAT_COUNT.get(kind, "bad_messages") if isinstance(kind, str) else "bad_messages"
-    raise BadRow(reason, f"{what} has a content part of type {kind!r}; text is read alone")
+def _part(part: Any, role: str, what: str, unread: set[str] | None) -> tuple[str, Any]:
+    """Which kind a part of a content is, and what it says."""
+    if isinstance(part, str):
+        return "text", part
+    kind = part.get("type") or "text" if isinstance(part, dict) else None
+    if kind in _TEXTS and isinstance(part.get("text"), str):
+        return "text", part["text"]
+    if role == "assistant" and kind in _THOUGHTS:
+        text = first(part, ("thinking", "reasoning", "text", "content"))
+        if isinstance(text, str):
+            return "reasoning", text
+    if role == "assistant" and kind in CALL_TYPES:
+        (call,) = calls_of([part], what, unread)
+        return "calls", call
+    if role in ("user", "tool") and kind in _RESULTS:
+        result = _content(first(part, ("content", "output")), "result", what, unread)
+        return "results", _result(result.text, first(part, _ANSWERED), part.get("name"), what)
+    is_of_tools = isinstance(kind, str) and kind in (*CALL_TYPES, *_RESULTS)
+    reason = "bad_tools" if is_of_tools else "bad_messages"
+    raise BadRow(reason, f"{what} has a content part of type {kind!r}, which is not read in a turn of {role}")
+
+
+def _kinds(parts: list[Any]) -> str:
+    return ", ".join(str(part.get("type", "text")) if isinstance(part, dict) else "text" for part in parts)

@@ -11,6 +11,8 @@ from alignment.data.groups import RowConfig
 from alignment.data.reading import column
 from alignment.errors import UserError
 
+#: Columns that plain rows do not have.
+OPTIONAL = ("tools", "chat_template_kwargs", "weight")
 #: Rows that the report names for a reason.
 _EXAMPLES = 3
 
@@ -91,8 +93,7 @@ def check_dropped(name: str, counts: dict[str, Any], max_fraction: float) -> Non
 
 
 def kept_rows(rows: Dataset) -> Dataset:
-    """The rows of `load_source` that were not dropped; without the column `weight` where none of them has one."""
+    """The rows of `load_source` that were not dropped, without the columns of `OPTIONAL` that none of them has."""
     is_kept = pc.equal(column(rows, "dropped"), "").to_numpy(zero_copy_only=False)
     kept = rows if is_kept.all() else rows.select(np.flatnonzero(is_kept))
-    has_weights = column(kept, "weight").null_count < len(kept)
-    return kept if has_weights else kept.remove_columns("weight")
+    return kept.remove_columns([name for name in OPTIONAL if column(kept, name).null_count == len(kept)])

@@ -27,14 +27,17 @@ from alignment.data.groups import GroupReader, RowConfig
 from alignment.data.records import RECORD_FEATURES, cut_groups, gather, record_of
 from alignment.data.row import BadRow, FailedRow, named, prompt_hash, storable
 from alignment.data.sources import Piece, open_source, read_piece
+from alignment.data.stored import StoredMessages, StoredResponses
 from alignment.errors import UserError
 from trl_nca.code_hash import code_hash
 
 #: A row once it is read: K responses to one prompt, K >= 2, and their scores; or why it was dropped.
 GROUP_FEATURES = Features(
     {
-        "prompt": List({"role": Value("string"), "content": Value("string")}),
-        "responses": List(Value("string")),
+        "prompt": StoredMessages(),
+        "responses": StoredResponses(),
+        "tools": Value("string"),  # as JSON; null where the row has none
+        "chat_template_kwargs": Value("string"),  # likewise
         "scores": List(Value("float64")),
         "weight": Value("float64"),  # null where the row does not say
         "prompt_hash": Value("int64"),
@@ -173,6 +176,8 @@ def _outcome(
     outcome = {
         "prompt": [],
         "responses": [],
+        "tools": None,
+        "chat_template_kwargs": None,
         "scores": [],
         "weight": None,
         "fixed": [],
@@ -194,10 +199,12 @@ def _outcome(
         yield outcome | {
             "prompt": group.prompt,
             "responses": group.responses,
+            "tools": json.dumps(group.tools) if group.tools else None,
+            "chat_template_kwargs": json.dumps(group.chat_template_kwargs) if group.chat_template_kwargs else None,
             "scores": group.scores,
             "weight": group.weight,
             "fixed": group.fixed,
-            "prompt_hash": prompt_hash(group.prompt),
+            "prompt_hash": prompt_hash(group.prompt, group.tools, group.chat_template_kwargs),
             "lines": lines if i == 0 else 0,
             "noted": [*noted, *map(storable, group.noted)] if i == 0 else [],
         }

@@ -67,9 +67,10 @@ def record_of(
 
 
 def record_key(record: Row) -> int:
-    """A hash of what records are joined by, 63 bits: the `prompt_id`, else the prompt and the system turn."""
+    """A hash of what records are joined by, 63 bits: the `prompt_id`, else all that the answer is given to."""
     key = record["prompt"] if record["id"] is None else ["id", record["id"]]
-    key = key if record["id"] is not None or record["system"] is None else ["system", record["system"], key]
+    for name in ("system", "tools", "chat_template_kwargs"):
+        key = key if record["id"] is not None or record[name] is None else [name, record[name], key]
     return int.from_bytes(hashlib.sha256(json.dumps(key).encode()).digest()[:8], "big") >> 1
 
 
@@ -94,16 +95,16 @@ def gather(records: list[Row]) -> Row:
     Raises:
         BadRow: Their prompts or their weights differ.
     """
-    prompts = [record["prompt"] for record in records if record["prompt"] is not None]
-    systems = [record["system"] for record in records if record["system"] is not None]
-    if any(prompt != prompts[0] for prompt in prompts) or any(system != systems[0] for system in systems):
-        raise BadRow("prompts_differ", "one prompt_id has two prompts")
+    of_prompt = {}
+    for name in ("prompt", "system", "tools", "chat_template_kwargs"):
+        given = [record[name] for record in records if record[name] is not None]
+        if any(value != given[0] for value in given):
+            raise BadRow("prompts_differ", f"one prompt_id has two of {name}")
+        of_prompt[name] = given[0] if given else None
     weights = [record["weight"] for record in records if record["weight"] is not None]
     if any(weight != weights[0] for weight in weights):
         raise BadRow("bad_weight", f"the rows of one prompt have the weights {weights[0]!r} and others")
-    return {
-        "prompt": prompts[0] if prompts else None,
-        "system": systems[0] if systems else None,
+    return of_prompt | {
         "responses": [record["response"] for record in records],
         "scores": [record["score"] for record in records],
         "weight": weights[0] if weights else None,

@@ -6,7 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Row = dict[str, Any]
-Messages = list[dict[str, str]]
+#: `role` and `content`; `reasoning_content` and `tool_calls` of the assistant's turns; a tool's `tool_call_id`, `name`.
+Messages = list[dict[str, Any]]
+#: One turn of the assistant's that is nothing but text, or messages that begin with one.
+Response = str | Messages
 
 
 @dataclass
@@ -15,13 +18,15 @@ class Group:
 
     Attributes:
         prompt: Messages; the last one is answered by the responses.
-        responses: Texts, K of them; None where there is none.
+        responses: Texts or messages, K of them; None where there is none.
         scores: K values.
         fixed: Names of the rules by which something was fixed.
         ranked: Whether the scores are 1 and 0 for better and worse, and not in the data's unit.
         noted: What the report says of the row: `column X` or `message key X` that was not read, `control_tokens`,
             `rendered`.
         weight: What the prompt's loss is multiplied by; None where the row does not say.
+        tools: Schemas of the tools that may be called, if any.
+        chat_template_kwargs: Arguments for the chat template, if any.
     """
 
     prompt: Messages
@@ -31,6 +36,8 @@ class Group:
     ranked: bool = False
     noted: list[str] = field(default_factory=list)
     weight: Any = None
+    tools: list[Row] | None = None
+    chat_template_kwargs: Row | None = None
 
 
 class BadRow(Exception):
@@ -54,9 +61,13 @@ def as_number(value: Any) -> float | None:
         return None
 
 
-def prompt_hash(prompt: Messages) -> int:
-    """A hash of the prompt, 63 bits, the same on every machine."""
-    digest = hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).digest()
+def prompt_hash(prompt: Messages, tools: list[Row] | None = None, template_kwargs: Row | None = None) -> int:
+    """A hash of the prompt, and of the tools and arguments of the template where there are any.
+
+    63 bits, the same on every machine; `eval_fraction` holds rows out by it.
+    """
+    said = [prompt, tools, template_kwargs] if tools or template_kwargs else prompt
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 

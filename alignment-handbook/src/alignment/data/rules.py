@@ -1,16 +1,12 @@
-"""What happens to a bad row: one table of rules, and `RowCleaner`, the only code that applies it.
+"""What happens to a bad row: the table of rules, which `data.cleaning` applies.
 
 A recipe changes an action by `row_rules: {reason: action}`. `drop` leaves the row out, `fix` does what the table says,
 `keep` takes it as it is, `fail` ends the run and names the row.
 """
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from alignment.data.messages import looks_rendered
-from alignment.data.row import BadRow, FailedRow, Group, as_number
 from alignment.errors import did_you_mean
 
 
@@ -39,11 +35,9 @@ RULES: dict[str, Rule] = {
     "unknown_format": Rule("columns of no known form", "", _DROP),
     "dropped_source": Rule("its `source` is one of `drop_sources`", "", _DROP),
     "lengths_differ": Rule("more responses than scores, or fewer; or one of them is no list", "", _DROP),
-    "bad_messages": Rule("prompt or response is neither text nor messages that end with an answer", "", _DROP),
-    "tool_calls": Rule("calls of tools, or a column `tools`: they are not read yet", "", _DROP),
-    "reasoning_content": Rule("reasoning beside the text of a message: it is not read yet", "", _DROP),
-    "template_kwargs": Rule("`chat_template_kwargs`, arguments for the chat template: not read yet", "", _DROP),
-    "multi_turn_response": Rule("responses that part at an earlier turn than their last", "", _DROP),
+    "bad_messages": Rule("prompt or response is neither text nor messages of known roles and parts", "", _DROP),
+    "bad_tools": Rule("calls, tools or `chat_template_kwargs` that are no JSON, or without a name", "", _DROP),
+    "no_assistant_turn": Rule("a response of messages without a turn of the assistant's", "", _DROP),
     "prompts_differ": Rule("the responses do not answer the same turns, or the prompt says another", "", _DROP),
     "no_prompt": Rule("no prompt, or an empty one", "", _DROP),
     "broken_text": Rule("bytes that are not UTF-8, or half of a surrogate pair", "", _DROP),
@@ -57,6 +51,10 @@ RULES: dict[str, Rule] = {
         "two turns of one role in a row, or a prompt that ends with the assistant's", "such turns are joined",
         ("drop", "keep", "fix", "fail"),
     ),
+    "call_without_result": Rule(
+        "a call that other turns follow without its result (that of the last turn needs none)", "", _KEPT
+    ),
+    "result_without_call": Rule("a tool's turn before any call, or with a `tool_call_id` that no call has", "", _KEPT),
     "control_tokens": Rule(
         "text that spells one of the tokenizer's control tokens (kept, it stays text and never becomes the token)",
         "the token's text is removed", ("keep", "fix", "drop", "fail"),
@@ -81,9 +79,14 @@ RULES: dict[str, Rule] = {
     ),
     "prompt_not_rendered": Rule("the chat template leaves out the text of another turn of the prompt", "", _KEPT),
     "response_not_rendered": Rule(
-        "the chat template leaves out text of a response, such as its thinking, or writes other thinking before it",
+        "the chat template leaves out text of a response, such as its thinking or `reasoning_content`, or writes other "
+        "thinking before it",
         "", _DROP,
     ),
+    "calls_not_rendered": Rule(
+        "the chat template leaves out a call, what a tool returned, or the tools that may be called", "", _KEPT
+    ),
+    "turns_not_found": Rule("the rendering does not show which of its tokens are the assistant's", "", _DROP),
     "prompt_not_as_sampled": Rule(
         "sampling starts from another prompt, such as one that opens `<think>` where the response has none", "", _KEPT
     ),
@@ -112,161 +115,3 @@ def actions(chosen: Mapping[str, str] | None) -> dict[str, str]:
         if action not in RULES[reason].actions:
             raise ValueError(f"row_rules: {reason} is one of {', '.join(RULES[reason].actions)}; got {action!r}")
     return {reason: rule.actions[0] for reason, rule in RULES.items()} | chosen
-
-
-@dataclass
-class RowCleaner:
-    """Applies the table to groups.
-
-    Attributes:
-        actions: The action for each reason, from `actions`.
-        control_tokens: Texts of the tokenizer's control tokens to look for.
-        score_range: Smallest and largest score that can be meant; None: any.
-        min_responses: A group with fewer responses is dropped.
-    """
-
-    actions: dict[str, str]
-    control_tokens: Sequence[str] = ()
-    score_range: tuple[float, float] | None = None
-    min_responses: int = 2
-
-    def clean(self, group: Group) -> None:
-        """Fixes a group in place; afterwards it has K >= `min_responses` texts and finite scores.
-
-        Raises:
-            BadRow: It is to be dropped, or, a `FailedRow`, to end the run.
-        """
-        named, group.fixed = group.fixed, []
-        for reason in named:
-            self.apply(group, reason)
-        self._check_characters(group)
-        self._check_roles(group)
-        self._check_control_tokens(group)
-        self._check_responses(group)
-        group.weight = self._weight(group)
-        self._merge_duplicates(group)
-        if len(group.responses) < self.min_responses:
-            also = f" (after {', '.join(group.fixed)})" if group.fixed else ""
-            raise self.error("too_few_responses", f"{len(group.responses)} usable response{also}")
-
-    def error(self, reason: str, detail: str = "") -> BadRow:
-        """The exception for a row that is dropped, or that ends the run."""
-        return (FailedRow if self.actions[reason] == "fail" else BadRow)(reason, detail)
-
-    def apply(self, group: Group, reason: str, detail: str = "") -> bool:
-        """Applies the rule of a reason: True to fix it (noted in the group), False to keep it; raises otherwise."""
-        if self.actions[reason] in ("drop", "fail"):
-            raise self.error(reason, detail)
-        if self.actions[reason] == "fix" and reason not in group.fixed:
-            group.fixed.append(reason)
-        return self.actions[reason] == "fix"
-
-    def _check_characters(self, group: Group) -> None:
-        texts = [m["content"] for m in group.prompt] + [r for r in group.responses if r is not None]
-        try:
-            "".join(texts).encode()
-        except UnicodeEncodeError as error:
-            # Bytes that are not UTF-8 were read as these.
-            is_bytes = all("\udc80" <= half <= "\udcff" for half in error.object[error.start : error.end])
-            named = "bytes that are not UTF-8 (Latin-1 perhaps; `iconv -f latin1 -t utf8` makes it UTF-8)"
-            raise self.error("broken_text", named if is_bytes else "half of a surrogate pair") from None
-
-    def _check_roles(self, group: Group) -> None:
-        roles = [m["role"] for m in group.prompt] + ["assistant"]
-        doubled = [role for role, after in zip(roles, roles[1:], strict=False) if role == after != "tool"]
-        if not doubled or not self.apply(group, "roles_do_not_alternate", f"two turns of {doubled[0]} in a row"):
-            return
-        if roles[-2] == "assistant":
-            raise self.error("roles_do_not_alternate", "the prompt ends with the assistant's turn")
-        joined: list[dict[str, str]] = []
-        for message in group.prompt:
-            if joined and joined[-1]["role"] == message["role"] != "tool":
-                joined[-1] = {**message, "content": f"{joined[-1]['content']}\n\n{message['content']}"}
-            else:
-                joined.append(message)
-        group.prompt = joined
-
-    def _check_control_tokens(self, group: Group) -> None:
-        texts = [m["content"] for m in group.prompt] + [r for r in group.responses if r is not None]
-        if any(map(looks_rendered, texts[: len(group.prompt) + 1])):  # the prompt's, and an answer's
-            group.noted.append("rendered")
-        tokens = [token for token in self.control_tokens if any(token in text for text in texts)]
-        if tokens:
-            group.noted.append("control_tokens")
-        if not tokens or not self.apply(group, "control_tokens", f"spells {tokens[0]}"):
-            return
-
-        def without(text: str) -> str:
-            before = None
-            while before != text:  # removing one may join the parts of another
-                before = text
-                for token in tokens:
-                    text = text.replace(token, "")
-            return text
-
-        group.prompt = [{**m, "content": without(m["content"])} for m in group.prompt]
-        group.responses = [None if r is None else without(r) for r in group.responses]
-
-    def _check_responses(self, group: Group) -> None:
-        responses, scores = [], []
-        for k, (response, raw) in enumerate(zip(group.responses, group.scores, strict=True)):
-            is_empty = response is None or is_blank(response)
-            left_out = is_empty and self.apply(group, "empty_response", f"response {k + 1}")
-            score = None if left_out else self._score(group, raw, k)
-            if score is not None:
-                responses.append(response or "")
-                scores.append(score)
-        group.responses, group.scores = responses, scores
-
-    def _score(self, group: Group, raw: Any, k: int) -> float | None:
-        """A score as a finite number; None for a response that is left out."""
-        location = f"the score of response {k + 1} is {raw!r}"
-        if raw is None or (isinstance(raw, str) and not raw.strip()):
-            self.apply(group, "missing_score", f"response {k + 1} has none")
-            return None
-        score = as_number(raw)
-        if score is None:
-            self.apply(group, "unreadable_score", location)
-            return None
-        if not abs(score) <= _LARGEST:  # NaN is not
-            self.apply(group, "non_finite_score", location)
-            return None
-        if isinstance(raw, str):
-            self.apply(group, "text_score", location)
-        if self.score_range and not group.ranked and not self.score_range[0] <= score <= self.score_range[1]:
-            return None if self.apply(group, "score_out_of_range", location) else score
-        return score
-
-    def _weight(self, group: Group) -> float | None:
-        """The weight as a finite number of 0 or more; None where the row does not say."""
-        raw = group.weight
-        if raw is None or (isinstance(raw, str) and not raw.strip()):
-            return None
-        weight = as_number(raw)
-        if weight is None or not 0 <= weight <= _LARGEST:  # NaN is not
-            raise self.error("bad_weight", f"the weight is {raw!r}")
-        if isinstance(raw, str):
-            self.apply(group, "text_score", f"the weight is {raw!r}")
-        return weight
-
-    def _merge_duplicates(self, group: Group) -> None:
-        indices: dict[str, list[int]] = {}
-        for k, response in enumerate(group.responses):
-            indices.setdefault(response, []).append(k)
-        if len(indices) == len(group.responses):
-            return
-        twice = next(ks for ks in indices.values() if len(ks) > 1)
-        if self.apply(group, "duplicate_response", f"responses {twice[0] + 1} and {twice[1] + 1} are the same"):
-            group.responses = list(indices)
-            group.scores = [math.fsum(group.scores[k] for k in ks) / len(ks) for ks in indices.values()]
-
-
-#: The largest float32: the losses see scores in this type.
-_LARGEST = 3.4e38
-# What str.strip leaves though nobody sees it: zero-width space, non-joiner, joiner, word joiner, byte-order mark.
-_INVISIBLE = str.maketrans("", "", "\u200b\u200c\u200d\u2060\ufeff")
-
-
-def is_blank(text: str) -> bool:
-    """Whether there is nothing to see in a text."""
-    return not text.translate(_INVISIBLE).strip()

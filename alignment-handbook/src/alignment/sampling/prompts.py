@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from alignment.data.formats import read_prompt
-from alignment.data.row import BadRow, Messages, Row
+from alignment.data.row import BadRow, Row
 from alignment.data.sources import open_source, read_piece
+from alignment.data.texts import strings
 from alignment.errors import UserError
 
 
@@ -17,7 +18,8 @@ def read_prompts(path: str) -> tuple[list[Row], list[str]]:
             `.parquet`) with a column `prompt`: text, which is one turn of the user's, or messages.
 
     Returns:
-        The rows, and for each its location as a user would name it.
+        The rows, and for each its location as a user would name it. `tools` are a list and `chat_template_kwargs` an
+        object where a row has them.
 
     Raises:
         UserError: There is no such file, a row cannot be read, or its prompt cannot be answered.
@@ -26,7 +28,7 @@ def read_prompts(path: str) -> tuple[list[Row], list[str]]:
         raise UserError(f"{path}: no such file; give a .jsonl file, or a .txt with a prompt a line")
     rows, locations = [], []
     for location, row in _read_lines(path) if path.endswith(".txt") else _read_rows(path):
-        rows.append({**row, "prompt": _messages(row, location)})
+        rows.append({**row, **_prompt(row, location)})
         locations.append(location)
     if not rows:
         raise UserError(f"{path}: no rows; give a file that has some")
@@ -54,15 +56,17 @@ def _read_rows(path: str) -> Iterator[tuple[str, Row]]:
             yield location, row
 
 
-def _messages(row: Row, location: str) -> Messages:
+def _prompt(row: Row, location: str) -> Row:
+    """The prompt, and what the chat template is given beside it."""
     try:
-        messages = read_prompt(row)
+        found = {name: value for name, value in read_prompt(row).items() if value is not None or name in row}
     except BadRow as bad:
         raise UserError(f"{location}: {bad.detail}") from bad
-    if not messages or not messages[-1]["content"].strip() or messages[-1]["role"] == "assistant":
-        raise UserError(f"{location}: the prompt must end with a user's turn that says something")
+    last = found["prompt"][-1] if found["prompt"] else {"role": "assistant"}
+    if last["role"] == "assistant" or not (last["content"].strip() or last["role"] == "tool"):
+        raise UserError(f"{location}: the prompt must end with a user's turn that says something, or a tool's")
     try:
-        "".join(m["content"] for m in messages).encode()
+        "".join(strings([*found.values()])).encode()
     except UnicodeEncodeError as error:
         raise UserError(f"{location}: holds half of a surrogate pair, which is no character: fix the row") from error
-    return messages
+    return found
