@@ -61,7 +61,6 @@ def tokenize(template, prompt, responses, tokenizer=None, **settings):
 @pytest.mark.parametrize(
     ("template", "prompt", "responses", "reason", "detail"),
     [
-        (CUTS_THINKING, USER, THOUGHT, "response_not_rendered", "what stands before </think> in response 1"),
         (CUTS_THINKING, USER, ["Paris", "Rome"], "prompt_not_as_sampled", "<think>"),
         (OPENS_THINKING, USER, [THOUGHT[0], "Rome"], "prompt_not_as_sampled", "response 2 lacks"),
         (READS_PARTS, USER, ["Paris", "Rome"], "prompt_not_rendered", "the user's turn"),
@@ -86,6 +85,7 @@ def test_a_template_that_does_not_write_the_row_drops_it_by_name(template, promp
     ("template", "prompt", "responses"),
     [
         (PARSES_THINKING, USER, THOUGHT),
+        (CUTS_THINKING, USER, THOUGHT),
         (PARSES_THINKING, USER, ["<think>\n\nOdd</think>Paris", "Rome"]),
         (PARSES_THINKING, EARLIER, ["Paris", "Rome"]),
         (OPENS_THINKING, USER, THOUGHT),
@@ -233,7 +233,7 @@ UNWRITTEN = {
     "deepseekv3": {"response_not_rendered", "prompt_not_as_sampled"},
     "idefics3": {"prompt_not_rendered"},
     "smolvlm": {"prompt_not_rendered"},
-    "llava_next": {"template_refused"},
+    "llava_next": {"prompt_not_rendered"},
     "qwen3_5_nothink": {"prompt_not_as_sampled"},
     "qwen3_8": {"response_not_rendered"},
 }

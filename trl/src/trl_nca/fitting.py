@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from trl_nca.rendering import RefusedRow
+from trl_nca.messages import RefusedRow
 
 #: What happens to rows by the name of a rule: `fix`, `keep`, or another to drop them.
 DEFAULT_ACTIONS = {
@@ -15,6 +15,7 @@ DEFAULT_ACTIONS = {
     "system_not_rendered": "keep",
     "prompt_not_rendered": "drop",
     "prompt_not_as_sampled": "drop",
+    "calls_not_rendered": "drop",
     "over_long": "fix",
 }
 

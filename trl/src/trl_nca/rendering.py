@@ -10,24 +10,22 @@ from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
-Messages = list[dict[str, str]]
+from trl_nca.messages import Messages, RefusedRow, texts_in
+from trl_nca.messages import clean_message as clean_message  # which readers of rows take from here
 
 #: Planes 15 and 16: characters that have no meaning of their own, of which those that a row lacks can stand for others.
 _PRIVATE_USE = range(0xF0000, 0x10FFFE)
 #: Text to go on from, for tokenizers that put a space before all text that they are given.
 _ANCHORS = ("\n", "a", "0", ".", "~")
+#: What marks the assistant's text in a template, for masks.
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 #: What the code in a template may raise, besides jinja's own errors.
 _TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
-
-class RefusedRow(Exception):
-    """A row that cannot be trained on: `reason` is the name of a rule, `detail` says more to a person."""
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
-        self.detail = detail
+#: Parts of a text, as (start, stop) of its characters.
+Spans = list[tuple[int, int]]
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -81,13 +79,25 @@ class Renderer:
         letter = tokenizer("a", add_special_tokens=False)["input_ids"]
         self._adds_space = tokenizer.decode(letter * 2, clean_up_tokenization_spaces=False) != "aa"
 
-    def stand_ins(self, *texts: str | Messages) -> StandIns:
-        """Stand-ins for a row with these texts and messages."""
-        row = [part for text in texts for part in ([text] if isinstance(text, str) else map(text_of, text))]
-        return StandIns(self.special_text, row, str(self.tokenizer.chat_template))
+    def stand_ins(self, *row: Any) -> StandIns:
+        """Stand-ins for a row of these texts, messages, tools."""
+        texts = (text for part in row for text in texts_in(part))
+        return StandIns(self.special_text, texts, str(self.tokenizer.chat_template))
 
-    def render(self, messages: Messages, add_generation_prompt: bool = False) -> str:
+    def render(
+        self,
+        messages: Messages,
+        add_generation_prompt: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        **kwargs: Any,
+    ) -> str:
         """What the template makes of messages.
+
+        Args:
+            messages: At least one.
+            add_generation_prompt: Whether the assistant's next turn is opened.
+            tools: JSON schemas of the functions that may be called.
+            **kwargs: The row's `chat_template_kwargs`.
 
         Raises:
             RefusedRow: It refuses them; says in which words. Or there is none.
@@ -98,11 +108,24 @@ class Renderer:
             )
         try:
             return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt, **kwargs
             )
         except _TEMPLATE_ERRORS as error:
             said = " ".join(str(error).split()) or type(error).__name__
             raise RefusedRow("template_refused", f"the chat template says: {said}") from error
+
+    def generated(self, messages: Messages, tools: list[dict[str, Any]] | None = None, **kwargs: Any) -> Spans | None:
+        """The parts of a rendering that the template marks as the assistant's; None for a template that marks none.
+
+        Args:
+            messages, tools, **kwargs: As for `render`, which has rendered them.
+        """
+        template = self.tokenizer.get_chat_template(None, tools)
+        if not _GENERATION.search(template):
+            return None
+        settings = {"chat_template": template, "return_assistant_tokens_mask": True}
+        _, spans = render_jinja_template([messages], tools, **settings, **self.tokenizer.special_tokens_map | kwargs)
+        return [(start, stop) for start, stop in spans[0] if start < stop]
 
     def encode(
         self, text: str, stand_ins: StandIns, add_special_tokens: bool = False, continues: bool = False
@@ -135,12 +158,6 @@ class Renderer:
             if whole[: len(before)] == before:
                 return whole[len(before) :]
         return self.tokenizer(text, add_special_tokens=False, **options)["input_ids"]
-
-
-def text_of(message: dict[str, Any]) -> str:
-    """The text of a message; "" where its content is no text."""
-    content = message.get("content")
-    return content if isinstance(content, str) else ""
 
 
 def common_tail(prompt: str, special_text: re.Pattern[str]) -> int:

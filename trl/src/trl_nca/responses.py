@@ -6,7 +6,7 @@ begins. (Rendering a response alone, as the 2024 scripts did, goes wrong with te
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -17,16 +17,10 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
 from trl_nca.code_hash import code_hash
-from trl_nca.fitting import DEFAULT_ACTIONS, Encoded, Limits, fit_row
-from trl_nca.rendering import (
-    Messages,
-    RefusedRow,
-    Renderer,
-    StandIns,
-    common_tail,
-    text_of,
-)
-from trl_nca.splitting import lost_roles, split_rendering
+from trl_nca.encoding import RowEncoder
+from trl_nca.fitting import DEFAULT_ACTIONS, Limits, fit_row
+from trl_nca.messages import Messages, RefusedRow
+from trl_nca.rendering import Renderer
 
 #: Rows that are tokenized, and cached, at a time.
 _PIECE_ROWS = 50_000
@@ -100,6 +94,7 @@ class ResponseTokenizer:
         self.score_tokens = score_tokens
         self.limits = Limits(max_length, max_prompt_length, DEFAULT_ACTIONS | dict(actions or {}), min_responses)
         self._renderer = Renderer(tokenizer)
+        self._encoder = RowEncoder(self._renderer, self.limits.actions, score_tokens)
 
     def key(self, rows: str) -> str:
         """What stands for the tokenized rows in a cache: the rows' own key, the tokenizer, the settings and the code.
@@ -137,7 +132,8 @@ class ResponseTokenizer:
                 "detail": ""}  # fmt: skip
         done |= {"weight": row["weight"]} if "weight" in row else {}
         try:
-            encoded = self._encode_row(row["prompt"], row["responses"])
+            settings = row.get("tools"), row.get("chat_template_kwargs")
+            encoded = self._encoder.encode_row(row["prompt"], row["responses"], *settings)
             done |= fit_row(encoded, row["scores"], self.tokenizer.bos_token_id, self.limits)
             done["broken"] = encoded.broken
         except RefusedRow as refused:
@@ -146,79 +142,19 @@ class ResponseTokenizer:
         is_fixed = done["prompt_trimmed"] or done["responses_cut"] or done["merged"] or row.get("fixed")
         return done | {"length": group_length(done), "location": row.get("location", ""), "fixed": bool(is_fixed)}
 
-    def encode_prompt(self, messages: Messages) -> list[int]:
+    def encode_prompt(self, messages: Messages, tools: Any = None, chat_template_kwargs: Any = None) -> list[int]:
         """Token ids that sampling starts from: the prompt up to where the assistant begins.
 
         Text that spells a special token stays text, as in training. Without a chat template, the ids of the one turn.
 
+        Args:
+            messages: The prompt. It may end with what a tool returned.
+            tools, chat_template_kwargs: Those of its row.
+
         Raises:
-            RefusedRow: The template refuses the messages, or does not write the last one.
+            RefusedRow: The template refuses the messages, or does not write the last one, or the tools.
         """
-        stand_ins = self._renderer.stand_ins(messages)
-        if self.tokenizer.chat_template is None and len(messages) == 1:
-            return self._encode_text(stand_ins.protect(messages[0]["content"]), stand_ins)
-        turns = _protected(messages, stand_ins)
-        rendering = self._renderer.render(turns, add_generation_prompt=True)
-        if lost_roles(rendering, turns[-1:]):
-            raise RefusedRow("prompt_not_rendered", "it leaves out the text of the last turn")
-        return self._renderer.encode(rendering, stand_ins)
-
-    def _encode_row(self, prompt: str | Messages, responses: Sequence[str | Messages]) -> Encoded:
-        if isinstance(prompt, str):
-            return self._join_text(prompt, responses)
-        if self.tokenizer.chat_template is None and len(prompt) == 1:
-            return self._join_text(prompt[0]["content"], responses)
-        return self._cut_rendering(prompt, responses)
-
-    def _cut_rendering(self, prompt: Messages, responses: Sequence[str | Messages]) -> Encoded:
-        turns = [[{"role": "assistant", "content": r}] if isinstance(r, str) else r for r in responses]
-        stand_ins = self._renderer.stand_ins(prompt, *turns)
-        prompt, turns = _protected(prompt, stand_ins), [_protected(turn, stand_ins) for turn in turns]
-        split = split_rendering(self._renderer.render, prompt, turns, stand_ins.mark, self.limits.actions)
-        prompt_ids = self._renderer.encode(split.prompt, stand_ins)
-        tail = split.prompt[common_tail(split.prompt, self._renderer.special_text) :]
-        tail_ids = self._renderer.encode(tail, stand_ins)
-        if prompt_ids[-len(tail_ids) :] != tail_ids:  # a tokenizer that looks back
-            tail, tail_ids = split.prompt, prompt_ids
-        response_ids = [self._encode_after(tail_ids, tail, rest, stand_ins) for rest in split.rests]
-        return Encoded(prompt_ids, response_ids, _all_count(response_ids), split.broken)
-
-    def _encode_after(self, prompt_ids: list[int], prompt: str, rest: str, stand_ins: StandIns) -> list[int]:
-        whole = self._renderer.encode(prompt + rest, stand_ins)
-        if whole[: len(prompt_ids)] == prompt_ids:
-            return whole[len(prompt_ids) :]
-        # A token reaches over the cut. Sampling never produces it: it starts after the prompt's own tokens.
-        return self._renderer.encode(rest, stand_ins, continues=True)
-
-    def _join_text(self, prompt: str, responses: Sequence[str]) -> Encoded:
-        eos, eos_id = self.tokenizer.eos_token, self.tokenizer.eos_token_id
-        stand_ins = self._renderer.stand_ins(prompt, *responses)
-        prompt = stand_ins.protect(prompt)
-        prompt_ids = self._encode_text(prompt, stand_ins)
-        response_ids = []
-        for response in responses:
-            response = stand_ins.protect(response.removesuffix(eos) if eos else response)
-            whole = self._encode_text(prompt + response, stand_ins)
-            if whole[: len(prompt_ids)] == prompt_ids:
-                ids = whole[len(prompt_ids) :]
-            else:
-                ids = self._renderer.encode(response, stand_ins, continues=bool(prompt))
-            response_ids.append(ids if eos_id is None else [*ids, eos_id])
-        return Encoded(prompt_ids, response_ids, _all_count(response_ids), [])
-
-    def _encode_text(self, text: str, stand_ins: StandIns) -> list[int]:
-        """Token ids of plain text, with a BOS where the tokenizer adds one, and without the EOS that some add."""
-        ids = self._renderer.encode(text, stand_ins, add_special_tokens=True)
-        return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
-
-
-def _all_count(response_ids: list[list[int]]) -> list[list[bool]]:
-    return [[True] * len(ids) for ids in response_ids]
-
-
-def _protected(messages: Messages, stand_ins: StandIns) -> Messages:
-    """Messages whose texts have stand-ins for special tokens' texts."""
-    return [{**m, "content": stand_ins.protect(m["content"])} if text_of(m) else m for m in messages]
+        return self._encoder.encode_prompt(messages, tools, chat_template_kwargs)
 
 
 def tokenize_dataset(

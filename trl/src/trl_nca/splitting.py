@@ -1,49 +1,59 @@
-"""Cuts the rendering of a row where its responses begin, and checks that it holds the row's text.
+"""Cuts the rendering of a row where its responses begin, and those of several turns into turns and context."""
 
-Templates lose text in silence (what stands before `</think>`, all of it where they expect lists of parts), and some
-start sampling from a prompt that no finished answer has. So each rendering is compared with the text that it was made
-of, and with the prompt that sampling starts from.
-"""
-
-import json
 import os.path
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from trl_nca.rendering import Messages, RefusedRow, text_of
-
-#: The end of the thinking in an answer.
-_CLOSED = "</think>"
-#: A tag that is open at the end of a text: <think> or [THINK].
-_OPEN_TAG = re.compile(r"([<\[])(\w+)[>\]]\s*$")
+from trl_nca.answers import BreakRule, Start, Template, answer_start, write_answer
+from trl_nca.messages import Messages, RefusedRow, names_of_tools
+from trl_nca.rendering import common_tail
+from trl_nca.turns import Piece, Turn, check_spans, cut_by_spans, join_turns
+from trl_nca.written import lost_from_prompt
 
 
 class Split(NamedTuple):
-    """A row's rendering, cut where the responses begin.
+    """A row's rendering, cut where the responses begin and where their turns do.
 
     Attributes:
         prompt: The prompt's rendering that sampling starts from.
-        rests: What the template writes behind it for each response.
+        responses: What the template writes behind it for each response: turns of the assistant's, context between.
         broken: Names of the rules that the row breaks and is kept despite.
     """
 
     prompt: str
-    rests: list[str]
+    responses: list[list[Piece]]
     broken: list[str]
 
 
+class _Cut(NamedTuple):
+    """A response from where its first turn that counts starts from.
+
+    Attributes:
+        start: What that turn starts from.
+        pieces: The turns that count, and the context between them.
+        whole: The rendering of a response whose start is not in it, so that it is cut elsewhere; else None.
+    """
+
+    start: str
+    pieces: list[Piece]
+    whole: str | None = None
+
+
 def split_rendering(
-    render: Callable[..., str], prompt: Messages, turns: Sequence[Messages], mark: str, actions: Mapping[str, str]
+    template: Template,
+    prompt: Messages,
+    responses: Sequence[Messages],
+    actions: Mapping[str, str],
+    score_tokens: str = "assistant",
 ) -> Split:
     """Renders a row, and checks that the rendering holds its text and begins as sampling does.
 
     Args:
-        render: See `Renderer.render`.
-        prompt: The prompt's messages, in which stand-ins mark special tokens' texts.
-        turns: The messages of each response, likewise.
-        mark: A character that occurs in none of them.
+        template: Renders messages in which stand-ins mark special tokens' texts.
+        prompt: The prompt's messages.
+        responses: The messages of each response.
         actions: By the name of a rule, "keep" to keep the rows that break it.
+        score_tokens: See `trl_nca.config.NCAConfig`.
 
     Raises:
         RefusedRow: The template refuses the row, does not write its text, or writes another prompt than for sampling.
@@ -51,126 +61,91 @@ def split_rendering(
     broken: list[str] = []
 
     def break_rule(reason: str, detail: str) -> None:
-        if actions[reason] != "keep":
+        if actions.get(reason) != "keep":
             raise RefusedRow(reason, detail)
-        broken.append(reason)
+        broken.extend({reason} - {*broken})
 
-    texts = [render([*prompt, *turn]) for turn in turns]
-    marked = render([*prompt, {"role": "assistant", "content": mark}])
-    sampled_from = render(prompt, add_generation_prompt=True)
-    for role in lost_roles(sampled_from, prompt):
-        reason = "system_not_rendered" if role == "system" else "prompt_not_rendered"
-        break_rule(reason, f"the chat template leaves out the text of the {role}'s turn")
-    for k, (turn, text) in enumerate(zip(turns, texts, strict=True)):
-        if not _is_verbatim(turn, text, marked, mark):
-            check_response(k + 1, turn, text, marked, mark, render(prompt))
-    # Up to here the rendering does not depend on the response. What sampling is given may end earlier: some templates
-    # write an empty thinking block into a finished answer, others a space before its first word.
-    before = os.path.commonprefix([marked, *texts])
-    last_turn = text_of(prompt[-1]) if prompt else ""
-    starts = [response_start(text, sampled_from, before, last_turn) for text in texts]
-    if None in starts:
-        no_start = f"sampling starts behind {sampled_from[-30:]!r}, which response {starts.index(None) + 1} lacks"
-        break_rule("prompt_not_as_sampled", no_start)
-        return Split(before, [text[len(before) :] for text in texts], broken)
-    return Split(sampled_from, [text[start:] for text, start in zip(texts, starts, strict=True)], broken)
+    first = Start(template, prompt)
+    _check_prompt(first, break_rule)
+    cuts = [_cut(first, turns, f"response {k + 1}", score_tokens, break_rule) for k, turns in enumerate(responses)]
+    if any(cut.whole is not None for cut in cuts):
+        return _split_elsewhere(first, cuts, broken)
+    shared = _shared(first, [cut.start for cut in cuts])
+    behind = [[Piece(cut.start[len(shared) :], [], False)] if len(cut.start) > len(shared) else [] for cut in cuts]
+    return Split(shared, [context + cut.pieces for context, cut in zip(behind, cuts, strict=True)], broken)
 
 
-def lost_roles(rendering: str, prompt: Messages) -> list[str]:
-    """Roles of the turns of a prompt whose text a template did not write.
-
-    Args:
-        rendering: Of the prompt.
-        prompt: What it was made of. Thinking in turns of the assistant may be missing, as sampling too will lack it.
-    """
-    written = _squeezed(rendering)
-    lost = []
-    for turn in prompt:
-        text = text_of(turn).rpartition(_CLOSED)[2] if turn.get("role") == "assistant" else text_of(turn)
-        in_json = json.dumps(text, ensure_ascii=False)[1:-1]  # as templates write what a tool returned
-        if _squeezed(text) not in written and _squeezed(in_json) not in written:
-            lost.append(str(turn.get("role")))
-    return lost
+def _check_prompt(first: Start, break_rule: BreakRule) -> None:
+    """Checks that the prompt's text and the tools are in what sampling starts from."""
+    rendering, tools = first.sampled_from, first.template.tools
+    for reason, what in lost_from_prompt(rendering, first.messages):
+        break_rule(reason, f"the chat template leaves out {what}")
+    if not (writes_tools(first.template, first.messages)):
+        names = ", ".join(names_of_tools(tools))
+        break_rule("calls_not_rendered", f"the chat template leaves out the tools ({names})")
 
 
-def _is_verbatim(response: Messages, rendering: str, marked: str, mark: str) -> bool:
-    """Whether a response without thinking is written as it is; what every other is must be looked at."""
-    texts = [text_of(message) for message in response]
-    return mark in marked and [marked.replace(mark, text) for text in texts] == [rendering] and _CLOSED not in texts[0]
+def writes_tools(template: Template, messages: Messages) -> bool:
+    """Whether the names of the row's tools are in what sampling starts from, and not because of the messages alone."""
+    if not template.tools:
+        return True
+    rendering = template.render(messages, add_generation_prompt=True)
+    without = template.renderer.render(messages, add_generation_prompt=True, **template.kwargs)
+    return rendering != without and all(name in rendering for name in names_of_tools(template.tools))
 
 
-def check_response(number: int, response: Messages, rendering: str, marked: str, mark: str, prompt: str) -> None:
-    """Checks that a template wrote the text of a response, but for white space, and no thinking before its own.
-
-    Args:
-        number: Of the response in its row, for the message.
-        response: Its messages.
-        rendering: Of prompt and response.
-        marked: Of the prompt and a response that is `mark` alone.
-        mark: A character that occurs nowhere else.
-        prompt: The rendering of the prompt alone.
-
-    Raises:
-        RefusedRow: Text is missing, or added.
-    """
-    texts = [text_of(message) for message in response]
-    num_thoughts = "".join(texts).count(_CLOSED)
-    after = marked.rpartition(mark)[2] if mark in marked else ""
-    written = _squeezed(rendering[len(os.path.commonprefix([prompt, rendering])) :].removesuffix(after))
-    is_written = all(_squeezed(text) in written if mark in marked else not text.strip() for text in texts)
-    if not is_written:
-        lost = f"what stands before {_CLOSED} in" if num_thoughts and mark in marked else "the text of"
-        detail = f"the chat template leaves out {lost} response {number}; set chat_template to one that writes it"
-        raise RefusedRow("response_not_rendered", detail)
-    if rendering.count(_CLOSED) - prompt.count(_CLOSED) > num_thoughts >= 1:
-        detail = f"the chat template writes other thinking before that of response {number}; set another chat_template"
-        raise RefusedRow("response_not_rendered", detail)
+def _split_elsewhere(first: Start, cuts: Sequence[_Cut], broken: list[str]) -> Split:
+    """A row of which a response does not begin as sampling starts: all are cut where they begin to differ."""
+    wholes = [cut.start + cut.pieces[0].text if cut.whole is None else cut.whole for cut in cuts]
+    if any(len(cut.pieces) > 1 for cut in cuts):
+        raise RefusedRow("prompt_not_as_sampled", "and the row has responses of several turns")
+    before = os.path.commonprefix([first.marked, *wholes])
+    return Split(before, [[Piece(whole[len(before) :], None)] for whole in wholes], broken)
 
 
-def response_start(rendering: str, sampled_from: str, before: str, last_turn: str) -> int | None:
-    """Where a response begins in a rendering, so that what stands before it ends as sampling starts.
-
-    Earlier turns may differ: some templates put the system's text into the last turn, if it is the user's. What the
-    prompt opens for sampling, such as `<think>`, may be the beginning of the response's own text, or be missing where
-    the response closes it, as what was sampled from such a prompt does.
-
-    Args:
-        rendering: Of prompt and response.
-        sampled_from: The prompt's rendering that sampling starts from.
-        before: What stands before the response in a rendering, as far as it does not depend on the response.
-        last_turn: The text of the prompt's last turn.
-
-    Returns:
-        An index in `rendering`; None where sampling starts from something that is not in it.
-
-    Example:
-        >>> response_start("U: Hi A: <think>Hm</think>Ho", "U: Hi A: <think>\\n", "U: Hi A: ", "Hi")
-        16
-        >>> response_start("U: Hi A: Hm</think>Ho", "U: Hi A: <think>\\n", "U: Hi A: ", "Hi")
-        9
-        >>> response_start("U: Hi A: Ho", "U: Hi A: <think>\\n", "U: Hi A: ", "Hi")
-    """
-    if rendering.startswith(sampled_from):
-        return len(sampled_from)
-    last_turn = last_turn.strip()
-    if last_turn not in sampled_from or last_turn not in before:
-        return None
-    written = rendering[before.rindex(last_turn) + len(last_turn) :]
-    opening = sampled_from[sampled_from.rindex(last_turn) + len(last_turn) :]
-    length = _matched(opening, written)
-    tag = _OPEN_TAG.search(opening)
-    if length is None and tag and tag[0].strip() not in written and f"{tag[1]}/{tag[2]}" in written:
-        length = _matched(opening[: tag.start()], written)
-    return None if length is None else len(rendering) - len(written) + length
+def _shared(first: Start, starts: Sequence[str]) -> str:
+    """What all responses start from: the prompt, or less where the template writes it otherwise once turns follow."""
+    if all(start.startswith(first.sampled_from) for start in starts):
+        return first.sampled_from
+    common = os.path.commonprefix([first.sampled_from, *starts])
+    cut = common_tail(common, first.template.renderer.special_text)
+    if cut == 0:
+        raise RefusedRow("turns_not_found", "the chat template writes the prompt otherwise once turns follow")
+    return common[:cut]
 
 
-def _matched(opening: str, written: str) -> int | None:
-    """How much of a text is the opening that it begins with, exactly or but for white space; None if it does not."""
-    if written.startswith(opening):
-        return len(opening)
-    match = re.match(r"\s*" + r"\s*".join(map(re.escape, opening.split())) + r"\s*", written)
-    return match.end() if match else None
-
-
-def _squeezed(text: str) -> str:
-    return "".join(text.split())
+def _cut(first: Start, turns: Messages, name: str, score_tokens: str, break_rule: BreakRule) -> _Cut:
+    """Cuts a response into what counts and context; for arguments and errors see `split_rendering`."""
+    if not turns or turns[0].get("role") != "assistant":
+        raise RefusedRow("no_assistant_turn", f"{name} does not begin with a turn of the assistant's")
+    messages, before = [*first.messages, *turns], len(first.messages)
+    indices = [i for i in range(before, len(messages)) if messages[i].get("role") == "assistant"]
+    if score_tokens == "last":
+        indices = indices[-1:]
+    starts = [first if i == before else Start(first.template, messages[:i]) for i in indices]
+    names = [name if len(turns) == 1 else f"turn {i - before + 1} of {name}" for i in indices]
+    found = []
+    for i, start, of_turn in zip(indices, starts, names, strict=True):
+        answer = write_answer(start, messages[i], of_turn, break_rule)
+        begin = answer_start(answer.rendering, start)
+        if begin is None:
+            detail = f"sampling starts behind {start.sampled_from[-30:]!r}, which {of_turn} lacks"
+            if len(turns) > 1:
+                raise RefusedRow("prompt_not_as_sampled", detail)
+            break_rule("prompt_not_as_sampled", detail)
+            return _Cut(start.sampled_from, [], answer.rendering)
+        spans = answer.spans and [(max(a - begin, 0), b - begin) for a, b in answer.spans if b > begin]
+        found.append(Turn(messages[i], of_turn, start.sampled_from, answer.rendering[begin:], spans))
+        check_spans(found[-1])
+    end = first.template.render(messages) if score_tokens == "all" and indices[-1] + 1 < len(messages) else None
+    if len(turns) > 1:
+        context = messages if end else messages[: indices[-1]]
+        for reason, what in lost_from_prompt(end or starts[-1].sampled_from, context):
+            break_rule(reason, f"the chat template leaves out {what} in {name}")
+    try:
+        pieces = join_turns(found, end, first.template.renderer.special_text)
+    except RefusedRow as refused:
+        pieces = cut_by_spans(first, messages[: indices[-1] + 1], found, refused, break_rule)
+    if score_tokens == "all":
+        pieces = [piece._replace(spans=None) for piece in pieces]
+    return _Cut(found[0].start, pieces)
