@@ -182,6 +182,7 @@ def test_describe_group_shows_which_tokens_count():
     num = len(row["response_ids"][0])
     first, second, third = tokenizer.convert_ids_to_tokens(row["response_ids"][0])[:3]
     assert f"response 1, score 0 ({num} tokens, mask 1 on {num - 2} of them, ends with EOS)" in text
+    assert f"\n  mask 0: {tokenizer.decode(row['response_ids'][0][:2])!r}\n  mask 1: " in text
     assert f"\n{first!r}:0 {second!r}:0 {third!r}:1" in text
 
 

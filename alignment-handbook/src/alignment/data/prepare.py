@@ -1,5 +1,6 @@
 """A run's rows, from their sources to token ids, and the report on them."""
 
+import itertools
 from typing import Any
 
 from datasets import Dataset
@@ -115,10 +116,10 @@ def describe_group(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> s
     masks = row["token_masks"] or [[True] * len(ids) for ids in row["response_ids"]]
     for k, (ids, mask, score) in enumerate(zip(row["response_ids"], masks, row["scores"], strict=True)):
         counts = "mask 1" if all(mask) else f"mask 1 on {sum(mask)} of them"
-        lines += [
-            f"response {k + 1}, score {score:g} ({len(ids)} tokens, {counts}, {_end(ids, tokenizer)}):",
-            repr(tokenizer.decode(ids)),
-        ]
+        lines.append(f"response {k + 1}, score {score:g} ({len(ids)} tokens, {counts}, {_end(ids, tokenizer)}):")
+        for is_scored, run in itertools.groupby(zip(ids, mask, strict=True), key=lambda pair: pair[1]):
+            text = repr(tokenizer.decode([token for token, _ in run]))
+            lines.append(text if all(mask) else f"  mask {int(is_scored)}: {text}")
         tokens = zip(tokenizer.convert_ids_to_tokens(ids), mask, strict=True)
         lines += [" ".join(f"{token!r}:{int(counts)}" for token, counts in tokens), ""]
     return "\n".join(lines)
