@@ -14,6 +14,7 @@ from alignment.sampling import chat as module
 from alignment.sampling.chat import HELP, chat, speakers
 from alignment.sampling.sample import SamplingConfig, sample_responses
 from tests.scripts import script
+from tests.templates import CHATML_SPANS, TOOLS
 from tests.tiny import tiny_tokenizer
 
 GREEDY = SamplingConfig(num_samples=1, max_new_tokens=6, temperature=0.0, batch_size=1)
@@ -44,7 +45,7 @@ def test_an_answer_is_what_the_model_says_and_is_remembered(adapter, capsys):
     assert base.turns == []
     settings, printed = {"num_samples": 1, "max_new_tokens": 6, "temperature": 0.0}, capsys.readouterr().out
     for end in (1, 3):
-        ((expected,),) = sample_responses(aligned.model, tokenizer, [aligned.turns[:end]], **settings)
+        ((expected,),) = sample_responses(aligned.model, tokenizer, [{"prompt": aligned.turns[:end]}], **settings)
         assert aligned.turns[end]["content"] == expected.text.strip()
         assert expected.text.strip() in printed
 
@@ -135,6 +136,34 @@ def test_what_the_system_says(adapter, tiny_model, tmp_path):
         chat(["/system Be brief."], who, tokenizer, GREEDY, say=said.append)
         assert said[0].startswith("It stays as it was: ") and answer in said[0]
         assert who[-1].turns[0]["content"] == "Again."
+
+
+def test_tools_are_in_the_prompt_and_what_they_return_is_answered(adapter, tmp_path, monkeypatch, capsys):
+    file, asked = tmp_path / "tools.json", []
+    file.write_text(json.dumps(TOOLS))
+    tokenizer = tiny_tokenizer(CHATML_SPANS)
+    monkeypatch.setattr(module, "load_trained_tokenizer", lambda name, base: (tokenizer, None))
+    encode = module.encode_prompt
+    monkeypatch.setattr(module, "encode_prompt", lambda *given: asked.append(encode(*given)) or asked[-1])
+    who, _ = speakers(adapter, None, tools=module.read_tools_file(str(file)))
+    chat(["What is 17 * 23?", "/tool 391", f"/save {tmp_path}/talk.jsonl"], who, tokenizer, GREEDY)
+    assert [turn["role"] for turn in who[-1].turns] == ["user", "assistant", "tool", "assistant"]
+    assert "calculator" in tokenizer.decode(asked[-1])
+    assert tokenizer.decode(asked[-1]).endswith("tool\n391<|im_end|>\n<|im_start|>assistant\n")
+    assert json.loads((tmp_path / "talk.jsonl").read_text())["tools"] == TOOLS
+    tokenizer.chat_template = tiny_tokenizer().chat_template
+    assert script(monkeypatch, "chat.py", adapter, "--tools", str(file)) == 2
+    assert "it leaves out the tools" in capsys.readouterr().err
+    file.write_text("calculator")
+    assert script(monkeypatch, "chat.py", adapter, "--tools", str(file)) == 2
+    assert "tools are no list of JSON schemas" in capsys.readouterr().err
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ {'user': 'a', 'assistant': 'b'}[m.role] + m.content }}{% endfor %}"
+    )
+    said = []
+    who[-1].tools = None
+    chat(["/tool 391"], who, tokenizer, GREEDY, say=said.append)
+    assert said[0].startswith("It cannot go on from that: ")
 
 
 def test_a_conversation_is_saved_once(adapter, tmp_path):

@@ -130,7 +130,9 @@ def test_a_conversation_and_a_reward_models_row_are_checked_too(tmp_path):
     tokenizer = tiny_tokenizer()
     model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=9, n_embd=8, n_layer=1, n_head=1))
     with pytest.raises(UserError, match=r"the conversation: \d+ tokens and 30 to generate, .* 9 positions; start"):
-        Speaker("a", model).answer("one two three", tokenizer, SamplingConfig(1, max_new_tokens=30))
+        Speaker("a", model).answer(
+            {"role": "user", "content": "one two three"}, tokenizer, SamplingConfig(1, max_new_tokens=30)
+        )
     with pytest.raises(UserError, match=r"a row: token 9999 has no embedding: the model has"):
         check_input(input_limits(model), [1, 9999], 0, "a row", "fix")
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}

@@ -69,7 +69,7 @@ def test_the_unpacked_model_answers():
     model, tokenizer = AutoModelForCausalLM.from_pretrained(MODEL), AutoTokenizer.from_pretrained(MODEL)
     assert model.num_parameters() == 134_515_008
     prompt = [{"role": "user", "content": "What is the capital of France?"}]
-    answer = sample_responses(model, tokenizer, [prompt], num_samples=1, max_new_tokens=12, temperature=0)
+    answer = sample_responses(model, tokenizer, [{"prompt": prompt}], num_samples=1, max_new_tokens=12, temperature=0)
     assert "Paris" in answer[0][0].text
 
 
@@ -78,7 +78,7 @@ def tiny_model():
     return LlamaForCausalLM(tiny_config())
 
 
-PROMPTS = [[{"role": "user", "content": "the capital " * n}] for n in (3, 1, 2)]
+PROMPTS = [{"prompt": [{"role": "user", "content": "the capital " * n}]} for n in (3, 1, 2)]
 
 
 def test_samples_keep_order_seed_and_state():
@@ -98,7 +98,8 @@ def test_greedy_samples_equal_plain_generation_with_and_without_adapter():
     model, tokenizer = tiny_model(), tiny_tokenizer()
     greedy = {"num_samples": 1, "max_new_tokens": 8, "temperature": 0}
     together = sample_responses(model, tokenizer, PROMPTS, **greedy)
-    for prompt, (drawn,) in zip(PROMPTS, together, strict=True):
+    for row, (drawn,) in zip(PROMPTS, together, strict=True):
+        prompt = row["prompt"]
         ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True)
         alone = model.generate(**ids, max_new_tokens=8, do_sample=False)[0, ids["input_ids"].shape[1] :]
         assert drawn.text == tokenizer.decode(alone, skip_special_tokens=True)

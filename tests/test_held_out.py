@@ -95,7 +95,7 @@ def test_none_is_no_score(rows):
 
 
 def test_log_ratios_are_of_the_tokens_that_were_drawn(rows, monkeypatch):
-    monkeypatch.setattr(held_out, "encode_prompt", lambda tokenizer, prompt: [len(prompt[0]["content"])])
+    monkeypatch.setattr(held_out, "encode_row", lambda tokenizer, row: [len(row["prompt"][0]["content"])])
 
     def logratios(prompt_ids, response_ids):
         pairs = zip(prompt_ids, response_ids, strict=True)

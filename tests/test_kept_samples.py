@@ -8,7 +8,7 @@ from alignment.sampling.sample import sample_responses
 from tests.tiny import tiny_tokenizer
 from tests.trainers import tiny_llama
 
-PROMPTS = [[{"role": "user", "content": text}] for text in ("Paris is", "the capital of Italy", "Rome")]
+PROMPTS = [{"prompt": [{"role": "user", "content": text}]} for text in ("Paris is", "the capital of Italy", "Rome")]
 SETTINGS = {"num_samples": 2, "max_new_tokens": 5, "temperature": 0.7, "seed": 3}
 
 

@@ -1,5 +1,6 @@
 """Prompts in, responses out: what a file of samples holds, and that a killed run gives the same bytes."""
 
+import json
 import signal
 import sys
 import time
@@ -15,12 +16,14 @@ from alignment.errors import UserError
 from alignment.resumable import PartFile
 from alignment.sampling import sample_file as module
 from alignment.sampling.prompts import read_prompts
-from alignment.sampling.sample import SamplingConfig, encode_prompt, sample_batch, sample_responses
+from alignment.sampling.sample import SamplingConfig, encode_prompt, encode_row, sample_batch, sample_responses
 from alignment.sampling.sample_file import choose_engine, sample_file, vllm_sampler
 from tests.conftest import ROOT
 from tests.forked import run_as_main, start
 from tests.scripts import Killed, read, save_stopping_model, script, write
-from tests.tiny import save_tiny_model
+from tests.templates import QWEN3, TOOLS, TRAJECTORIES, user
+from tests.tiny import save_tiny_model, tiny_tokenizer
+from trl_nca.responses import ResponseTokenizer
 
 CONFIG = SamplingConfig(num_samples=2, max_new_tokens=6, batch_size=4)
 PROMPTS = [f"What is {'the capital of ' * n}France?" for n in (1, 4, 0, 2, 3, 6, 5)]
@@ -75,7 +78,7 @@ def test_rows_are_the_prompts_with_their_samples(prompts, model, tmp_path):
     assert all(row["sources"] == [model] * 2 for row in rows)
     drawn = sample_responses(
         AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model),
-        [row["prompt"] for row in rows], num_samples=2, max_new_tokens=6, batch_size=4,
+        rows, num_samples=2, max_new_tokens=6, batch_size=4,
     )  # fmt: skip
     assert [row["responses"] for row in rows] == [[one.text.strip() for one in of_prompt] for of_prompt in drawn]
     assert len({text for row in rows for text in row["responses"]}) > len(PROMPTS)
@@ -264,6 +267,28 @@ def test_a_template_that_refuses_names_the_row(prompts, tmp_path):
     )
     with pytest.raises(UserError, match=r"prompts.jsonl, line 2: the chat template of .* refuses .* no system turns"):
         sample_file(prompts, [str(folder)], str(tmp_path / "out.jsonl"), CONFIG)
+
+
+def test_tools_reach_the_template_and_the_output(tmp_path):
+    save_tiny_model(tmp_path / "model")
+    tiny_tokenizer(QWEN3).save_pretrained(tmp_path / "model")
+    turns, quick = TRAJECTORIES["call"], {"enable_thinking": False}
+    rows = [
+        {"prompt": [user("17 * 23?")], "tools": TOOLS, "chat_template_kwargs": quick},
+        {"prompt": [user("17 * 23?"), *turns[:2]], "tools": json.dumps(TOOLS)},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sample_file(str(tmp_path / "rows.jsonl"), [str(tmp_path / "model")], str(tmp_path / "out.jsonl"), CONFIG)
+    written, tokenizer = read(tmp_path / "out.jsonl"), tiny_tokenizer(QWEN3)
+    assert [row["tools"] for row in written] == [TOOLS, TOOLS]
+    assert written[0]["chat_template_kwargs"] == quick
+    assert written[1]["prompt"][1]["tool_calls"][0]["function"]["arguments"] == {"expression": "17 * 23"}
+    ends = ("assistant\n<think>\n\n</think>\n\n", "</tool_response><|im_end|>\n<|im_start|>assistant\n")
+    for row, end in zip(written, ends, strict=True):
+        ids = encode_row(tokenizer, row)
+        assert tokenizer.decode(ids).endswith(end)
+        trained = ResponseTokenizer(tokenizer)(row | {"responses": ["a", "b"], "scores": [0, 1]})
+        assert trained["prompt_ids"] == ids
 
 
 def test_lines_of_text_are_prompts(tmp_path):

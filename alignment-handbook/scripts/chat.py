@@ -62,6 +62,11 @@ def main() -> None:
     parser.add_argument("model", help="folder of a model or an adapter, or a Hub id")
     parser.add_argument("--base", help="the model that MODEL was made of, where it is no adapter or has moved")
     parser.add_argument("--both", action="store_true", help="base and aligned answer from the start on")
+    parser.add_argument(
+        "--tools",
+        metavar="FILE.json",
+        help="tools that the model may call, a JSON list of schemas; /tool TEXT says what one returned",
+    )
     parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer, in tokens")
     parser.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token at every step")
     parser.add_argument("--top_p", type=float, default=1.0, help="share of the probability mass to sample from")
@@ -69,11 +74,11 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
                         help="type of the weights; auto: as they were saved")  # fmt: skip
     args = parser.parse_args()
-    from alignment.sampling.chat import chat, speakers  # now: it takes seconds
+    from alignment.sampling.chat import chat, read_tools_file, speakers  # now: it takes seconds
     from alignment.sampling.sample import SamplingConfig
 
     config = SamplingConfig(1, args.max_new_tokens, args.temperature, args.top_p, 1, args.seed)
-    who, tokenizer = speakers(args.model, args.base, args.dtype)
+    who, tokenizer = speakers(args.model, args.base, args.dtype, read_tools_file(args.tools))
     chat(typed(), who, tokenizer, config, args.both)
 
 

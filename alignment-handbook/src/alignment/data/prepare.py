@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alignment.data.load import DataConfig, check_num_responses, check_template, load_groups
 from alignment.data.report import data_report
-from alignment.data.row import Messages
+from alignment.data.row import Row
 from alignment.data.rules import actions
 from trl_nca.config import NCAConfig
 from trl_nca.fitting import DEFAULT_ACTIONS
@@ -69,13 +69,13 @@ def _renderable(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """The rows whose prompt the chat template takes: the others were dropped by name, and cannot be sampled to."""
     tokenize = ResponseTokenizer(tokenizer)
 
-    def is_taken(prompt: Messages) -> bool:
+    def is_taken(row: Row) -> bool:
         try:
-            return bool(tokenize.encode_prompt(prompt))
+            return bool(tokenize.encode_prompt(row["prompt"], row.get("tools"), row.get("chat_template_kwargs")))
         except RefusedRow:
             return False
 
-    return rows.select([i for i, prompt in enumerate(rows["prompt"]) if is_taken(prompt)])
+    return rows.select([i for i, row in enumerate(rows) if is_taken(row)])
 
 
 def warn_of_template(tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -18,8 +18,7 @@ from alignment.errors import UserError
 from alignment.evaluation.files import conversation, read_instructions, read_questions
 from alignment.models import load_trained_model, load_trained_tokenizer
 from alignment.resumable import Entry, PartFile, content_hash, fingerprint
-from alignment.sampling.sample import SamplingConfig, sample_batch
-from alignment.sampling.sample_file import encode_row
+from alignment.sampling.sample import SamplingConfig, encode_row, sample_batch
 
 #: FastChat's, by category; `OTHER_TEMPERATURE` for any other.
 TEMPERATURES = {
@@ -151,7 +150,7 @@ def _answer(part: PartFile, tasks: list[Task], name: str, base: str | None, conf
     with tqdm(total=num_turns, initial=num_done, desc=f"Answers of {name}", unit="turn") as progress:
         for turn in range(max(len(task.turns) for task in tasks)):
             ids = {
-                i: encode_row(tokenizer, conversation(task.turns, answers[i]), task.location)
+                i: encode_row(tokenizer, {"prompt": conversation(task.turns, answers[i])}, task.location)
                 for i, task in enumerate(tasks)
                 if turn < len(task.turns)
             }
@@ -185,7 +184,7 @@ def _check_room(tasks: list[Task], tokenizer, max_positions: int | None, name: s
     """
     for task in tasks:
         turns = len(task.turns)
-        length = len(encode_row(tokenizer, conversation(task.turns, [""] * (turns - 1)), task.location))
+        length = len(encode_row(tokenizer, {"prompt": conversation(task.turns, [""] * (turns - 1))}, task.location))
         if max_positions is not None and length + turns * max_new_tokens > max_positions:
             fits = (max_positions - length) // turns
             fix = f"--max_new_tokens {fits} fits" if fits > 0 else "remove the row"

@@ -13,7 +13,7 @@ from alignment.input_limits import check_input, input_limits
 from alignment.recipe import RunConfig
 from alignment.sampling.kept import sample_or_read
 from alignment.sampling.reward_function import RewardFunction, call_reward_function, call_score_parts
-from alignment.sampling.sample import encode_prompt
+from alignment.sampling.sample import encode_row
 
 #: Numbers of responses, a list a prompt, from the token ids of prompts and of the responses to each.
 OfResponses = Callable[[list[list[int]], list[list[list[int]]]], list[list[float]]]
@@ -34,8 +34,8 @@ def sample_and_score(
     Args:
         model: The policy.
         tokenizer: Its tokenizer.
-        rows: Held-out rows as texts; `config.max_eval_prompts` of them are used. Their other columns, if they were
-            kept, are handed to the reward function by name.
+        rows: Held-out rows as texts, with their `tools`; `config.max_eval_prompts` of them are used. Their other
+            columns, if they were kept, are handed to the reward function by name.
         reward_function: From `load_reward_function`.
         config: How many samples, how long, at what temperature.
         seed: Seeds the samples.
@@ -55,7 +55,7 @@ def sample_and_score(
         config.samples_before_dir if when == "before" else None,
         model,
         tokenizer,
-        prompts,
+        [*rows],
         num_samples=config.num_eval_samples,
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
@@ -74,7 +74,7 @@ def sample_and_score(
     parts = call_score_parts(reward_function, name, scored, rows["location"][:])
     columns = {"prompt": prompts, "samples": samples, "scores": scores, "score_parts": parts}
     if logratios:
-        prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+        prompt_ids = [encode_row(tokenizer, row) for row in rows]
         columns["logratios"] = logratios(prompt_ids, [[response.ids for response in of_prompt] for of_prompt in drawn])
     given = {name: values for name, values in columns.items() if values}
     return [dict(zip(given, row, strict=True)) for row in zip(*given.values(), strict=True)]
@@ -91,7 +91,7 @@ def check_prompts(model: Any, tokenizer: Any, rows: Dataset, config: RunConfig) 
     """
     limits = input_limits(model)
     for row in rows.select(range(min(config.max_eval_prompts, len(rows)))):
-        ids = encode_prompt(tokenizer, row["prompt"])
+        ids = encode_row(tokenizer, row)
         check_input(limits, ids, config.max_new_tokens, row["location"], "give less --max_new_tokens")
 
 

@@ -11,15 +11,17 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
-from alignment.data.row import Messages
+from alignment.data.row import Messages, Row
 from alignment.errors import UserError
 from alignment.files import write_text
 from alignment.input_limits import check_input, input_limits
 from alignment.models import load_trained_model, load_trained_tokenizer
 from alignment.sampling.sample import SamplingConfig, encode_prompt, generation_settings, read_sample
+from trl_nca.messages import RefusedRow, read_tools
 
 HELP = """/again: another answer to the last turn
 /system TEXT: what the system says from now on; without TEXT nothing
+/tool TEXT: what a tool returned, where the last answer called one
 /new: a new conversation
 /both: base and aligned side by side, on and off
 /save FILE: write the conversation, a JSON object a line and model
@@ -51,21 +53,23 @@ class Speaker:
         model: Causal language model; an adapter on its base.
         with_adapter: False for the base under an adapter.
         turns: The conversation so far.
+        tools: Schemas of the tools that the model may call.
     """
 
     name: str
     model: Any
     with_adapter: bool = True
     turns: Messages = field(default_factory=list)
+    tools: list[Row] | None = None
 
     @torch.inference_mode()
-    def answer(self, text: str, tokenizer: PreTrainedTokenizerBase, config: SamplingConfig) -> str:
-        """Prints the answer to the user's turn while it is generated, and keeps both turns.
+    def answer(self, turn: Row, tokenizer: PreTrainedTokenizerBase, config: SamplingConfig) -> str:
+        """Prints the answer to a turn of the user's or a tool's while it is generated, and keeps both turns.
 
-        Ctrl-C stops the answer; what there is of it is kept. Without a token of it, the user's turn is not.
+        Ctrl-C stops the answer; what there is of it is kept. Without a token of it, the turn before it is not.
         """
-        turns = [*self.turns, {"role": "user", "content": text}]
-        prompt_ids = encode_prompt(tokenizer, turns)
+        turns = [*self.turns, turn]
+        prompt_ids = encode_prompt(tokenizer, turns, self.tools)
         fix = "start another, or give less --max_new_tokens"
         check_input(input_limits(self.model), prompt_ids, config.max_new_tokens, "the conversation", fix)
         ids = torch.tensor([prompt_ids], device=self.model.device)  # (1, L)
@@ -88,25 +92,45 @@ class Speaker:
         return reply
 
 
-def speakers(name: str, base: str | None, dtype: str = "auto") -> tuple[list[Speaker], PreTrainedTokenizerBase]:
+def speakers(
+    name: str, base: str | None, dtype: str = "auto", tools: list[Row] | None = None
+) -> tuple[list[Speaker], PreTrainedTokenizerBase]:
     """The base, if it is known, and the aligned model; and the tokenizer of both.
 
     Args:
         name: A model's folder or Hub id, or an adapter's folder, whose base is known.
         base: The model that `name` was made of; None where it is an adapter that names it, or does not matter.
         dtype: Type of the weights.
+        tools: From `read_tools_file`.
 
     Raises:
-        UserError: There is no such model.
+        UserError: There is no such model, or its chat template does not write the tools.
     """
     tokenizer, _ = load_trained_tokenizer(name, base)
+    encode_prompt(tokenizer, [{"role": "user", "content": "?"}], tools)  # which says so before a model is loaded
     model = load_trained_model(name, dtype, base).eval()
-    aligned = Speaker("aligned", model)
+    aligned = Speaker("aligned", model, tools=tools)
     if isinstance(model, PeftModel):
-        return [Speaker("base", model, with_adapter=False), aligned], tokenizer
+        return [Speaker("base", model, with_adapter=False, tools=tools), aligned], tokenizer
     if base is None:
         return [aligned], tokenizer
-    return [Speaker("base", load_trained_model(base, dtype).eval()), aligned], tokenizer
+    return [Speaker("base", load_trained_model(base, dtype).eval(), tools=tools), aligned], tokenizer
+
+
+def read_tools_file(name: str | None) -> list[Row] | None:
+    """The tools of a JSON file, a list of JSON schemas.
+
+    Raises:
+        UserError: There is no such file, or it holds something else.
+    """
+    if name is None:
+        return None
+    try:
+        return read_tools(Path(name).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--tools: {name} cannot be read ({error}); give a JSON file") from error
+    except RefusedRow as refused:
+        raise UserError(f"--tools: {name}: {refused.detail}; give a JSON list of them") from refused
 
 
 def chat(
@@ -136,7 +160,7 @@ def chat(
         if text.startswith("/"):
             conversation.obey(*text.partition(" ")[::2])
         elif text:
-            conversation.ask(text)
+            conversation.ask({"role": "user", "content": text})
 
 
 @dataclass
@@ -149,10 +173,10 @@ class Conversation:
     both: bool
     say: Callable[[str], None]
 
-    def ask(self, text: str) -> None:
+    def ask(self, turn: Row) -> None:
         """Lets those who answer do so, one after the other."""
         for speaker in self.who if self.both else self.who[-1:]:
-            self._answer(speaker, text)
+            self._answer(speaker, turn)
 
     def obey(self, command: str, argument: str) -> None:
         """Does what a command says; of an unknown one, says which there are."""
@@ -162,12 +186,13 @@ class Conversation:
             "/new": self._begin,
             "/save": self._save,
             "/system": self._set_system,
+            "/tool": self._return,
         }
         commands.get(command, lambda _: self.say(HELP))(argument.strip())
 
-    def _answer(self, speaker: Speaker, text: str) -> None:
+    def _answer(self, speaker: Speaker, turn: Row) -> None:
         self.say(f"{speaker.name}:" if self.both else "")
-        speaker.answer(text, self.tokenizer, self.config)
+        speaker.answer(turn, self.tokenizer, self.config)
         self.say("")
 
     def _again(self, _: str) -> None:
@@ -178,7 +203,7 @@ class Conversation:
         for speaker in answered:
             before = speaker.turns
             *speaker.turns, question, _ = before
-            self._answer(speaker, str(question["content"]))
+            self._answer(speaker, question)
             if len(speaker.turns) < len(before):  # it was stopped at once
                 speaker.turns = before
 
@@ -192,6 +217,16 @@ class Conversation:
         for speaker in self.who:
             speaker.turns = [turn for turn in speaker.turns if turn["role"] == "system"]
         self.say("A new conversation.")
+
+    def _return(self, text: str) -> None:
+        """Goes on from what a tool returned."""
+        turn = {"role": "tool", "content": text}
+        try:
+            for speaker in self.who if self.both else self.who[-1:]:
+                encode_prompt(self.tokenizer, [*speaker.turns, turn], speaker.tools)
+        except UserError as error:
+            return self.say(f"It cannot go on from that: {error}")
+        self.ask(turn)
 
     def _set_system(self, text: str) -> None:
         system: Messages = [{"role": "system", "content": text}] if text else []
@@ -207,7 +242,11 @@ class Conversation:
         self.say(f"The system says: {text}" if text else "The system says nothing.")
 
     def _save(self, name: str) -> None:
-        rows = [{"model": speaker.name, "messages": speaker.turns} for speaker in self.who if speaker.turns]
+        rows = [
+            {"model": speaker.name, "messages": speaker.turns} | ({"tools": speaker.tools} if speaker.tools else {})
+            for speaker in self.who
+            if speaker.turns
+        ]
         if not name or not rows:
             return self.say("Nothing is said yet." if name else "/save FILE: name a file.")
         if Path(name).exists():

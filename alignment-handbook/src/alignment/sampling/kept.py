@@ -9,17 +9,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from alignment.data.row import Messages
+from alignment.data.row import Row
 from alignment.files import read_json, write_json
 from alignment.resumable import content_hash
-from alignment.sampling.sample import Drawn, SamplingConfig, encode_prompt, generation_settings, sample_responses
+from alignment.sampling.sample import Drawn, SamplingConfig, encode_row, generation_settings, sample_responses
 from trl_nca.code_hash import code_hash
 from trl_nca.reference import hash_weights, package_versions
 from trl_nca.sharing import base_model
 
 
 def sample_or_read(
-    folder: str | None, model, tokenizer, prompts: list[Messages], desc: str = "Sampling", **settings: Any
+    folder: str | None, model, tokenizer, prompts: list[Row], desc: str = "Sampling", **settings: Any
 ) -> list[list[Drawn]]:
     """Samples responses to each prompt, or reads what an earlier call with the same arguments has drawn.
 
@@ -40,13 +40,13 @@ def sample_or_read(
     return [[Drawn(*response) for response in of_prompt] for of_prompt in found]
 
 
-def _describe(model, tokenizer, prompts: list[Messages], config: SamplingConfig) -> str:
+def _describe(model, tokenizer, prompts: list[Row], config: SamplingConfig) -> str:
     """Everything that the samples depend on, as JSON."""
     description = {
         "weights": hash_weights(model),
         "config": {k: v for k, v in base_model(model).config.to_diff_dict().items() if not k.startswith("_")},
         "adapters": {name: adapter.to_dict() for name, adapter in getattr(model, "peft_config", {}).items()},
-        "prompts": [encode_prompt(tokenizer, messages) for messages in prompts],
+        "prompts": [encode_row(tokenizer, row) for row in prompts],
         "vocabulary": tokenizer.get_vocab(),
         "sampling": vars(config),
         "generation": generation_settings(model, tokenizer, config),

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm.auto import tqdm
 
-from alignment.data.row import Messages
+from alignment.data.row import Messages, Row
 from alignment.errors import UserError
 from alignment.input_limits import check_input, input_limits
 from trl_nca.rendering import RefusedRow
@@ -78,14 +78,14 @@ class SamplingConfig:
 
 
 def sample_responses(
-    model, tokenizer, prompts: list[Messages], desc: str = "Sampling", **settings: Any
+    model, tokenizer, prompts: list[Row], desc: str = "Sampling", **settings: Any
 ) -> list[list[Drawn]]:
     """Samples responses to each prompt; leaves the model's mode and the random state as they were.
 
     Args:
         model: Causal language model, plain or wrapped by PEFT.
         tokenizer: Its tokenizer.
-        prompts: Conversations that end with the user's turn.
+        prompts: Rows; see `encode_row`.
         desc: Label of the progress bar.
         **settings: Fields of `SamplingConfig`.
 
@@ -93,7 +93,7 @@ def sample_responses(
         S responses to each prompt, in the order of the prompts.
     """
     config = SamplingConfig(**settings)
-    prompt_ids = [encode_prompt(tokenizer, messages) for messages in prompts]
+    prompt_ids = [encode_row(tokenizer, row) for row in prompts]
     stops = stop_tokens(tokenizer, model.generation_config)
     responses: list[list[Drawn]] = [[] for _ in prompts]
     with tqdm(total=len(prompts), desc=desc) as progress:
@@ -161,7 +161,25 @@ def read_sample(ids: list[int], tokenizer, stops: list[int] | None) -> Sample:
     return Sample(tokenizer.decode(ids[:end], skip_special_tokens=True), end is not None)
 
 
-def encode_prompt(tokenizer, messages: Messages) -> list[int]:
+def encode_row(tokenizer, row: Row, location: str = "") -> list[int]:
+    """Token ids that sampling starts from for a row.
+
+    Args:
+        tokenizer: Of the model.
+        row: `prompt`, a conversation that ends with a turn of the user's or a tool's; where the row has them, `tools`
+            and `chat_template_kwargs`.
+        location: Of the row, which errors name.
+
+    Raises:
+        UserError: See `encode_prompt`.
+    """
+    try:
+        return encode_prompt(tokenizer, row["prompt"], row.get("tools"), row.get("chat_template_kwargs"))
+    except UserError as error:
+        raise UserError(f"{location}: {error}") if location else error from error
+
+
+def encode_prompt(tokenizer, messages: Messages, tools: Any = None, chat_template_kwargs: Any = None) -> list[int]:
     """Token ids that sampling starts from; see `trl_nca.responses.ResponseTokenizer.encode_prompt`.
 
     Raises:
@@ -173,7 +191,7 @@ def encode_prompt(tokenizer, messages: Messages) -> list[int]:
             f"and not {len(messages)}; put a chat_template.jinja into its folder"
         )
     try:
-        return ResponseTokenizer(tokenizer).encode_prompt(messages)
+        return ResponseTokenizer(tokenizer).encode_prompt(messages, tools, chat_template_kwargs)
     except RefusedRow as refused:
         name = tokenizer.name_or_path
         raise UserError(f"the chat template of {name} refuses the prompt: {refused.detail}") from refused

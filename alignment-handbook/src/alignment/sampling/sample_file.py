@@ -9,12 +9,11 @@ from functools import partial
 
 from tqdm.auto import tqdm
 
-from alignment.data.row import Messages
 from alignment.errors import UserError
 from alignment.models import adapter_base, load_trained_model, load_trained_tokenizer, local_adapter
 from alignment.resumable import Entry, PartFile, content_hash, fingerprint
 from alignment.sampling.prompts import Row, read_prompts
-from alignment.sampling.sample import Sample, SamplingConfig, encode_prompt, sample_batch
+from alignment.sampling.sample import Sample, SamplingConfig, encode_row, sample_batch
 from trl_nca.stops import stop_tokens
 
 #: Columns of a row that belong to its old responses.
@@ -40,7 +39,8 @@ def sample_file(
     A run that was killed resumes where it stopped, and gives the file of an uninterrupted one, byte for byte.
 
     Args:
-        path: See `read_prompts`. Other columns are copied, except those of older responses.
+        path: See `read_prompts`. Other columns are copied, except those of older responses; `tools` and
+            `chat_template_kwargs` reach the chat template.
         models: Folders or Hub ids; adapters' folders too.
         output: A `.jsonl`. Rows are in the order of the prompts; responses are without white space around them.
         config: How responses are sampled.
@@ -134,21 +134,13 @@ def _max_lora_rank(name: str) -> int:
     return next(size for size in (16, 32, 64, 128, 256, 320, 512) if size >= rank)
 
 
-def encode_row(tokenizer, prompt: Messages, location: str) -> list[int]:
-    """As `encode_prompt`; its errors name the prompt's location."""
-    try:
-        return encode_prompt(tokenizer, prompt)
-    except UserError as error:
-        raise UserError(f"{location}: {error}") from error
-
-
 def _encode_prompts(
     name: str, base: str | None, rows: list[Row], locations: list[str], max_new_tokens: int
 ) -> list[list[int]]:
     tokenizer, max_positions = load_trained_tokenizer(name, base)
     encoded = []
     for row, location in zip(rows, locations, strict=True):
-        encoded.append(encode_row(tokenizer, row["prompt"], location))
+        encoded.append(encode_row(tokenizer, row, location))
         if max_positions is not None and len(encoded[-1]) + max_new_tokens > max_positions:
             raise UserError(
                 f"{location}: the prompt has {len(encoded[-1])} tokens, and with --max_new_tokens {max_new_tokens} "
