@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from alignment.data.messages import looks_rendered
-from alignment.data.row import BadRow, FailedRow, Group, as_number
+from alignment.data.row import BadRow, FailedRow, Group, as_number, as_response
 from alignment.data.texts import key_of, map_strings, says_nothing, strings, texts_in
 from alignment.data.turns import doubled_role, faults_of_calls, joined
 
@@ -77,7 +77,7 @@ class RowCleaner:
         if group.prompt[-1]["role"] == "assistant":
             raise self.error("roles_do_not_alternate", "the prompt ends with the assistant's turn")
         group.prompt = joined(group.prompt)
-        group.responses = [joined(answer) if isinstance(answer, list) else answer for answer in group.responses]
+        group.responses = [as_response(joined(said)) if isinstance(said, list) else said for said in group.responses]
 
     def _check_calls(self, group: Group) -> None:
         of_prompt = [turn for turn in group.prompt if turn["role"] == "tool" or "tool_calls" in turn]

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from alignment.data.messages import messages_of
-from alignment.data.row import BadRow, Messages, Response
+from alignment.data.row import BadRow, Messages, Response, as_response
 from alignment.data.written import as_objects, dialogue, written_messages
 
 #: Roles of the first turn of a response that goes on where the prompt ends, and does not tell it once more.
@@ -63,7 +63,7 @@ def split(
     """
     conversations = [turns for turns in responses if isinstance(turns, list) and turns[0]["role"] != "assistant"]
     if not conversations:
-        return None, [_answer(response, 0) for response in responses]
+        return None, [as_response(said) if isinstance(said, list) else said for said in responses]
     num_shared = _common(conversations)
     cuts = [
         cut
@@ -76,9 +76,10 @@ def split(
     if not cuts:
         raise BadRow("prompts_differ", "the responses' earlier turns differ")
     cut = _cut(conversations, prompt, cuts, num_shared) if prompt else cuts[-1]
+    starts = [cut if isinstance(said, list) and said[0]["role"] != "assistant" else 0 for said in responses]
     return conversations[0][:cut], [
-        _answer(response, cut if isinstance(response, list) and response[0]["role"] != "assistant" else 0)
-        for response in responses
+        as_response(said[start:]) if isinstance(said, list) else said
+        for said, start in zip(responses, starts, strict=True)
     ]
 
 
@@ -119,14 +120,6 @@ def _told(prompt: Messages, conversation: Messages) -> list[int]:
 
 def _is_talk(turn: dict[str, Any]) -> bool:
     return len(turn) == 2 and turn["role"] != "tool"
-
-
-def _answer(response: Response | None, start: int) -> Response | None:
-    """What a response says from a turn on: a text, if it is one turn of nothing but text."""
-    if not isinstance(response, list):
-        return response
-    turns = response[start:]
-    return turns[0]["content"] if len(turns) == 1 and _is_talk(turns[0]) else turns
 
 
 def join(prompt: Messages | None, system: Any, shared: Messages | None) -> Messages:

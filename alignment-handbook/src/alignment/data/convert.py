@@ -14,9 +14,12 @@ from transformers import PreTrainedTokenizerBase
 
 from alignment.data.groups import RowConfig
 from alignment.data.notes import describe_notes
-from alignment.data.outcomes import check_columns, check_dropped, count_outcomes, kept_rows
+from alignment.data.outcomes import OPTIONAL, check_columns, check_dropped, count_outcomes, kept_rows
 from alignment.data.reading import column, load_source
 from alignment.data.report import Columns, describe
+from alignment.data.row import Messages, Row, as_turns
+from alignment.data.stored import has_messages, has_more_than_text
+from alignment.data.tools import plain_json
 from alignment.data.weights import describe_weights
 from alignment.errors import UserError
 from alignment.files import atomic_path
@@ -124,7 +127,12 @@ def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 def _write(rows: Dataset, to: str, file: Path, name: str) -> None:
     if name.endswith(".parquet"):
-        made = rows.map(lambda row: _shape(row, to), remove_columns=rows.column_names, desc=f"Writing {name}")
+        options = set(OPTIONAL) - {"weight"}
+        is_plain = not options.intersection(rows.column_names) and not (
+            has_more_than_text(column(rows, "prompt")).any() or has_messages(column(rows, "responses")).any()
+        )
+        shape = _shape if is_plain else _as_text
+        made = rows.map(lambda row: shape(row, to), remove_columns=rows.column_names, desc=f"Writing {name}")
         made.to_parquet(file)
         return
     with file.open("wb") as raw:
@@ -137,14 +145,45 @@ def _write(rows: Dataset, to: str, file: Path, name: str) -> None:
 
 
 def _shape(row: dict[str, Any], to: str) -> dict[str, Any]:
+    prompt = _writable(row["prompt"])
+    options = {name: json.loads(row[name]) for name in OPTIONAL if name != "weight" and row.get(name) is not None}
+    options |= {"weight": row["weight"]} if "weight" in row else {}
     if to == "list":
-        return {name: row[name] for name in ("prompt", "responses", "scores", "weight") if name in row}
-    chosen, rejected = ([{"role": "assistant", "content": text}] for text in row["responses"])
+        responses = [said if isinstance(said, str) else _writable(said) for said in row["responses"]]
+        return {"prompt": prompt, "responses": responses, "scores": row["scores"], **options}
+    chosen, rejected = (_writable(as_turns(said)) for said in row["responses"])
     return {
-        "prompt": row["prompt"],
+        "prompt": prompt,
         "chosen": chosen,
         "rejected": rejected,
         "score_chosen": row["scores"][0],
         "score_rejected": row["scores"][1],
-        **({"weight": row["weight"]} if "weight" in row else {}),
+        **options,
     }
+
+
+def _writable(messages: Messages) -> Messages:
+    """Messages that are read as they are: a null in arguments is one in JSON text alone."""
+    return [
+        {**turn, "tool_calls": [*map(_with_nulls, turn["tool_calls"])]} if "tool_calls" in turn else turn
+        for turn in messages
+    ]
+
+
+def _with_nulls(call: Row) -> Row:
+    arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+    has_nulls = plain_json(call["function"]["arguments"], "a call") != call["function"]["arguments"]
+    return {**call, "function": {**call["function"], "arguments": arguments}} if has_nulls else call
+
+
+def _as_text(row: dict[str, Any], to: str) -> dict[str, Any]:
+    """A row for a table, whose columns have one type: messages, tools and arguments as JSON text."""
+
+    def text(value: Any) -> str | None:
+        return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+    found = _shape(row, to)
+    found |= {name: text(found.get(name)) for name in ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")}
+    if "responses" in found:
+        found["responses"] = [text(said) for said in found["responses"]]
+    return found

@@ -17,6 +17,7 @@ from datasets import Dataset, concatenate_datasets
 from alignment.data.groups import RowConfig
 from alignment.data.outcomes import check_columns, check_dropped, count_outcomes, kept_rows
 from alignment.data.reading import column, load_source
+from alignment.data.stored import has_messages
 from alignment.errors import UserError
 from trl_nca.loss_config import LossConfig
 
@@ -205,12 +206,18 @@ def check_template(rows: Dataset, template: str | None) -> None:
     """
     if template is not None:
         return
-    turns = np.flatnonzero(pc.list_value_length(column(rows, "prompt")).to_numpy() > 1)
+    is_talk = pc.list_value_length(column(rows, "prompt")).to_numpy() > 1
+    turns = np.flatnonzero(is_talk | has_messages(column(rows, "responses")))
     if len(turns):
         row = rows[int(turns[0])]
+        what = (
+            f"prompt of {row['location']} has {len(row['prompt'])}"
+            if is_talk[turns[0]]
+            else (f"responses of {row['location']} have several")
+        )
         raise UserError(
-            f"chat_template: the tokenizer has none, and the prompt of {row['location']} has {len(row['prompt'])} "
-            "messages; set chat_template to a Jinja template or a .jinja file"
+            f"chat_template: the tokenizer has none, and the {what} messages; set chat_template to a Jinja template or "
+            "a .jinja file"
         )
 
 

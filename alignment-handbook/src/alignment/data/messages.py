@@ -19,6 +19,7 @@ from alignment.data.written import (
     as_objects,
     dialogue,
     first,
+    is_absent,
     is_empty,
     is_open_dialogue,
     written_messages,
@@ -51,11 +52,6 @@ _TEMPLATE_MARKS = (
 def looks_rendered(text: str) -> bool:
     """Whether a text has what a chat template writes around turns."""
     return any(mark in text for mark in _TEMPLATE_MARKS)
-
-
-def is_absent(value: Any) -> bool:
-    """Whether a key says nothing, also as text."""
-    return is_empty(value) or value is False or value in ("[]", "{}", "null", "None")
 
 
 def refuse(row: Row, reasons: Mapping[str, str], what: str) -> None:

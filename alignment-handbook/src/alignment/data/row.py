@@ -40,6 +40,17 @@ class Group:
     chat_template_kwargs: Row | None = None
 
 
+def as_turns(response: Response) -> Messages:
+    """A response as messages."""
+    return [{"role": "assistant", "content": response}] if isinstance(response, str) else response
+
+
+def as_response(turns: Messages) -> Response:
+    """Messages as a response: a text where they are one turn of the assistant's that is nothing but text."""
+    is_text = len(turns) == 1 and turns[0].keys() == {"role", "content"} and turns[0]["role"] == "assistant"
+    return turns[0]["content"] if is_text else turns
+
+
 class BadRow(Exception):
     """A row that cannot be used as it is: `reason` is a name of `rules.RULES`, `detail` says more to a person."""
 

@@ -8,6 +8,7 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets.features.features import register_feature
@@ -76,9 +77,28 @@ def decoded(stored: str) -> str | Messages:
     return json.loads(stored.removeprefix(_MARK)) if stored.startswith(_MARK) else stored
 
 
-def is_messages(stored: pa.Array) -> pa.Array:
-    """Whether each response is stored as messages."""
-    return pc.starts_with(stored, _MARK)
+def has_messages(responses: pa.Array) -> np.ndarray:
+    """Whether rows have a response that is no text.
+
+    Args:
+        responses: The column as it is stored. Shape (N,).
+    """
+    found = np.zeros(len(responses), dtype=bool)
+    rows = pc.list_parent_indices(responses).to_numpy(zero_copy_only=False)
+    found[rows[pc.starts_with(responses.flatten(), _MARK).to_numpy(zero_copy_only=False)]] = True
+    return found
+
+
+def has_more_than_text(prompts: pa.Array) -> np.ndarray:
+    """Whether rows have a prompt with calls, their results or reasoning.
+
+    Args:
+        prompts: The column as it is stored. Shape (N,).
+    """
+    found = np.zeros(len(prompts), dtype=bool)
+    rows = pc.list_parent_indices(prompts).to_numpy(zero_copy_only=False)
+    found[rows[pc.is_valid(prompts.flatten().field("others")).to_numpy(zero_copy_only=False)]] = True
+    return found
 
 
 def _others(turn: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from alignment.data.row import BadRow, Row
-from alignment.data.written import as_objects, first, is_empty, read_written
+from alignment.data.written import as_objects, first, is_absent, is_empty, read_written
 
 #: Keys of the arguments of a call: OpenAI's, Anthropic's, Llama's.
 _ARGUMENTS = ("arguments", "input", "parameters", "args")
@@ -103,7 +103,7 @@ def tools_of(value: Any, name: str) -> list[Row] | None:
         >>> tools_of('[{"name": "add", "input_schema": {"type": "object"}}]', "tools")
         [{'type': 'function', 'function': {'name': 'add', 'parameters': {'type': 'object'}}}]
     """
-    if is_empty(value):
+    if is_absent(value):
         return None
     tools = as_objects(read_written(value) if isinstance(value, str) else value)
     if not isinstance(tools, list):
@@ -141,11 +141,9 @@ def template_kwargs_of(value: Any, name: str) -> Row | None:
     Raises:
         BadRow: It is neither, or has what the template is given anyway.
     """
-    if is_empty(value):
+    if is_absent(value):
         return None
     found = read_written(value) if isinstance(value, str) else value
-    if found is None or found == {}:
-        return None
     if not isinstance(found, dict):
         raise BadRow("bad_tools", f"{name} is no object: {value!r:.60}")
     found = plain_json(found, name)

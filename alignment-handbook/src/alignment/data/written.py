@@ -41,6 +41,11 @@ def is_empty(value: Any, depth: int = 3) -> bool:
     return value is None or value == ""
 
 
+def is_absent(value: Any) -> bool:
+    """Whether a key says nothing, also as text."""
+    return is_empty(value) or value is False or value in ("[]", "{}", "null", "None")
+
+
 def as_objects(value: Any) -> Any:
     """A list of objects, also from one object or from a dict of lists, as tables store them; else the value itself."""
     if not isinstance(value, dict):

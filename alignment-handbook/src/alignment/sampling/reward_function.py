@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from alignment.data.row import Row
+from alignment.data.row import Row, as_turns
 from alignment.errors import UserError
 from alignment.resumable import content_hash, fingerprint
 from trl_nca.user_code import in_words, load_function
@@ -48,8 +48,9 @@ def call_reward_function(function: RewardFunction, name: str, rows: list[Row], l
     """Scores the rows' responses by a Python function, which is called once.
 
     Args:
-        function: From `load_reward_function`. Given: a prompt (messages) and a completion (one assistant message) for
-            each response, and those of the rows' other columns that it takes by name, as often.
+        function: From `load_reward_function`. Given: a prompt (messages) and a completion (one assistant message, or
+            all messages of a response of several turns) for each response, and those of the rows' other columns that it
+            takes by name, as often.
         name: Name of the function, for errors.
         rows: `prompt` as messages, and `responses`.
         locations: Where the rows stand, for errors.
@@ -119,11 +120,11 @@ def call_score_parts(
 
 
 def _arguments(function: RewardFunction, rows: list[Row]) -> dict[str, list[Any]]:
-    each = [(row, text) for row in rows for text in row["responses"]]
+    each = [(row, response) for row in rows for response in row["responses"]]
     names = list(dict.fromkeys(name for row in rows for name in row if name not in _NOT_PASSED))
     given = {name: [row.get(name) for row, _ in each] for name in names if _takes(function, name)}
     given["prompts"] = [row["prompt"] for row, _ in each]
-    given["completions"] = [[{"role": "assistant", "content": text}] for _, text in each]
+    given["completions"] = [as_turns(response) for _, response in each]
     return given
 
 

@@ -6,7 +6,7 @@ import torch
 from jinja2 import TemplateError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from alignment.data.row import Messages, Row
+from alignment.data.row import Response, Row, as_turns
 from alignment.errors import UserError
 from alignment.input_limits import check_input, input_limits
 
@@ -53,14 +53,14 @@ class RewardModel:
         """Scores of the rows' responses.
 
         Args:
-            rows: `prompt` as messages, and `responses` (K texts).
+            rows: `prompt` as messages, and `responses` (K texts or lists of messages).
             places: Locations of the rows, for errors.
 
         Raises:
             UserError: The chat template refuses a row, a row is more than the model can read, or a score is not finite.
         """
         placed = list(zip(rows, locations, strict=True))
-        ids = [self._encode(row["prompt"], text, location) for row, location in placed for text in row["responses"]]
+        ids = [self._encode(row, response, location) for row, location in placed for response in row["responses"]]
         order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
         scores = [0.0] * len(ids)
         for start in range(0, len(order), self.batch_size):
@@ -70,10 +70,11 @@ class RewardModel:
         left = iter(scores)
         return [[next(left) for _ in row["responses"]] for row in rows]
 
-    def _encode(self, prompt: Messages, response: str, location: str) -> list[int]:
-        messages = [*prompt, {"role": "assistant", "content": response}]
+    def _encode(self, row: Row, response: Response, location: str) -> list[int]:
+        messages = [*row["prompt"], *as_turns(response)]
+        options = {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
         try:
-            ids = self.tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+            ids = self.tokenizer.apply_chat_template(messages, return_dict=True, **options)["input_ids"]
         except TemplateError as error:
             raise UserError(f"{location}: the chat template of {self.name} refuses the row: {error}") from error
         fix = "leave the row out, or take a reward model that reads more"

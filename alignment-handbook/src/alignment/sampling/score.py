@@ -8,10 +8,13 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from tqdm.auto import tqdm
 
-from alignment.data.row import Row
+from alignment.data.messages import messages_of
+from alignment.data.row import BadRow, Response, Row, as_response
+from alignment.data.texts import texts_in
 from alignment.errors import UserError
 from alignment.resumable import Entry, PartFile, content_hash, fingerprint
 from alignment.sampling.prompts import read_prompts
@@ -67,7 +70,8 @@ def score_file(
     A run that was killed resumes where it stopped, and gives the file of an uninterrupted one, byte for byte.
 
     Args:
-        path: Rows with `prompt` (see `read_prompts`) and `responses` (K texts). Older scores are replaced.
+        path: Rows with `prompt` (see `read_prompts`) and `responses` (K texts, or lists of messages). Older scores are
+            replaced.
         output: A `.jsonl`.
         scorers: At least one. The score is the sum of weight x score over those that apply; null where none does.
         batch_size: Responses scored at once; at least those of one row.
@@ -125,16 +129,30 @@ def _read(path: str) -> tuple[list[Row], list[str]]:
     rows, locations = read_prompts(path)
     for row, location in zip(rows, locations, strict=True):
         responses = row.get("responses")
-        if not isinstance(responses, list) or not all(isinstance(text, str) for text in responses):
+        if not isinstance(responses, list):
             raise UserError(f"{location}: needs a column responses, a list of texts, as sample.py writes it")
+        row["responses"] = [_response(said, f"{location}: response {k + 1}") for k, said in enumerate(responses)]
     return rows, locations
+
+
+def _response(said: Any, what: str) -> Response:
+    if isinstance(said, str):
+        return said
+    try:
+        turns = messages_of(said, what)
+    except BadRow as bad:
+        raise UserError(bad.detail) from bad
+    if not turns or turns[0]["role"] != "assistant":
+        raise UserError(f"{what} is neither text nor messages that begin with the assistant's")
+    return as_response(turns)
 
 
 def _batches(rows: list[Row], batch_size: int) -> list[list[int]]:
     """Indices of whole rows, longest first, of at most `batch_size` responses together where a row has not more."""
 
     def length(i: int) -> int:
-        return sum(len(m["content"]) for m in rows[i]["prompt"]) + max(map(len, rows[i]["responses"]), default=0)
+        lengths = [sum(map(len, texts_in([response]))) for response in rows[i]["responses"]]
+        return sum(map(len, texts_in([rows[i]["prompt"]]))) + max(lengths, default=0)
 
     batches: list[list[int]] = []
     room = 0
