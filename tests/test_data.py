@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from alignment.data import reading, records, sources
 from alignment.data.groups import GroupReader, RowConfig
-from alignment.data.load import DataConfig, check_num_responses, check_template, load_groups
+from alignment.data.load import DataConfig, check_num_responses, load_groups
+from alignment.data.outcomes import check_template
 from alignment.data.reading import load_source
 from alignment.data.row import BadRow
 from alignment.errors import UserError

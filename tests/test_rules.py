@@ -203,32 +203,59 @@ _text = st.text(max_size=8) | st.sampled_from(
      '[{"role": "assistant"', "\n\nHuman: a\n\nAssistant: b", "['a' 'b']", "[1 2]"]
 )  # fmt: skip
 _parts = st.lists(st.dictionaries(st.sampled_from(["type", "text"]), st.just("text") | _text, max_size=2), max_size=2)
-_message = st.fixed_dictionaries(
-    {
-        "role": st.sampled_from(["user", "assistant", "system", "tool"]) | st.none(),
-        "content": _text | st.none() | _parts,
-    },
-    optional={"tool_calls": st.none() | _text},
-)
 _anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | _text,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_text, inner, max_size=3),
     max_leaves=5,
 )
-_response = _text | st.lists(_message, max_size=3) | _anything
+_id = st.sampled_from(["c1", "c2", 7]) | st.none()
+_arguments = st.dictionaries(_text, _anything, max_size=2) | st.sampled_from(['{"a": 1}', "{", "[]", ""])
+_function = st.fixed_dictionaries({"name": st.sampled_from(["f", "g"]) | _anything}, optional={"arguments": _arguments})
+_call = st.one_of(
+    st.fixed_dictionaries({"function": _function}, optional={"id": _id, "type": st.just("function") | _anything}),
+    _function,
+    _anything,
+)
+_calls = st.lists(_call, max_size=3) | _call | _anything
+_part = st.fixed_dictionaries(
+    {"type": st.sampled_from(["text", "thinking", "tool_use", "tool_result", "image"])},
+    optional={"text": _text, "thinking": _text, "name": _text, "id": _id, "input": _arguments, "tool_use_id": _id,
+              "content": _text},
+)  # fmt: skip
+_message = st.fixed_dictionaries(
+    {
+        "role": st.sampled_from(["user", "assistant", "system", "tool", "function_call", "observation", 7]) | st.none(),
+        "content": _text | st.none() | _parts | st.lists(_part, max_size=3),
+    },
+    optional={"tool_calls": _calls, "function_call": _call, "tool_call_id": _id, "name": _anything,
+              "reasoning_content": _anything, "thinking": _text},
+)  # fmt: skip
+#: Turns that are mostly as they should be, so that the rules for their order are met.
+_turn = st.one_of(
+    st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant"]), "content": st.sampled_from("abc")}),
+    st.fixed_dictionaries({"role": st.just("tool"), "content": st.just("4")}, optional={"tool_call_id": _id}),
+    st.builds(
+        lambda *ids: {"role": "assistant", "content": None,
+                      "tool_calls": [{"id": i, "function": {"name": "f", "arguments": {}}} for i in ids]},
+        _id, _id,
+    ),
+)  # fmt: skip
+_turns = st.lists(_message | _turn, max_size=4) | st.lists(_turn, max_size=6)
+_response = _text | _turns | _anything
 _score = st.floats() | st.integers(-3, 12) | _anything
-_prompt = _text | st.lists(_message, max_size=3) | _anything
+_prompt = _text | _turns | st.fixed_dictionaries({"messages": _turns, "tools": _calls}) | _anything
 _annotations = _anything | st.dictionaries(st.sampled_from(["honesty", "helpfulness"]), _anything)
 _objects = st.dictionaries(st.sampled_from(["answer", "text", "rank", "score", "role"]), _text | _score, max_size=3)
 _column = st.sampled_from(
     "prompt question instruction input history system messages conversations context chosen rejected "
     "chosen_score rejected-rating responses answers completions scores ratings ranks response1 response2 "
     "overall_preference response_0 response_1 better_response_id human_ref_A human_ref_B score_A score_B "
-    "tools chat_template_kwargs A0 score_A0".split()
+    "tools functions chat_template_kwargs A0 score_A0".split()
 )
 _rows = st.one_of(
     st.fixed_dictionaries(
-        {"prompt": _prompt, "responses": st.lists(_response, max_size=5), "scores": st.lists(_score, max_size=5)}
+        {"prompt": _prompt, "responses": st.lists(_response, max_size=5), "scores": st.lists(_score, max_size=5)},
+        optional={"tools": _calls, "chat_template_kwargs": _arguments},
     ),
     st.integers(0, 5).flatmap(
         lambda k: st.fixed_dictionaries(
@@ -236,7 +263,8 @@ _rows = st.one_of(
                 "prompt": _prompt,
                 "responses": st.lists(_response, min_size=k, max_size=k),
                 "rewards": st.lists(_score, min_size=k, max_size=k),
-            }
+            },
+            optional={"tools": _calls, "chat_template_kwargs": _arguments},
         )
     ),
     st.fixed_dictionaries(
@@ -265,6 +293,21 @@ _rows = st.one_of(
 )
 
 
+def is_canonical(turn):
+    """Whether a message is as the engine takes it: no key without a value."""
+    of_role = {"assistant": {"reasoning_content", "tool_calls"}, "tool": {"tool_call_id", "name"}}
+    others = {key: value for key, value in turn.items() if key not in ("role", "content")}
+    texts = [turn["content"], *(value for key, value in others.items() if key != "tool_calls")]
+    functions = [call["function"] for call in others.get("tool_calls", [])]
+    return (
+        turn["role"] in ("system", "user", "assistant", "tool")
+        and others.keys() <= of_role.get(turn["role"], set())
+        and all(others.values())
+        and all(isinstance(text, str) for text in [*texts, *(function["name"] for function in functions)])
+        and all(isinstance(function["arguments"], dict) for function in functions)
+    )
+
+
 @settings(max_examples=500, deadline=None)
 @given(
     raw=_rows,
@@ -286,10 +329,13 @@ def test_a_malformed_row_is_read_or_dropped_under_a_name(raw, action, settings_)
     assert groups
     for group in groups:
         assert len(group.responses) == len(group.scores) >= 2
-        assert all(isinstance(text, str) for text in group.responses)
+        assert all(isinstance(said, str) or said[0]["role"] == "assistant" for said in group.responses)
+        for said in [group.prompt, *group.responses]:
+            assert isinstance(said, str) or all(map(is_canonical, said))
         assert all(isinstance(score, float) and math.isfinite(score) for score in group.scores)
         assert group.prompt
-        json.dumps([group.prompt, group.responses], ensure_ascii=False).encode()
+        whole = [group.prompt, group.responses, group.tools, group.chat_template_kwargs]
+        assert json.loads(json.dumps(whole, ensure_ascii=False, allow_nan=False).encode()) == whole
         assert set(group.fixed) <= set(RULES)
 
 

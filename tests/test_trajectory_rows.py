@@ -7,8 +7,8 @@ from datasets import Dataset
 
 from alignment.data.convert import ConvertConfig, convert
 from alignment.data.groups import GroupReader, RowConfig
-from alignment.data.load import DataConfig, check_template, load_groups
-from alignment.data.outcomes import count_outcomes, kept_rows
+from alignment.data.load import DataConfig, load_groups
+from alignment.data.outcomes import check_template, count_outcomes, kept_rows
 from alignment.data.reading import load_source
 from alignment.data.row import BadRow, prompt_hash
 from alignment.errors import UserError

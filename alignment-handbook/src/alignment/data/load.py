@@ -17,7 +17,6 @@ from datasets import Dataset, concatenate_datasets
 from alignment.data.groups import RowConfig
 from alignment.data.outcomes import check_columns, check_dropped, count_outcomes, kept_rows
 from alignment.data.reading import column, load_source
-from alignment.data.stored import has_messages
 from alignment.errors import UserError
 from trl_nca.loss_config import LossConfig
 
@@ -191,33 +190,6 @@ def check_num_responses(rows: Dataset, loss: LossConfig) -> None:
         raise UserError(
             f"loss_type: {loss.loss_type} compares {taken} responses, and {row['location']} has {len(row['scores'])}; "
             f"use a loss of any number, such as NCA or InfoNCA, or set {hint}"
-        )
-
-
-def check_template(rows: Dataset, template: str | None) -> None:
-    """Checks that there is a chat template where rows need one.
-
-    Args:
-        rows: From `load_groups`.
-        template: The tokenizer's chat template, if it has one.
-
-    Raises:
-        UserError: A prompt has several turns, and there is none; names the row.
-    """
-    if template is not None:
-        return
-    is_talk = pc.list_value_length(column(rows, "prompt")).to_numpy() > 1
-    turns = np.flatnonzero(is_talk | has_messages(column(rows, "responses")))
-    if len(turns):
-        row = rows[int(turns[0])]
-        what = (
-            f"prompt of {row['location']} has {len(row['prompt'])}"
-            if is_talk[turns[0]]
-            else (f"responses of {row['location']} have several")
-        )
-        raise UserError(
-            f"chat_template: the tokenizer has none, and the {what} messages; set chat_template to a Jinja template or "
-            "a .jinja file"
         )
 
 

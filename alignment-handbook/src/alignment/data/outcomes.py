@@ -9,6 +9,7 @@ from datasets import Dataset
 from alignment.data.columns import paths_of
 from alignment.data.groups import RowConfig
 from alignment.data.reading import column
+from alignment.data.stored import has_messages
 from alignment.errors import UserError
 
 #: Columns that plain rows do not have.
@@ -90,6 +91,33 @@ def check_dropped(name: str, counts: dict[str, Any], max_fraction: float) -> Non
         f"{name}: {num_dropped} of {num_in} rows had to be dropped ({reasons}){limit}{': ' if examples else ''}"
         f"{'; '.join(examples)}. Fix the rows, or change row_rules or the limit"
     )
+
+
+def check_template(rows: Dataset, template: str | None) -> None:
+    """Checks that there is a chat template where rows need one.
+
+    Args:
+        rows: From `load_groups`.
+        template: The tokenizer's chat template, if it has one.
+
+    Raises:
+        UserError: A prompt has several turns, and there is none; names the row.
+    """
+    if template is not None:
+        return
+    is_talk = pc.list_value_length(column(rows, "prompt")).to_numpy() > 1
+    turns = np.flatnonzero(is_talk | has_messages(column(rows, "responses")))
+    if len(turns):
+        row = rows[int(turns[0])]
+        what = (
+            f"prompt of {row['location']} has {len(row['prompt'])}"
+            if is_talk[turns[0]]
+            else (f"responses of {row['location']} have several")
+        )
+        raise UserError(
+            f"chat_template: the tokenizer has none, and the {what} messages; set chat_template to a Jinja template or "
+            "a .jinja file"
+        )
 
 
 def kept_rows(rows: Dataset) -> Dataset:

@@ -6,7 +6,8 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from alignment.data.load import DataConfig, check_num_responses, check_template, load_groups
+from alignment.data.load import DataConfig, check_num_responses, load_groups
+from alignment.data.outcomes import check_template
 from alignment.data.report import data_report
 from alignment.data.row import Row
 from alignment.data.rules import actions
