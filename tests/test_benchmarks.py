@@ -1,6 +1,7 @@
 """The benchmarks measure what they say: the same rows for all, each system's step, the count of operations."""
 
 import math
+import random
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from benchmarks import bench, data, systems
 from benchmarks.bench import CASES, main, table
 from benchmarks.flops import count_flops, model_flops
 from benchmarks.measure import choose_setting, measure
+from benchmarks.prefixes import count_group, draw_group, search_tree, trie_nodes
 from benchmarks.rows import Case, draw_rows
 from benchmarks.systems import BEST, SYSTEMS, UPSTREAM_BEST, Setting, random_mistral_4bit
 from tests.conftest import ROOT, needs_model
@@ -65,6 +67,16 @@ def test_lengths_are_those_of_the_case():
         assert mean == pytest.approx(case.response_tokens, rel=0.2)
         assert {len(row["response_ids"]) for row in rows} == {case.num_responses}
         assert rows == draw_rows(case, 200), "another process draws the same rows"
+
+
+def test_shared_beginnings_are_counted():
+    rng = random.Random(0)
+    for _ in range(200):
+        responses = [rng.choices("ab", k=rng.randint(1, 6)) for _ in range(rng.randint(1, 6))]
+        beginnings = {tuple(r[:stop]) for r in responses for stop in range(1, len(r) + 1)}
+        assert trie_nodes(responses) == len(beginnings)
+    assert count_group(5, [[1, 2, 3], [1, 2], [4]]) == (4 + 6, 2, 2)
+    assert draw_group(search_tree(2, 2), 1, 10) == (80, 20, 3)  # two first turns of four are the same
 
 
 @pytest.mark.parametrize("cached", [False, True])
