@@ -167,14 +167,14 @@ def test_report_in_lines(tmp_path):
 
 
 def test_rows_that_a_template_would_lose_are_said_and_not_measured(tmp_path):
-    template = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")
+    template = CHATML.replace("m['content']", "m['content'][:40]")
     save_tiny_model(tmp_path / "model")
     (tmp_path / "model" / "chat_template.jinja").write_text(template)
-    thinking = numbered(1, responses=["<think>Hm</think>a", "b", "c"])
-    for rows, unit, num_lost in ([thinking, ROW], "tokens", 1), ([thinking], "characters", 1), ([ROW], "tokens", 0):
+    long = numbered(1, responses=["Well, " * 9, "b", "c"])
+    for rows, unit, num_lost in ([long, ROW], "tokens", 1), ([long], "characters", 1), ([ROW], "tokens", 0):
         report, output = run(tmp_path, rows, tokenizer=str(tmp_path / "model"))
         assert (report["lengths"]["unit"], report["rows_kept"]) == (unit, len(lines(output))) == (unit, len(rows))
-        assert len([line for line in report["warnings"] if "what stands before </think>" in line]) == num_lost
+        assert len([line for line in report["warnings"] if "leaves out the text of response 1" in line]) == num_lost
 
 
 #: What becomes of the awkward rows with the default rules, by their number in the file: a reason, or what was fixed.
