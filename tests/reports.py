@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from alignment.data.report import Columns, describe
+from alignment.data.lengths import Columns
+from alignment.data.report import describe
 
 
 def history(best=0.02, steps=10):

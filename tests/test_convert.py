@@ -9,7 +9,8 @@ import pytest
 from datasets import Dataset
 
 from alignment.data.convert import ConvertConfig, convert
-from alignment.data.report import Columns, describe, summary
+from alignment.data.lengths import Columns
+from alignment.data.report import describe, summary
 from alignment.errors import UserError
 from tests.conftest import SHARED, needs_shared
 from tests.rows import LONG, PAIR, ROW, ULTRAFEEDBACK, USER, numbered, said, write_jsonl

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import yaml
 
-from alignment.data.report import Columns, describe
+from alignment.data.lengths import Columns
+from alignment.data.report import describe
 from alignment.errors import UserError
 from alignment.report.alarm import alarm
 from alignment.report.callback import write_report

@@ -9,7 +9,8 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alignment.data.report import Columns
+from alignment.data.lengths import Columns
+from alignment.data.report import describe
 from tests.engine import FAMILIES, losses_of, make, make_model, plain_logps, step
 from tests.tiny import SHAPES, rows_of
 from trl_nca.chunks import split_batch
@@ -171,4 +172,10 @@ def test_masks_of_tokenized_rows_are_checked(masks, fault):
 def test_lengths_in_the_report_are_of_the_tokens_that_count():
     rows = [{"prompt_ids": [1, 2], "response_ids": [[3, 4, 5], [6]], "token_masks": masks, "scores": [1.0, 0.0]}
             for masks in (None, [[True, False, True], [True]], None, [[False, False, True], [True]])]  # fmt: skip
-    assert Columns.of_tokens(Dataset.from_list(rows)).response_lengths.tolist() == [3, 1, 2, 1, 3, 1, 1, 1]
+    columns = Columns.of_tokens(Dataset.from_list(rows))
+    assert columns.response_lengths.tolist() == [3, 1, 2, 1, 3, 1, 1, 1]
+    assert columns.context_lengths.tolist() == [0, 0, 1, 0, 0, 0, 2, 0]
+    assert describe(columns)["lengths"]["context"]["max"] == 2
+    columns = Columns.of_tokens(Dataset.from_list(rows).remove_columns("token_masks"))
+    assert columns.response_lengths.tolist() == [3, 1] * 4
+    assert "context" not in describe(columns)["lengths"]

@@ -6,7 +6,7 @@ raw rows of them, `columns` renames columns where the recipe says so, `formats` 
 `conversations` parts them into prompt and answers, `records` joins rows of one response each, `cleaning` drops or fixes
 bad rows by the table in `rules` (`turns` looks at their order, `texts` at all texts), `groups` chooses responses and
 makes pairs, `reading` does all that piece by piece into a cache (`stored`), `load` mixes and splits, `outcomes` counts
-what became of each row, `prepare` tokenizes, and `report` describes what is left, with the `targets` that a loss
-makes of the scores, the `weights` of the rows, and the `notes` on what was not read. `row` has what they share.
+what became of each row, `prepare` tokenizes, and `report` describes what is left: `lengths` and scores, the `targets`
+that a loss makes of them, the `weights` of the rows, and the `notes` on what was not read. `row` has what they share.
 `convert` writes rows to a file in place of training on them.
 """

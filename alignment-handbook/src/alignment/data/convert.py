@@ -13,10 +13,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from alignment.data.groups import RowConfig
+from alignment.data.lengths import Columns
 from alignment.data.notes import describe_notes
 from alignment.data.outcomes import OPTIONAL, check_columns, check_dropped, count_outcomes, kept_rows
 from alignment.data.reading import column, load_source
-from alignment.data.report import Columns, describe
+from alignment.data.report import describe
 from alignment.data.row import Messages, Row, as_turns
 from alignment.data.stored import has_messages, has_more_than_text
 from alignment.data.tools import plain_json

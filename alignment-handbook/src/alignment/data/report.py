@@ -4,15 +4,12 @@ N rows, K responses of a row, all responses of all rows one behind the other in 
 """
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from datasets import Dataset
 
+from alignment.data.lengths import Columns
 from alignment.data.load import DataConfig
 from alignment.data.notes import describe_notes, not_read_line
 from alignment.data.outcomes import check_dropped
@@ -24,83 +21,6 @@ from trl_nca.loss_config import LossConfig
 
 #: Percentiles of the lengths that are reported.
 PERCENTILES = (50, 90, 99)
-
-
-@dataclass
-class Columns:
-    """The numbers of a data set.
-
-    Attributes:
-        scores: Shape (sum of K,).
-        response_lengths: Of the tokens that count. Shape (sum of K,).
-        prompt_lengths: Shape (N,).
-        num_responses: K of each row. Shape (N,).
-        unit: Unit of the lengths: tokens or characters.
-    """
-
-    scores: np.ndarray
-    response_lengths: np.ndarray
-    prompt_lengths: np.ndarray
-    num_responses: np.ndarray
-    unit: str
-
-    @classmethod
-    def of_tokens(cls, rows: Dataset) -> "Columns":
-        """From rows with `prompt_ids`, `response_ids`, `token_masks` and `scores`."""
-        scores, responses, prompts = [], [], []
-        # Chunk by chunk, and of the lists their ends alone: the ids themselves are not read from the disk.
-        table = rows.select_columns(["scores", "response_ids", "token_masks", "prompt_ids"]).with_format("arrow")
-        for part in table.iter(10_000):
-            scores += part["scores"].chunks
-            responses += [_scored_lengths(*chunks) for chunks in _chunks(part, "response_ids", "token_masks")]
-            prompts += [chunk.value_lengths().to_numpy() for chunk in part["prompt_ids"].chunks]
-        return cls._of(scores, responses, prompts, "tokens")
-
-    @classmethod
-    def of_texts(cls, rows: Dataset) -> "Columns":
-        """From rows with `prompt`, `responses` and `scores`; lengths are in characters."""
-        scores, responses, prompts = [], [], []
-        for part in _parts(rows, ["scores", "responses", "prompt"]):
-            scores.append(part["scores"])
-            responses.append(pc.utf8_length(part["responses"].flatten()).to_numpy())
-            turns = pc.utf8_length(part["prompt"].flatten().field("content")).to_numpy()
-            ends = np.cumsum(part["prompt"].value_lengths().to_numpy())
-            prompts.append(np.diff(np.r_[0, np.cumsum(turns)][np.r_[0, ends]]))
-        return cls._of(scores, responses, prompts, "characters")
-
-    @classmethod
-    def _of(cls, scores: list[Any], responses: list[np.ndarray], prompts: list[np.ndarray], unit: str) -> "Columns":
-        return cls(
-            scores=np.concatenate([s.flatten().to_numpy() for s in scores]),
-            response_lengths=np.concatenate(responses),
-            prompt_lengths=np.concatenate(prompts),
-            num_responses=np.concatenate([s.value_lengths().to_numpy() for s in scores]),
-            unit=unit,
-        )
-
-
-def _chunks(table: pa.Table, *names: str) -> Iterator[list[pa.ListArray]]:
-    """Chunks of columns, cut alike."""
-    for batch in table.to_batches():
-        yield [batch.column(name) for name in names]
-
-
-def _scored_lengths(responses: pa.ListArray, masks: pa.ListArray) -> np.ndarray:
-    """Tokens that count of all responses of a chunk: all of them in rows without a mask."""
-    lengths = responses.flatten().value_lengths().to_numpy().copy()
-    if masks.null_count < len(masks):
-        in_masks = pc.fill_null(pc.list_value_length(masks), 0).to_numpy(zero_copy_only=False)
-        owner = np.repeat(in_masks > 0, responses.value_lengths().to_numpy())
-        flat = masks.drop_null().flatten()
-        sums = np.r_[0, np.cumsum(flat.flatten().to_numpy(zero_copy_only=False))]
-        ends = np.cumsum(flat.value_lengths().to_numpy())
-        lengths[owner] = np.diff(sums[np.r_[0, ends]])
-    return lengths
-
-
-def _parts(rows: Dataset, names: list[str]) -> Any:
-    for table in rows.select_columns(names).with_format("arrow").iter(10_000):
-        yield {name: table[name].combine_chunks() for name in names}
 
 
 def describe(columns: Columns, alpha: float | None = None) -> dict[str, Any]:
@@ -139,6 +59,7 @@ def describe(columns: Columns, alpha: float | None = None) -> dict[str, Any]:
         about_scores |= {"alpha": alpha, "mean_largest_target": largest}
         warnings = warn_of_targets(about_scores, float((1 / ks).mean()))
     values, counts = np.unique(ks, return_counts=True)
+    context = columns.context_lengths
     return {
         "k_histogram": {str(k): int(n) for k, n in zip(values, counts, strict=True)},
         "scores": about_scores,
@@ -146,6 +67,7 @@ def describe(columns: Columns, alpha: float | None = None) -> dict[str, Any]:
             "unit": columns.unit,
             "prompt": _percentiles(columns.prompt_lengths),
             "response": _percentiles(columns.response_lengths),
+            **({"context": _percentiles(context)} if context is not None and context.any() else {}),
         },
         "warnings": warnings,
     }

@@ -85,8 +85,13 @@ def has_messages(responses: pa.Array) -> np.ndarray:
     """
     found = np.zeros(len(responses), dtype=bool)
     rows = pc.list_parent_indices(responses).to_numpy(zero_copy_only=False)
-    found[rows[pc.starts_with(responses.flatten(), _MARK).to_numpy(zero_copy_only=False)]] = True
+    found[rows[are_messages(responses.flatten())]] = True
     return found
+
+
+def are_messages(stored: pa.Array) -> np.ndarray:
+    """Which responses, as they are stored, are no text. Shape (N,)."""
+    return pc.starts_with(stored, _MARK).to_numpy(zero_copy_only=False)
 
 
 def has_more_than_text(prompts: pa.Array) -> np.ndarray:

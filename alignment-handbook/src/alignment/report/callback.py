@@ -16,7 +16,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from trl import DPOTrainer
 
 from alignment import output
-from alignment.data.report import Columns, describe
+from alignment.data.lengths import Columns
+from alignment.data.report import describe
 from alignment.data.weights import describe_weights
 from alignment.evaluation.held_out import bootstrap_interval, prompt_means
 from alignment.files import read_json, write_json, write_text
