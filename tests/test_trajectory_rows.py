@@ -13,7 +13,7 @@ from alignment.data.reading import load_source
 from alignment.data.row import BadRow, prompt_hash
 from alignment.errors import UserError
 from alignment.sampling.prompts import read_prompts
-from tests.conftest import SHARED, needs_shared
+from tests.conftest import ROOT, SHARED, needs_shared
 from tests.rows import numbered, said, write_jsonl
 
 ASKED = {"role": "user", "content": "Weather in Oslo?"}
@@ -334,6 +334,13 @@ def test_a_response_of_several_turns_in_every_form(form):
     good = GOOD if form != "sharegpt" else [asks(call(None)), result(identity=None), GOOD[2]]
     assert (made.prompt, made.responses) == ([ASKED], [good, "Hot."])
     assert made.scores == ([-1.0, -2.0] if form == "answers" else [1.0, 0.0])
+
+
+def test_the_documented_row():
+    page = (ROOT / "docs" / "data.md").read_text().partition("### Trajectories")[2]
+    made = group_of(json.loads(page.partition("```json\n")[2].partition("```")[0]))
+    assert made.responses == [[asks(), result(), *said("It is 4 degrees.")], "Warm, I think."]
+    assert (made.tools, made.noted, made.fixed) == ([TOOL], [], [])
 
 
 def test_in_long_form(tmp_path):
