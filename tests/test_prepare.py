@@ -10,6 +10,7 @@ from alignment.data.report import summary
 from alignment.errors import UserError
 from nca_trainer import NCAConfig
 from tests.rows import write_jsonl
+from tests.templates import FAMILIES, TOOLS, family_tokenizer
 from tests.tiny import CHATML, tiny_tokenizer
 
 TRIMS = CHATML.replace("m['content']", "m['content'] | trim")
@@ -129,3 +130,68 @@ def test_so_does_a_loss_of_your_own(tmp_path):
     with pytest.raises(UserError, match="own.py:mine compares 2 responses, and .*train.jsonl, line 1 has 3"):
         prepare(tmp_path, CHATML, [scored(1, [0, 1, 2])], loss=loss)
     assert len(prepare(tmp_path, CHATML, [scored(1, [0, 1])], loss=loss)[1]["train"]) == 1
+
+
+def asks(identity="call00001", expression="17 * 23", **more):
+    arguments = {"expression": expression}
+    call = {"id": identity, "type": "function", "function": {"name": "calculator", "arguments": arguments}}
+    return {"role": "assistant", "content": "", "tool_calls": [call], **more}
+
+
+def returns(text, identity="call00001"):
+    return {"role": "tool", "content": text, "tool_call_id": identity, "name": "calculator"}
+
+
+def answers(text):
+    return {"role": "assistant", "content": text}
+
+
+#: A row each, with its second response and more columns, and what drops it: the rule by family of templates, or by all.
+BESIDE = [
+    ([asks(), returns("391"), answers("391.")], {"tools": TOOLS}, {"deepseek_r1": "calls_not_rendered"}),
+    ([asks(), returns("391"), answers("391.")], {"tools": json.dumps(TOOLS)}, {"deepseek_r1": "calls_not_rendered"}),
+    ([asks()], {}, {"deepseek_r1": "prompt_not_as_sampled"}),
+    ([answers("Which?"), {"role": "user", "content": "That."}, answers("391.")], {},
+     {"deepseek_r1": "prompt_not_as_sampled"}),
+    ([asks(), answers("391.")], {"tools": TOOLS}, "roles_do_not_alternate"),
+    ([asks(), {"role": "user", "content": "Well?"}, answers("391.")], {"tools": TOOLS}, "call_without_result"),
+    ([answers("Hm."), returns("391"), answers("391.")], {"tools": TOOLS}, "result_without_call"),
+    ([asks(), returns("391", "call00009"), answers("391.")], {"tools": TOOLS}, "result_without_call"),
+    ([{"role": "user", "content": "Well?"}], {}, "no_assistant_turn"),
+    ([asks() | {"tool_calls": [{"name": "calculator", "arguments": "17 *"}]}], {"tools": TOOLS}, "bad_tools"),
+    ([asks(), returns("391"), answers("391.")], {"tools": "calculator"}, "bad_tools"),
+    ([answers("391.")], {"chat_template_kwargs": {"tokenize": True}}, "bad_tools"),
+    ([{"role": "critic", "content": "Hm."}], {}, "bad_messages"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_row_with_calls_is_kept_or_dropped_under_a_name(tmp_path, family):
+    rows = [plain(i, [[answers("Cold.")], response]) | more for i, (response, more, _) in enumerate(BESIDE)]
+    found = [rule.get(family, "") if isinstance(rule, dict) else rule for *_, rule in BESIDE]
+    file = {"train_file": write_jsonl(tmp_path / "train.jsonl", [*rows, plain(99, ["</think>a", "</think>b"])])}
+    args = NCAConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True)
+    config = DataConfig(**file, max_dropped_fraction=1)
+    _, tokens, report = prepare_rows(config, args, family_tokenizer(FAMILIES[family]), pairs=False)
+    lines = {int(location.rpartition("line ")[2]) - 1 for location in tokens["train"]["location"]}
+    assert {i for i, rule in enumerate(found) if not rule} == lines - {len(BESIDE)}
+    assert report["rows_in"] == len(rows) + 1 == report["rows_kept"] + report["rows_dropped"]
+    assert {rule: found.count(rule) for rule in found if rule} == report["dropped_by_reason"]
+
+
+def test_only_the_assistants_tokens_of_a_trajectory_count(tmp_path):
+    """From the file to the ids: what the tool returned is among them, and does not count."""
+    row = plain(1, [[asks(), returns("391"), answers("It is 391.")], "Warm."]) | {"tools": TOOLS}
+    config = DataConfig(train_file=write_jsonl(tmp_path / "train.jsonl", [row, plain(2)]))
+    args = NCAConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True)
+    tokenizer = family_tokenizer(FAMILIES["qwen3"])
+    _, tokens, report = prepare_rows(config, args, tokenizer, pairs=False)
+    first, second = tokens["train"]
+    ids, mask = first["response_ids"][0], first["token_masks"][0]
+    counted = tokenizer.decode([i for i, counts in zip(ids, mask, strict=True) if counts])
+    assert "17 * 23" in counted
+    assert counted.count("391") == 1
+    assert tokenizer.decode(ids).count("391") == 2
+    assert "calculator" in tokenizer.decode(first["prompt_ids"])
+    assert second["token_masks"] is None
+    assert report["rows_kept"] == 2

@@ -304,7 +304,7 @@ def is_canonical(turn):
         and others.keys() <= of_role.get(turn["role"], set())
         and all(others.values())
         and all(isinstance(text, str) for text in [*texts, *(function["name"] for function in functions)])
-        and all(isinstance(function["arguments"], dict) for function in functions)
+        and all(isinstance(function["arguments"], dict | str) for function in functions)
     )
 
 

@@ -79,7 +79,7 @@ def one_turn(turn):
         (asks(call(town="Oslo", day=None), {"id": None, "function": None}, name=None, thinking=None), asks()),
         # A null in JSON text was meant.
         ({"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": '{"a": null}'}]},
-         asks(call(None, "f", a=None))),
+         asks({"type": "function", "function": {"name": "f", "arguments": '{"a": null}'}})),
         ({"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": ""}]},
          {"role": "assistant", "content": "",
           "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}),

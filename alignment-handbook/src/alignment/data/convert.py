@@ -18,9 +18,8 @@ from alignment.data.notes import describe_notes
 from alignment.data.outcomes import OPTIONAL, check_columns, check_dropped, count_outcomes, kept_rows
 from alignment.data.reading import column, load_source
 from alignment.data.report import describe
-from alignment.data.row import Messages, Row, as_turns
+from alignment.data.row import as_turns
 from alignment.data.stored import has_messages, has_more_than_text
-from alignment.data.tools import plain_json
 from alignment.data.weights import describe_weights
 from alignment.errors import UserError
 from alignment.files import atomic_path
@@ -146,35 +145,19 @@ def _write(rows: Dataset, to: str, file: Path, name: str) -> None:
 
 
 def _shape(row: dict[str, Any], to: str) -> dict[str, Any]:
-    prompt = _writable(row["prompt"])
     options = {name: json.loads(row[name]) for name in OPTIONAL if name != "weight" and row.get(name) is not None}
     options |= {"weight": row["weight"]} if "weight" in row else {}
     if to == "list":
-        responses = [said if isinstance(said, str) else _writable(said) for said in row["responses"]]
-        return {"prompt": prompt, "responses": responses, "scores": row["scores"], **options}
-    chosen, rejected = (_writable(as_turns(said)) for said in row["responses"])
+        return {**{name: row[name] for name in ("prompt", "responses", "scores")}, **options}
+    chosen, rejected = map(as_turns, row["responses"])
     return {
-        "prompt": prompt,
+        "prompt": row["prompt"],
         "chosen": chosen,
         "rejected": rejected,
         "score_chosen": row["scores"][0],
         "score_rejected": row["scores"][1],
         **options,
     }
-
-
-def _writable(messages: Messages) -> Messages:
-    """Messages that are read as they are: a null in arguments is one in JSON text alone."""
-    return [
-        {**turn, "tool_calls": [*map(_with_nulls, turn["tool_calls"])]} if "tool_calls" in turn else turn
-        for turn in messages
-    ]
-
-
-def _with_nulls(call: Row) -> Row:
-    arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
-    has_nulls = plain_json(call["function"]["arguments"], "a call") != call["function"]["arguments"]
-    return {**call, "function": {**call["function"], "arguments": arguments}} if has_nulls else call
 
 
 def _as_text(row: dict[str, Any], to: str) -> dict[str, Any]:

@@ -60,7 +60,8 @@ def _call(call: Any, what: str, unread: set[str] | None) -> Row:
     return {"id": identity, **read} if identity else read
 
 
-def _arguments(function: Row, what: str) -> Row:
+def _arguments(function: Row, what: str) -> Row | str:
+    """The arguments of a call; as JSON text where they hold a null, which in an object is as if absent."""
     value = first(function, _ARGUMENTS)
     if value is None or value == "":
         return {}
@@ -73,7 +74,9 @@ def _arguments(function: Row, what: str) -> Row:
         found, keep_nulls = value, False
     if not isinstance(found, dict):
         raise BadRow("bad_tools", f"{what} has a call with arguments that are no object: {value!r:.60}")
-    return plain_json(found, f"{what} has a call with arguments", keep_nulls)
+    found = plain_json(found, f"{what} has a call with arguments", keep_nulls)
+    holds_null = keep_nulls and found != plain_json(found, what)
+    return json.dumps(found, ensure_ascii=False) if holds_null else found
 
 
 def identity_of(value: Any, what: str) -> str:
