@@ -3,7 +3,6 @@
 import difflib
 import importlib.util
 import json
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,12 +24,10 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from alignment.errors import UserError
 from alignment.files import shipped
+from alignment.recipe.chat_template import read_kwargs, read_template, with_defaults
 
 #: Configs of well-known models, without their weights.
 SHIPPED_CONFIGS = shipped("recipes/model_configs")
-#: What a Jinja template has in it.
-_JINJA = re.compile("{[{%]")
-
 #: Files with a whole model's weights, or their index.
 _WEIGHTS = ("model.safetensors*", "pytorch_model.bin*")
 #: Files of an adapter on the Hub: itself, its tokenizer, what tells that it is no model. No pickles.
@@ -47,9 +44,17 @@ class PolicyConfig(ModelConfig):
     chat_template: str | None = field(
         default=None, metadata={"help": "Chat template (Jinja), or a file with it. Default: the tokenizer's own."}
     )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Arguments of the chat template, such as {enable_thinking: false}. They become defaults in the "
+            "template that is saved with the model; a row's own chat_template_kwargs count more."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.chat_template_kwargs = read_kwargs(self.chat_template_kwargs)
         if not self.model_name_or_path:
             raise ValueError("model_name_or_path: no model given; set a folder or a Hub id")
         if bits := "load_in_4bit" if self.load_in_4bit else "load_in_8bit" if self.load_in_8bit else None:
@@ -78,29 +83,10 @@ def load_tokenizer(config: PolicyConfig, trust_remote_code: bool = False) -> Pre
     except (OSError, ValueError) as error:
         raise no_such_model(config.model_name_or_path, error) from error
     if config.chat_template is not None:
-        tokenizer.chat_template = _read_template(config.chat_template)
+        tokenizer.chat_template = read_template(config.chat_template)
+    if config.chat_template_kwargs is not None:
+        tokenizer.chat_template = with_defaults(tokenizer.chat_template, config.chat_template_kwargs)
     return tokenizer
-
-
-def _read_template(given: str) -> str:
-    """A chat template, from the key `chat_template`: a file's name, or the template itself.
-
-    Raises:
-        UserError: It is neither, or the file cannot be read as one.
-    """
-    if _JINJA.search(given):
-        return given
-    try:
-        template = Path(given).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = f"no such file {given}" if isinstance(error, FileNotFoundError) else f"{given} is no file of text"
-        fix = "give one of these, or leave the key out for the tokenizer's own template"
-        raise UserError(
-            f"chat_template: {reason}, and a Jinja template has {{{{ }}}} or {{% %}} in it; {fix}"
-        ) from error
-    if not _JINJA.search(template):
-        raise UserError(f"chat_template: {given} holds no Jinja template: no {{{{ }}}} or {{% %}} is in it")
-    return template
 
 
 def load_config(

@@ -17,7 +17,7 @@ Messages = list[dict[str, Any]]
 CLOSED = "</think>"
 
 #: Arguments of `apply_chat_template` itself, which no row sets.
-_RESERVED = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"documents", "kwargs"}
+_RESERVED = {"messages", *inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters} - {"documents"}
 
 
 class RefusedRow(Exception):
