@@ -84,8 +84,6 @@ def shared_prompt_attention(
         return _attend_by_flash(query, key, value, scaling, window, group_layout), None
     within_window = window is None or group_layout.longest <= window
     if same_size and query.device.type == "cpu" and not dropout and within_window:
-        heads_per_key = query.shape[1] // key.shape[1]
-        key, value = repeat_kv(key, heads_per_key), repeat_kv(value, heads_per_key)
         out = TwoPartAttention.apply(query, key, value, scaling, *two_parts(group_layout)).transpose(1, 2)
     else:
         out = _attend_by_parts(query, key, value, dropout, scaling, window, group_layout)

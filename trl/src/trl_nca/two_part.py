@@ -1,6 +1,6 @@
 """Attention on a CPU over what a token's own part of the row has, and over what stands before that part.
 
-Legend: H heads, T tokens that are queries, S tokens that are keys, D head dimension.
+Legend: H heads, G heads of keys, T tokens that are queries, S tokens that are keys, D head dimension.
 """
 
 from typing import Any
@@ -39,11 +39,12 @@ class TwoPartAttention(torch.autograd.Function):
 
     With logsumexps a and b of two parts' scores, l = log(e^a + e^b), the output is their outputs weighted by
     e^(a - l) and e^(b - l). Given l and the joined output, each part's gradient is that of attention by itself, so the
-    kernels below serve both ways. Nothing is masked but what is above the diagonal, and no key is copied.
+    kernels below serve both ways. Nothing is masked but what is above the diagonal, and no key is copied: heads that
+    share keys are the heads of the kernel, and those of keys its batch.
 
     Args:
         query: Shape (1, H, T, D).
-        key, value: Shape (1, H, S, D).
+        key, value: Shape (1, G, S, D).
         scaling: Of the scores; None: the kernel's own.
         own, seen: From `two_parts`. Each query is in one span of `own`.
     """
@@ -53,8 +54,10 @@ class TwoPartAttention(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, own: Spans, seen: Spans
     ) -> Tensor:
         def attend(queries: slice, keys: slice, causal: bool) -> tuple[Tensor, Tensor]:
-            q, k, v = query[:, :, queries], key[:, :, keys], value[:, :, keys]
-            return _cpu_attention(q, k, v, is_causal=causal, scale=scaling)
+            q = _by_key_head(query[:, :, queries], key)
+            k, v = (_for_heads(t[:, :, keys], q) for t in (key, value))
+            out, lse = _cpu_attention(q, k, v, is_causal=causal, scale=scaling)
+            return out.flatten(0, 1)[None], lse.flatten(0, 1)[None]
 
         own, seen = ([span for span in spans if not _is_empty(span)] for spans in (own, seen))
         out = torch.empty_like(query)
@@ -77,9 +80,10 @@ class TwoPartAttention(torch.autograd.Function):
         d_query, d_key, d_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
 
         def gradients(queries: slice, keys: slice, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
-            d_out, q, o, logsumexp = (t[:, :, queries] for t in (gradient, query, out, lse))
-            k, v = key[:, :, keys], value[:, :, keys]
-            return _cpu_attention_backward(d_out, q, k, v, o, logsumexp, 0.0, causal, scale=ctx.scaling)
+            d_out, q, o, logsumexp = (_by_key_head(t[:, :, queries], key) for t in (gradient, query, out, lse))
+            k, v = (_for_heads(t[:, :, keys], q) for t in (key, value))
+            d_q, d_k, d_v = _cpu_attention_backward(d_out, q, k, v, o, logsumexp, 0.0, causal, scale=ctx.scaling)
+            return d_q.flatten(0, 1)[None], d_k.sum(1)[None], d_v.sum(1)[None]
 
         for queries, keys in ctx.own:
             d_query[:, :, queries], d_key[:, :, keys], d_value[:, :, keys] = gradients(queries, keys, causal=True)
@@ -89,6 +93,16 @@ class TwoPartAttention(torch.autograd.Function):
             d_key[:, :, keys] += by_key
             d_value[:, :, keys] += by_value
         return d_query, d_key, d_value, None, None, None
+
+
+def _by_key_head(x: Tensor, key: Tensor) -> Tensor:
+    """From shape (1, H, T, ...) to (G, H / G, T, ...)."""
+    return x.unflatten(1, (key.shape[1], -1)).squeeze(0)
+
+
+def _for_heads(x: Tensor, query: Tensor) -> Tensor:
+    """From shape (1, G, S, D) to (G, H / G, S, D), without a copy."""
+    return x.squeeze(0)[:, None].expand(-1, query.shape[1], -1, -1)
 
 
 def _is_empty(span: tuple[slice, slice]) -> bool:
