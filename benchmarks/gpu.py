@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import gc
 import json
+import math
 import os
 import platform
 import subprocess
@@ -54,9 +55,11 @@ from benchmarks.tiny import save_tiny_model
 from benchmarks.variants import VARIANTS
 from benchmarks.waits import count_waits
 from benchmarks.work import BY_K, LORA4, OURS, PAIRS, QLORA, plan
+from trl_nca.chunks import logps_for_training, split_batch
 from trl_nca.collate import GroupCollator
 from trl_nca.logps import prepare, response_logps
 from trl_nca.losses import nca_loss, reward_targets
+from trl_nca.pieces import Cutting
 
 
 def sized(case: Case, tiny: bool) -> Case:
@@ -70,7 +73,9 @@ def sized(case: Case, tiny: bool) -> Case:
 def equality(tiny: bool, device: str) -> list[dict[str, Any]]:
     """How far log-probs, loss and gradient are from those of padded rows in float32: ours, and padded rows in bf16.
 
-    Figures are relative: the largest of the log-probs, the loss, and the norm of the gradient's difference.
+    One of the rows is of trajectories: its responses begin alike, and not all of their tokens count. "in pieces" runs
+    them half a row at a time. Figures are relative: the largest of the log-probs, the loss, and the norm of the
+    gradient's difference.
     """
     found, shapes = [], {"tiny": mistral_config(tiny=True)}
     if not tiny:
@@ -82,11 +87,23 @@ def equality(tiny: bool, device: str) -> list[dict[str, Any]]:
             if "lora_B" in name:
                 nn.init.normal_(parameter, std=0.02)
         rows = draw_rows(replace(sized(LORA4, tiny), vocabulary=config.vocab_size), 3)
+        rows[-1] |= _trajectories(rows[-1]["response_ids"])
         exact = _outcome(model, rows, device, "padded", "fp32")
-        for precision, way in (("fp32", "ours"), ("bf16", "padded"), ("bf16", "ours")):
+        ways = (("fp32", "ours"), ("fp32", "in pieces"), ("bf16", "padded"), ("bf16", "ours"), ("bf16", "in pieces"))
+        for precision, way in ways:
             differences = _differences(exact, _outcome(model, rows, device, way, precision))
             found.append({"shape": shape, "precision": precision, "system": way} | differences)
     return found
+
+
+def _trajectories(responses: list[list[int]]) -> dict[str, Any]:
+    """Responses that begin alike, with a turn in the middle that does not count."""
+    shared = responses[0][: min(map(len, responses)) // 2]
+    alike = [shared + ids[len(shared) :] for ids in responses]
+    return {
+        "response_ids": alike,
+        "token_masks": [[not len(ids) // 4 <= t < len(ids) // 2 for t in range(len(ids))] for ids in alike],
+    }
 
 
 def _outcome(model: nn.Module, rows: list[dict[str, Any]], device: str, way: str, precision: str) -> dict[str, Tensor]:
@@ -94,18 +111,32 @@ def _outcome(model: nn.Module, rows: list[dict[str, Any]], device: str, way: str
     batch = GroupCollator()(rows)
     batch = {key: value.to(device) if hasattr(value, "to") else value for key, value in batch.items()}
     mask, trained = batch["response_mask"], [p for p in model.parameters() if p.requires_grad]
+    uniform = -math.log(model.config.vocab_size) * batch["response_lengths"]  # (B, K)
+    targets = reward_targets(batch["scores"].float(), 0.1, mask)
+
+    def loss_of(logps: Tensor) -> Tensor:
+        return nca_loss(0.01 * (logps.float() - uniform) * mask, targets, mask).mean()
+
+    model.zero_grad()
     with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
         if way == "padded":
             model.get_base_model().set_attn_implementation("sdpa")
-            logps = torch.cat([padded_logps(model, row, device) for row in rows])
+            logps = torch.zeros_like(batch["scores"], dtype=torch.float32)
+            logps[mask] = torch.cat([padded_logps(model, row, device) for row in rows]).float()
         else:
             prepare([model], "true")
-            logps = response_logps(model, batch, True)[mask]
-    rewards = torch.zeros_like(batch["scores"], dtype=torch.float32)
-    rewards[mask] = 0.01 * (logps.float() - logps.float().detach().mean())
-    loss = nca_loss(rewards, reward_targets(batch["scores"].float(), 0.1, mask), mask).mean()
-    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, trained)])
-    return {"logps": logps.detach().float(), "loss": loss.detach(), "gradient": gradient}
+            chunks = (
+                [batch]
+                if way == "ours"
+                else split_batch(batch, batch["layout"].longest // 2, True, Cutting(sys.maxsize))
+            )
+            logps = logps_for_training(
+                lambda chunk: response_logps(model, chunk, True), chunks, True, lambda logps: loss_of(logps).backward()
+            )
+    loss = loss_of(logps)
+    loss.backward()
+    gradient = torch.cat([p.grad.flatten() for p in trained])
+    return {"logps": logps.detach()[mask], "loss": loss.detach(), "gradient": gradient}
 
 
 def _differences(exact: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, float]:

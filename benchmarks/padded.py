@@ -19,11 +19,12 @@ def padded_logps(model: torch.nn.Module, row: dict[str, Any], device: str) -> Te
     input_ids = torch.zeros(len(row["response_ids"]), length, dtype=torch.long)
     is_response = torch.zeros_like(input_ids, dtype=torch.bool)
     attention_mask = torch.zeros_like(input_ids)
+    counts = row.get("token_masks") or [[True] * len(response) for response in row["response_ids"]]
     for k, response in enumerate(row["response_ids"]):
         end = len(prompt) + len(response)
         input_ids[k, :end] = torch.tensor(prompt + response)
         attention_mask[k, :end] = 1
-        is_response[k, len(prompt) : end] = True
+        is_response[k, len(prompt) : end] = torch.tensor(counts[k])
     input_ids, attention_mask, is_response = (t.to(device) for t in (input_ids, attention_mask, is_response))
     logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits.float()  # (K, L, V)
     logps = logits[:, :-1].log_softmax(-1).gather(2, input_ids[:, 1:, None]).squeeze(2)  # (K, L - 1)
