@@ -17,6 +17,7 @@ from tests.tiny import rows_of
 from trl_nca.chunks import NumForwards, count_forwards, split_batch
 from trl_nca.collate import GroupCollator
 from trl_nca.losses import LOSSES
+from trl_nca.pieces import WHOLE, Cutting
 
 # Two that are sums over responses, and two that couple them.
 LOSS_TYPES = ("NCA", "OAPL", "InfoNCA", "GVPO")
@@ -39,8 +40,13 @@ def largest(number):
     return int(number)
 
 
+#: Most tokens of a forward, what is run in pieces, and how many chunks each process then has.
+BOUNDS = [*((loss_type, 20, WHOLE, [1, 4]) for loss_type in LOSS_TYPES)]
+BOUNDS += [(loss_type, 7, Cutting(100), [3, 6]) for loss_type in ("NCA", "InfoNCA")]
+
+
 def with_ddp(rank):
-    for loss_type in LOSS_TYPES:
+    for loss_type, most, cutting, num_chunks in BOUNDS:
         model = DistributedDataParallel(make_model())
         exchanges = []
 
@@ -50,8 +56,8 @@ def with_ddp(rank):
 
         model.register_comm_hook(exchanges, count)
         batch = GroupCollator()(rows_of(SHAPES[rank]))
-        assert len(split_batch(batch, 20)) == [1, 4][rank]
-        step(model, batch, loss_type, 20, no_sync=model.no_sync)
+        assert len(split_batch(batch, most)) == num_chunks[rank]
+        step(model, batch, loss_type, most, no_sync=model.no_sync, cutting=cutting)
         assert exchanges == sorted(set(exchanges)), "each bucket once"
         for name, expected in gradient_of_both(loss_type).items():
             torch.testing.assert_close(

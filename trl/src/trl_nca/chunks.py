@@ -206,9 +206,11 @@ def logps_for_training(
                 with replayed(states[j] if j < len(states) else None, logps.device):
                     of_piece = logps_fn(pieces[j])
                 total = total + of_piece.detach() if j == len(pieces) - 1 else total
-                logps = _fill(logps.detach(), chunk, _at(total, of_piece) if len(pieces) > 1 else of_piece)
+                logps = _fill(logps, chunk, _at(total, of_piece) if len(pieces) > 1 else of_piece)
                 if not is_last:
                     backward(logps)
+                    logps = logps.detach()
+                    del of_piece  # whose graph refers to the store of keys
     return logps
 
 
