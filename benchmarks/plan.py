@@ -78,6 +78,7 @@ CASES = [
     ),
     Case("full", False, prompts=2),
     Case("lora", False, max_tokens=640),
+    *(Case("lora", checkpointing, lengths=(100, 600), max_tokens=150) for checkpointing in (False, True)),
     *(Case("lora", checkpointing, model=SMOLLM) for checkpointing in (False, True)),
     Case("full", False, model=SMOLLM),
 ]
@@ -87,6 +88,7 @@ def planned(case: Case) -> dict[str, float]:
     """The plan's memory by part, in bytes."""
     prompt, response = case.lengths
     batch, num_chunks = largest_forward([(prompt, [response] * 4)], case.max_tokens)
+    batch |= {"piece": case.max_tokens} if case.max_tokens and batch["layout"].num_tokens > case.max_tokens else {}
     spec = StepSpec(
         config=case.config(),
         dtype=torch.float32,

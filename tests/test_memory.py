@@ -43,6 +43,7 @@ CASES = [
     Case("4bit", False, "bf16", lengths=(30, 20)),
     Case("full", False, prompts=2, **SHORT),
     Case("lora", False, max_tokens=200, **SHORT),
+    Case("lora", False, max_tokens=50, lengths=(20, 80)),
 ]
 
 
@@ -184,7 +185,7 @@ def test_one_process_and_ddp():
     moment, parts = layouts.peak_memory(footprint(), "single", 1)
     assert moment == "head"
     assert parts == {
-        "weights": 1000, "adapter": 0, "gradients": 100, "optimizer": 2000, "activations": 3000, "logits": 7,
+        "weights": 1000, "adapter": 0, "gradients": 100, "optimizer": 2000, "activations": 3000, "keys": 0, "logits": 7,
         "reference": 1000, "working": 5, "overhead": 0, "total": 7112,
     }  # fmt: skip
     assert layouts.peak_memory(footprint(), "ddp", 2)[1]["gradients"] == 1100  # DDP's buckets

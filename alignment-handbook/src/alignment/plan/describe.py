@@ -70,10 +70,24 @@ def _tokens(facts: Mapping[str, Any]) -> list[str]:
     so = f", with checkpointing {'on' if checkpointing['on'] else 'off'}" if is_auto else ""
     kept = facts["activations_gb"]
     return [
+        *_longest(facts["longest_response"]),
         f"  {facts['tokens_per_forward']} tokens a forward; activations {kept['with_checkpointing']:.2f} GB with "
         f"checkpointing, {kept['without_checkpointing']:.2f} without; "
-        + (f"largest max_tokens_per_forward that fits{so}: {budget}" if budget else "no max_tokens_per_forward fits")
+        + (f"largest max_tokens_per_forward that fits{so}: {budget}" if budget else "no max_tokens_per_forward fits"),
     ]
+
+
+def _longest(response: Mapping[str, Any] | None) -> list[str]:
+    """How a response is run that does not fit a forward."""
+    if response is None:
+        return []
+    start = f"  The longest response has {response['tokens']} tokens with its prompt and "
+    if response["pieces"] == 1:
+        return [f"{start}runs whole: {response['reason']}"]
+    whole = "{with_checkpointing:.1f} GB with checkpointing, {without_checkpointing:.1f} without".format(
+        **response["whole_gb"]
+    )
+    return [f"{start}runs in {response['pieces']} pieces; whole a step would take {whole}"]
 
 
 def _table(table: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from alignment.plan.trace import WeightSizes
 
 LAYOUTS = ("ddp", "zero2", "zero2_offload", "zero3", "zero3_offload", "fsdp2", "fsdp2_offload")
-PARTS = "weights adapter gradients optimizer activations logits reference working overhead".split()
+PARTS = "weights adapter gradients optimizer activations keys logits reference working overhead".split()
 GB = 1e9
 
 # Assumptions, not measurements: what the CUDA context and its libraries hold, NCCL's buffers between several GPUs, and
@@ -57,7 +57,7 @@ class Footprint:
 
     Args:
         weights: The weights of model and adapter.
-        phases: Peak of each phase of a step: bytes of `activations`, `gradients`, `logits` and `working`.
+        phases: Peak of each phase of a step: bytes of `activations`, `gradients`, `logits`, `working` and `keys`.
         optim: `TrainingArguments.optim`.
         mixed_precision: Whether the run is in bf16 or fp16.
         reference_copy: Whether the reference is a model of its own, in memory while training.
@@ -102,7 +102,7 @@ def _phases(footprint: Footprint, layout: str, num_processes: int) -> Phases:
     for phase, held in phases.items():
         phases[phase] = parts = dict.fromkeys(PARTS, 0.0) | held
         if footprint.on_gpu:
-            transient = sum(parts[part] for part in ("gradients", "activations", "logits", "working"))
+            transient = sum(parts[part] for part in ("gradients", "activations", "keys", "logits", "working"))
             parts["overhead"] = _CONTEXT + _NCCL * (num_processes > 1) + _FRAGMENTS * transient
         parts["total"] = sum(parts.values())
     return phases

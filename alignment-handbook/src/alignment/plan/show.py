@@ -163,7 +163,9 @@ def _memory(
     refused, chosen = incompatibilities(policy, args, layout), checkpointing(layout)
     moments = _moments(estimator, layout, num_processes)
     fullest, parts = max(moments.values(), key=lambda moment: moment[1]["total"])
-    activations = {name: round(estimator.activations(on) / layouts.GB, 3) for name, on in _CHECKPOINTING.items()}
+    activations = {
+        name: round(estimator.activations(on, layout) / layouts.GB, 3) for name, on in _CHECKPOINTING.items()
+    }
     host = layouts.host_memory(estimator.footprint(layout), layout, num_processes) / layouts.GB
     hours = estimate_hours(run, estimator, plan, layout, groups) if not refused else None
     return {
@@ -175,7 +177,8 @@ def _memory(
         "cpu_memory_gb": round(host, 3),
         "processes_a_node": _processes_a_node(run, num_processes),
         "activations_gb": activations,
-        "tokens_per_forward": estimator.tokens,
+        "tokens_per_forward": args.max_tokens_per_forward if estimator.num_pieces(layout) > 1 else estimator.tokens,
+        "longest_response": _longest_response(estimator, layout, num_processes),
         "gpu_memory_gb": limit,
         "fits": parts["total"] <= limit and not refused,
         "largest_max_tokens_per_forward": estimator.largest_budget(layout, num_processes, limit),
@@ -183,6 +186,20 @@ def _memory(
         "refused": refused,
         "time": hours.as_dict() | {"summary": str(hours)} if hours else None,
     }
+
+
+def _longest_response(estimator: MemoryEstimator, layout: str, num_processes: int) -> dict[str, Any] | None:
+    """How a response is run that does not fit a forward, and what a step would take with it whole; None: all fit."""
+    most, length = estimator.args.max_tokens_per_forward, estimator.longest_response - 1
+    if most is None or length <= most:
+        return None
+    chosen, whole = estimator.checkpointing, {}
+    for name, estimator.checkpointing in _CHECKPOINTING.items():
+        _, parts = layouts.peak_memory(estimator.footprint(layout, whole=True), layout, num_processes)
+        whole[name] = layouts.in_gb(parts)["total"]
+    estimator.checkpointing, pieces = chosen, estimator.num_pieces(layout)
+    reason = estimator.cutting(layout).reason if pieces == 1 else None
+    return {"tokens": length, "pieces": pieces, "whole_gb": whole, "reason": reason}
 
 
 def _moments(estimator: MemoryEstimator, layout: str, num_processes: int) -> dict[str, tuple[str, dict[str, float]]]:

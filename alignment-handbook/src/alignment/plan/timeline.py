@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 #: Kinds of tensors during a step: kept for the backward pass, gradients of weights, (tokens, vocabulary) values of the
-#: LM head, or anything else.
+#: LM head, or anything else. `alignment.plan.trace` adds `keys`: keys, values and their gradients, of pieces.
 KINDS = ("activations", "gradients", "logits", "working")
 
 

@@ -23,7 +23,9 @@ from alignment.plan.meta_model import StepSpec, build_meta_model, is_quantized, 
 from alignment.plan.timeline import KINDS, Timeline, fake_copy
 from trl_nca.chunks import split_batch
 from trl_nca.collate import GroupCollator
+from trl_nca.keys import KeyStore
 from trl_nca.logps import Batch, model_inputs, prepare
+from trl_nca.pieces import piece_of
 from trl_nca.shared_prompt import gpu_attention, shared_prompt_mask
 from trl_nca.sharing import base_model
 
@@ -68,7 +70,7 @@ class StepMemory:
     Args:
         tokens: Tokens of the forward.
         activations: Bytes kept for the backward pass, at the end of the forward.
-        phases: Peak of each phase of the step, in bytes by kind: `alignment.plan.timeline.KINDS`.
+        phases: Peak of each phase of the step, in bytes by kind: `alignment.plan.timeline.KINDS`, and `keys`.
         forward_flops: Floating-point operations of the forward.
         flops: Those of all: forward, what is recomputed, backward.
     """
@@ -139,7 +141,9 @@ def trace_step(spec: StepSpec, batch: Batch, backward: bool = True) -> StepMemor
 
     Args:
         spec: Model and settings of the run.
-        batch: From `largest_forward`.
+        batch: From `largest_forward`. With a number under `piece`, it is of one response, and so many of its tokens
+            are run: a piece behind as many others as there can be, when the keys and values of all are kept, and their
+            gradients.
         backward: False for the forward alone.
     """
     shallow, deeper = (_trace(spec, depth, batch, backward) for depth in _DEPTHS)
@@ -149,23 +153,26 @@ def trace_step(spec: StepSpec, batch: Batch, backward: bool = True) -> StepMemor
         return max(low + more * (high - low), 0)
 
     phases = {
-        phase: {kind: extrapolate(parts[kind], deeper.phases[phase][kind]) for kind in KINDS}
+        phase: {kind: extrapolate(parts[kind], deeper.phases[phase][kind]) for kind in (*KINDS, "keys")}
         for phase, parts in shallow.phases.items()
     }
     of_layers = {
         name: extrapolate(getattr(shallow, name), getattr(deeper, name))
         for name in ("activations", "forward_flops", "flops")
     }
-    return StepMemory(batch["input_ids"].shape[1], phases=phases, **of_layers)
+    return StepMemory(shallow.tokens, phases=phases, **of_layers)
 
 
 def _trace(spec: StepSpec, depth: int, batch: Batch, backward: bool) -> StepMemory:
     model = build_meta_model(spec, depth)
-    inputs = trainer_inputs(spec, model, batch)
+    shared, store = _patch(spec, model), KeyStore(batch["layout"].num_tokens)
+    forwards = _pieces(batch, store) if "piece" in batch else [batch]
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         fake_copy(model, fake)
-        inputs = {k: fake.from_tensor(v) if isinstance(v, Tensor) else v for k, v in inputs.items()}
-        timeline = Timeline([*model.parameters(), *model.buffers()], spec.config.get_text_config().vocab_size)
+        *before, inputs = (_fake_inputs(spec, forward, shared, fake) for forward in forwards)
+        _run_before(spec, model, before)
+        known = [*model.parameters(), *model.buffers(), *store.tensors()]
+        timeline = Timeline(known, spec.config.get_text_config().vocab_size)
         trained = [p for p in model.parameters() if p.requires_grad]
         marks: list[int] = []  # when the gradient reaches each layer's output, the last layer's first
         for layer in decoder_layers(base_model(model)):
@@ -174,8 +181,7 @@ def _trace(spec: StepSpec, depth: int, batch: Batch, backward: bool) -> StepMemo
             if spec.accumulates:
                 for weight in trained:
                     weight.grad = torch.empty_like(weight)
-            enabled = spec.autocast is not None
-            with torch.autocast("cpu", dtype=spec.autocast or torch.bfloat16, enabled=enabled):
+            with _autocast(spec):
                 logps = model(**inputs)
             forward_end, forward_flops = timeline.now, timeline.flops
             if backward:
@@ -189,9 +195,33 @@ def _trace(spec: StepSpec, depth: int, batch: Batch, backward: bool) -> StepMemo
         "last layer": timeline.peak(last, marks[1] if len(marks) > 1 else end),
         "first layer": timeline.peak(first, end),
     }
+    keys = sum(tensor.nbytes for tensor in store.tensors())
+    phases = {phase: parts | {"keys": keys} for phase, parts in phases.items()}
     alive = timeline.alive_at(forward_end)
     activations = alive["activations"] + alive["logits"]
-    return StepMemory(batch["input_ids"].shape[1], activations, phases, forward_flops, timeline.flops)
+    return StepMemory(forwards[-1]["layout"].num_tokens, activations, phases, forward_flops, timeline.flops)
+
+
+def _pieces(batch: Batch, store: KeyStore) -> list[Batch]:
+    """What fills a store, what sends gradients back to all that there can be, and the piece to trace."""
+    length, last = store.length, 2
+    start = max(length - last - batch["piece"], last)
+    bounds = [(0, start), (start, length - last), (length - last, length), (start, length - last)]
+    return [piece_of(batch, begin, end, store) for begin, end in bounds]
+
+
+def _run_before(spec: StepSpec, model: nn.Module, before: Sequence[dict[str, Any]]) -> None:
+    """Runs the pieces that come before the one to trace, the last of them with gradient."""
+    for i, inputs in enumerate(before):
+        with torch.set_grad_enabled(i == len(before) - 1), _autocast(spec):
+            logps = model(**inputs)
+        if logps.requires_grad:
+            logps.sum().backward()
+    model.zero_grad()
+
+
+def _autocast(spec: StepSpec) -> torch.autocast:
+    return torch.autocast("cpu", dtype=spec.autocast or torch.bfloat16, enabled=spec.autocast is not None)
 
 
 def _mark_backward(output: Any, timeline: Timeline, marks: list[int]) -> None:
@@ -203,8 +233,12 @@ def _mark_backward(output: Any, timeline: Timeline, marks: list[int]) -> None:
 
 def trainer_inputs(spec: StepSpec, model: nn.Module, batch: Batch) -> dict[str, Any]:
     """Patches the model as the trainer does, and returns the arguments of its forward for the batch."""
+    return _inputs(spec, batch, _patch(spec, model))
+
+
+def _patch(spec: StepSpec, model: nn.Module) -> bool:
+    """Patches the model as the trainer does; returns whether it shares prompts."""
     shared = prepare([model], spec.shared_prompt, check=False)
-    batch = batch | {"layout": replace(batch["layout"])}  # a new one: it keeps its tensors, and a trace's are fake
     base = base_model(model)
     if shared and spec.device == "cuda":
         base.set_attn_implementation(_GPU_ATTENTION)
@@ -218,11 +252,21 @@ def trainer_inputs(spec: StepSpec, model: nn.Module, batch: Batch) -> dict[str, 
         base.activation_checkpointing_enable(activation_checkpointing_kwargs=spec.checkpointing or None)
         if isinstance(model, PeftModel):
             model.enable_input_require_grads()
+    return shared
+
+
+def _inputs(spec: StepSpec, batch: Batch, shared: bool) -> dict[str, Any]:
+    batch = batch | {"layout": replace(batch["layout"])}  # a new one: it keeps its tensors, and a trace's are fake
     inputs = model_inputs(batch, shared) | {"run_device": spec.device}
     if not shared:  # the mask that transformers makes of a padded batch's
         num_rows, length = inputs["attention_mask"].shape
         inputs["attention_mask"] = torch.ones(num_rows, 1, length, length, dtype=torch.bool)
     return inputs
+
+
+def _fake_inputs(spec: StepSpec, batch: Batch, shared: bool, fake: FakeTensorMode) -> dict[str, Any]:
+    inputs = _inputs(spec, batch, shared)
+    return {name: fake.from_tensor(v) if isinstance(v, Tensor) else v for name, v in inputs.items()}
 
 
 def _is_adapter(name: str) -> bool:
