@@ -416,6 +416,7 @@ def test_where_the_prompt_ends(responses, prompt, num):
         ([[], "a"], "too_few_responses"),
         ([said(""), "a"], "too_few_responses"),
         ([GOOD, GOOD], "too_few_responses"),
+        ([[ASKED | {"content": ""}, asks(), result(), *said("a")], "b"], "prompts_differ"),
     ],
 )
 def test_bad_responses(responses, rule):

@@ -190,8 +190,8 @@ def _words(message: dict[str, Any]) -> list[str]:
 def _is_written_as(text: str, messages: Messages) -> bool:
     """Whether a text is all of the messages one behind the other, as they are or as a chat template renders them."""
     between, rest = [], text
-    for message in messages:
-        before, found, rest = rest.partition(message["content"].strip())
+    for said in filter(None, (message["content"].strip() for message in messages)):
+        before, found, rest = rest.partition(said)
         if not found:
             return False
         between.append(before)
