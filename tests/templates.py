@@ -1,8 +1,10 @@
 """Chat templates in the manner of well-known families, written for the tests, and trajectories to render with them."""
 
+import json
+import re
 from typing import Any
 
-from tokenizers import Regex, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from tests.tiny import tiny_tokenizer
@@ -203,6 +205,27 @@ def family_tokenizer(template: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def spaced_tokenizer(kind, template):
+    """A tokenizer that puts a space before text, in one of the ways of the SentencePiece family."""
+    bpe = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    if kind == "legacy":
+        bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        strip = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        bpe.decoder = decoders.Sequence(strip)
+    else:
+        bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind, split=True)
+        bpe.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme=kind)])
+    texts = ["the capital of France is Paris. What is the name of this city? ASSISTANT: USER: Paris Rome <think>"] * 9
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=420, special_tokens=special, show_progress=False))
+    text_of_bytes = json.loads(bpe.to_str())
+    text_of_bytes["added_tokens"] = text_of_bytes["added_tokens"][:3]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(text_of_bytes)), bos_token="<s>", eos_token="</s>",
+        chat_template=template,
+    )  # fmt: skip
+
+
 _EXPRESSION = {"type": "string", "description": "What to compute."}
 TOOLS = [
     {
@@ -256,3 +279,70 @@ TRAJECTORIES = {
     ],
     "ends with a call": [assistant("", calls=_CALL)],
 }  # fmt: skip
+
+
+#: What templates differ in. `{role}` is the turn's.
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "head": (
+        "<|im_start|>{role}\n", "<|{role}|>\n", "### {role}\n\n", "{role}:\n",
+        "<|start_header_id|>{role}<|end_header_id|>\n\n",
+    ),
+    "end": ("<|im_end|>", "</s>", "<|end|>", ""),
+    "last_end": ("", "<|return|>", "and <|endoftext|>"),
+    "tail": ("", "\n", "\n\n"),
+    "results": ("own turn", "user's turn", "json"),
+    "thinking": ("unknown", "kept", "in the last turn", "behind the last user"),
+    "tools": ("system", "last user", "unknown"),
+    "spans": ("", "text", "end", "turn"),
+    "opens": ("", "", "<think>\n"),
+}  # fmt: skip
+
+_OF_VARIANTS = """
+{%- macro head(role) %}{{ HEAD }}{% endmacro %}
+{%- macro listed() %}{{ '<tools>' + (tools | tojson) + '</tools>' if tools else '' }}{% endmacro %}
+{%- set last = namespace(user=-1) %}
+{%- for m in messages %}{% if m.role == 'user' %}{% set last.user = loop.index0 %}{% endif %}{% endfor %}
+{%- if tools and TOOLS == 'system' %}{{- head('system') + listed() + END + TAIL }}{% endif %}
+{%- for m in messages %}
+    {%- if m.role == 'assistant' %}
+        {%- BEGIN_TURN %}
+        {{- head('assistant') }}
+        {%- BEGIN %}
+        {%- if m.reasoning_content and (THINKING == 'kept' or (THINKING == 'in the last turn' and loop.last)
+            or (THINKING == 'behind the last user' and loop.index0 > last.user)) %}
+            {{- '<think>\\n' + m.reasoning_content + '\\n</think>\\n\\n' }}
+        {%- endif %}
+        {{- m.content }}
+        {%- for call in m.tool_calls or [] %}{{- '<tool_call>' + (call.function | tojson) }}{% endfor %}
+        {%- FINISH_TEXT %}
+        {{- LAST_END if loop.last and not add_generation_prompt else END }}
+        {%- FINISH %}
+        {{- TAIL }}
+    {%- elif m.role == 'tool' and RESULTS == "user's turn" %}
+        {{- head('user') if messages[loop.index0 - 1].role != 'tool' else '' }}
+        {{- '<tool_response>' + m.content + '</tool_response>' }}
+        {{- END + TAIL if loop.last or messages[loop.index0 + 1].role != 'tool' else '' }}
+    {%- elif m.role == 'tool' %}
+        {{- head('tool') + (({'result': m.content} | tojson) if RESULTS == 'json' else m.content) + END + TAIL }}
+    {%- else %}
+        {{- head(m.role) + (listed() if TOOLS == 'last user' and loop.index0 == last.user else '') }}
+        {{- m.content + END + TAIL }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- head('assistant') + OPENS }}{% endif %}
+"""
+
+
+def variant(head: str, end: str, last_end: str, spans: str, **others: str) -> str:
+    """A chat template of these parts; see `VARIANTS`."""
+    last_end = end + last_end.removeprefix("and ") if last_end.startswith("and") else last_end or end
+    texts = {"LAST_END": last_end, "END": end, **{name.upper(): text for name, text in others.items()}}
+    template = _OF_VARIANTS.replace("HEAD", " + role + ".join(repr(text) for text in head.split("{role}")))
+    for name, text in texts.items():
+        template = re.sub(rf"\b{name}\b", lambda _, text=text: repr(text), template)
+    tags = {"BEGIN_TURN": spans == "turn", "BEGIN": spans in ("text", "end"), "FINISH_TEXT": spans == "text",
+            "FINISH": spans in ("turn", "end")}  # fmt: skip
+    for name, is_there in tags.items():
+        tag = "generation" if name.startswith("BEGIN") else "endgeneration"
+        template = template.replace("{%- " + name + " %}", "{%- " + tag + " %}" if is_there else "")
+    return template

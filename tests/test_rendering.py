@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 import trl
 from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
+from tests.templates import spaced_tokenizer
 from tests.tiny import CHATML, tiny_tokenizer
 from trl_nca.responses import ResponseTokenizer, tokenize_dataset
 
@@ -174,27 +173,6 @@ def test_private_use_characters_stay_what_they_are(template, text):
     if "<" not in text:
         plain = tokenizer(f"It is {text}.<|im_end|>", add_special_tokens=False)["input_ids"]
         assert row["response_ids"][0][: len(plain)] == plain
-
-
-def spaced_tokenizer(kind, template):
-    """A tokenizer that puts a space before text, in one of the ways of the SentencePiece family."""
-    bpe = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
-    if kind == "legacy":
-        bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-        strip = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-        bpe.decoder = decoders.Sequence(strip)
-    else:
-        bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind, split=True)
-        bpe.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme=kind)])
-    texts = ["the capital of France is Paris. What is the name of this city? ASSISTANT: USER: Paris Rome <think>"] * 9
-    special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=420, special_tokens=special, show_progress=False))
-    text_of_bytes = json.loads(bpe.to_str())
-    text_of_bytes["added_tokens"] = text_of_bytes["added_tokens"][:3]
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(text_of_bytes)), bos_token="<s>", eos_token="</s>",
-        chat_template=template,
-    )  # fmt: skip
 
 
 VICUNA = (

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 from trl_nca.answers import BreakRule, Start, Template, answer_start, write_answer
 from trl_nca.messages import Messages, RefusedRow, names_of_tools
-from trl_nca.rendering import common_tail
 from trl_nca.turns import Piece, Turn, check_spans, cut_by_spans, join_turns
 from trl_nca.written import lost_from_prompt
 
@@ -107,11 +106,14 @@ def _shared(first: Start, starts: Sequence[str]) -> str:
     """What all responses start from: the prompt, or less where the template writes it otherwise once turns follow."""
     if all(start.startswith(first.sampled_from) for start in starts):
         return first.sampled_from
-    common = os.path.commonprefix([first.sampled_from, *starts])
-    cut = common_tail(common, first.template.renderer.special_text)
+    # Tokens before a special token do not depend on it: there texts may be cut.
+    special = first.template.renderer.special_text
+    common = len(os.path.commonprefix(starts))
+    ends = [match.start() for match in special.finditer(starts[0]) if match.start() <= common]
+    cut = max((end for end in ends if all(special.match(start, end) for start in starts)), default=0)
     if cut == 0:
         raise RefusedRow("turns_not_found", "the chat template writes the prompt otherwise once turns follow")
-    return common[:cut]
+    return starts[0][:cut]
 
 
 def _cut(first: Start, turns: Messages, name: str, score_tokens: str, break_rule: BreakRule) -> _Cut:
