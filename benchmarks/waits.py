@@ -35,6 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
     "NCA": {},
     "NCA in chunks": {"max_tokens_per_forward": 40, "gradient_checkpointing": True},
     "InfoNCA in chunks": {"loss_type": "InfoNCA", "max_tokens_per_forward": 40},
+    "NCA in pieces": {"max_tokens_per_forward": 12},
     "DPO": {"loss_type": "DPO"},
     "NCA, padded rows in chunks": {"shared_prompt": "false", "max_tokens_per_forward": 40},
     "DPO, padded rows": {"shared_prompt": "false", "loss_type": "DPO"},

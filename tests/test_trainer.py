@@ -85,14 +85,14 @@ def test_chunked_equals_whole(tmp_path, loss_type, lora):
     whole = curve(loss_type, lora)
     in_twos = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     assert_same_curve(whole, run(tmp_path, rows, max_tokens_per_forward=40, **settings))
-    assert_same_curve(whole, run(tmp_path, rows, max_tokens_per_forward=25, **settings, **in_twos))
+    assert_same_curve(whole, run(tmp_path, rows, max_tokens_per_forward=12, **settings, **in_twos))  # in pieces too
     assert_same_curve(whole, run(tmp_path, rows, max_tokens_per_forward=40, shared_prompt="false", **settings))
 
 
-def test_evaluation_in_chunks_is_the_same(tmp_path):
+def test_evaluation_in_chunks_and_pieces_is_the_same(tmp_path):
     settings = {"eval_rows": reward_rows(5), "max_steps": 1}
     whole = make_trainer(tmp_path, reward_rows(4), **settings).evaluate()
-    chunked = make_trainer(tmp_path, reward_rows(4), max_tokens_per_forward=25, **settings).evaluate()
+    chunked = make_trainer(tmp_path, reward_rows(4), max_tokens_per_forward=12, **settings).evaluate()
     assert chunked["eval_loss"] == pytest.approx(whole["eval_loss"], abs=1e-6)
     assert chunked["eval_logps/chosen"] == pytest.approx(whole["eval_logps/chosen"], abs=1e-3)
 
