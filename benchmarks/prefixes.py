@@ -1,51 +1,53 @@
-"""What responses that share their beginnings would save: tokens of a forward now, and with a tree over each group.
+"""What responses that share their beginnings save: tokens of a forward in two levels, in a tree, and in the layout.
 
     python -m benchmarks.prefixes data/*.jsonl       rows of a form that docs/data.md names, the embedded model's tokens
     python -m benchmarks.prefixes --shapes           groups drawn from trees of turns, not from data
 
-Now a group runs its prompt once and each response whole. In a tree every beginning that two responses share is run once
-too, so that it runs as many tokens as a trie over the responses has nodes. The last token of the prompt, which each
-response begins with, is counted apart: two levels could run it once as well.
+In two levels a group runs its prompt once and each response whole, from the prompt's last token to its own last but
+one. A tree runs each beginning that two of these share once: as many tokens as a trie over them has nodes. The layout
+lets a response go on from one before it, where they share 8 tokens or more (`trl_nca.collate.find_branches`).
 """
 
 import argparse
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from trl_nca.collate import find_branches
 
 MODEL = "models/SmolLM2-135M-Instruct"
 
 
 class Tokens(NamedTuple):
-    """Tokens of forwards: now, those that a tree would leave out, and the repeats of the prompt's last token."""
+    """Tokens of forwards in two levels, and those of them that a tree would leave out, and that the layout does."""
 
-    now: int
-    shared: int
-    repeats: int
-
-    def share(self) -> float:
-        """Share of the tokens that a tree would leave out."""
-        return self.shared / self.now
+    responses: int
+    two_levels: int
+    of_tree: int
+    of_layout: int
 
 
-def trie_nodes(responses: Iterable[Sequence[Any]]) -> int:
-    """Nodes of the trie over the responses: their different beginnings, none of them empty.
+def trie_nodes(sequences: Iterable[Sequence[Hashable]]) -> int:
+    """Nodes of the trie over the sequences: their different beginnings, none of them empty.
 
     >>> trie_nodes([[1, 2, 3], [1, 2, 4], [5]])
     5
     """
-    nodes, previous = 0, ()
-    for response in sorted(tuple(r) for r in responses):  # of all, a neighbour shares the longest beginning
-        common = next((i for i, (a, b) in enumerate(zip(previous, response, strict=False)) if a != b), None)
-        nodes += len(response) - (min(len(previous), len(response)) if common is None else common)
-        previous = response
+    nodes = 0
+    ordered = sorted(map(tuple, sequences))  # of all others, a neighbour shares the longest beginning
+    for previous, sequence in zip([(), *ordered], ordered, strict=False):
+        pairs = zip(previous, sequence, strict=False)
+        nodes += len(sequence) - sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
     return nodes
 
 
-def count_group(prompt: int, responses: Sequence[Sequence[Any]]) -> Tokens:
+def count_group(prompt: int, response_ids: Sequence[Sequence[Hashable]]) -> Tokens:
     """Counts the tokens of a group, of which `prompt` are the prompt's."""
-    all_of_them = sum(map(len, responses))
-    return Tokens(prompt - 1 + all_of_them, all_of_them - trie_nodes(responses), len(responses) - 1)
+    inputs = [("last", *ids[:-1]) for ids in response_ids]
+    all_of_them = sum(map(len, inputs))
+    saved = sum(branch[1] for branch in find_branches([*map(list, response_ids)]) if branch)
+    return Tokens(len(inputs), prompt - 1 + all_of_them, all_of_them - trie_nodes(inputs), saved)
 
 
 def total(groups: Iterable[Tokens]) -> Tokens:
@@ -106,16 +108,15 @@ def main() -> None:
     parser.add_argument("--shapes", action="store_true", help="count groups of trees: prompt 400 tokens, turn 200")
     options = parser.parse_args()
     template = options.chat_template.read_text() if options.chat_template else None
-    print("| rows | groups | responses a group | tokens now | a tree saves | and the prompt's last token |")
+    print("| rows | groups | responses a group | tokens in two levels | a tree saves | the layout saves |")
     print("|---|---|---|---|---|---|")
     counted = {path.name: file_groups(path, options.model, template) for path in options.files}
     counted |= {name: [draw_group(paths, 400, 200)] for name, paths in SHAPES.items() if options.shapes}
     for name, groups in counted.items():
         tokens = total(groups)
-        num_responses = tokens.repeats / len(groups) + 1
         print(
-            f"| {name} | {len(groups):,} | {num_responses:.1f} | {tokens.now:,} | {tokens.share():.1%} "
-            f"| {tokens.repeats / tokens.now:.1%} |"
+            f"| {name} | {len(groups):,} | {tokens.responses / len(groups):.1f} | {tokens.two_levels:,} "
+            f"| {tokens.of_tree / tokens.two_levels:.1%} | {tokens.of_layout / tokens.two_levels:.1%} |"
         )
 
 

@@ -75,8 +75,10 @@ def test_shared_beginnings_are_counted():
         responses = [rng.choices("ab", k=rng.randint(1, 6)) for _ in range(rng.randint(1, 6))]
         beginnings = {tuple(r[:stop]) for r in responses for stop in range(1, len(r) + 1)}
         assert trie_nodes(responses) == len(beginnings)
-    assert count_group(5, [[1, 2, 3], [1, 2], [4]]) == (4 + 6, 2, 2)
-    assert draw_group(search_tree(2, 2), 1, 10) == (80, 20, 3)  # two first turns of four are the same
+    # Run are (last, 1, 2), (last, 1) and (last): all of the second and third stand in the first.
+    assert count_group(5, [[1, 2, 3], [1, 2], [4]]) == (3, 4 + 6, 3, 0)
+    # Of four paths of two turns, two and two have the first turn in common; all have the prompt's last token.
+    assert draw_group(search_tree(2, 2), 1, 10) == (4, 80, 23, 22)
 
 
 @pytest.mark.parametrize("cached", [False, True])
