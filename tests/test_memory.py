@@ -66,6 +66,7 @@ def spec_of(name="mistralai--Mistral-7B-v0.1", **changes):
         ("meta-llama--Llama-2-70b-hf", 68.977),
         ("meta-llama--Llama-3.1-70B", 70.554),
         ("meta-llama--Llama-3.1-8B", 8.030),
+        ("Qwen--Qwen2.5-7B-Instruct", 7.6156),
         ("HuggingFaceTB--SmolLM2-135M-Instruct", 0.134515),
     ],
 )
@@ -339,7 +340,7 @@ def test_every_recipe_plans_on_any_number_of_processes(recipe, num_processes, mo
 FITS = {
     "reward_qlora": ("ddp", 8, 24), "reward_lora": ("ddp", 8, 40),
     "reward_full": ("zero3", 8, 80), "preference_eurus": ("zero3", 8, 80), "reward_mixtral": ("fsdp2", 8, 80),
-    "reward_70b": ("fsdp2", 16, 80),
+    "reward_70b": ("fsdp2", 16, 80), "reward_trajectories": ("ddp", 8, 80),
 }  # fmt: skip
 
 
