@@ -37,9 +37,14 @@ setup: $(VENV)/.installed $(MODEL)/config.json  ## The environment, and the mode
 deepspeed: setup  ## The extra that ZeRO launches need; without it their tests are skipped.
 	DS_BUILD_OPS=0 $(VENV)/bin/pip install --quiet --no-build-isolation deepspeed==0.19.8
 
-data: $(WORK)/scored_train.jsonl $(WORK)/scored_eval.jsonl  ## Make the embedded reward data again; resumes after a kill.
+data: $(addprefix $(WORK)/,scored_train.jsonl scored_eval.jsonl calculator_train.jsonl calculator_eval.jsonl)  ## Make the embedded reward data again; resumes after a kill.
 	$(SCRIPTS)/convert.py $(WORK)/scored_train.jsonl --to list --min_responses 4 --overwrite=true --output data/checkable_train.jsonl
 	$(SCRIPTS)/convert.py $(WORK)/scored_eval.jsonl --to list --min_responses 4 --overwrite=true --output data/checkable_eval.jsonl
+	cp $(WORK)/calculator_train.jsonl $(WORK)/calculator_eval.jsonl data/
+
+$(WORK)/calculator_%.jsonl: data/make_trajectories.py data/calculator.py data/calculator.jinja | setup
+	mkdir -p $(WORK)
+	$(RUN) data/make_trajectories.py $* $@
 
 $(WORK)/scored_%.jsonl: $(WORK)/responses_%.jsonl data/checkable.py
 	$(SCRIPTS)/score.py $< --reward_function data/checkable.py:checkable_score --digits 4 --output $@ --overwrite
