@@ -7,6 +7,7 @@ import torch
 from transformers import LlamaForCausalLM
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
+from alignment.plan.timeline import Timeline
 from tests.engine import FAMILIES, losses_of, make, make_model, step
 from tests.tiny import rows_of, tiny_config
 from trl_nca.chunks import logps_for_training, logps_without_gradient, split_batch
@@ -170,6 +171,31 @@ def test_tokens_are_counted_once_and_forwards_by_their_share(training):
         logps_without_gradient(run, split_batch(batch, 9, cutting=ANY))
     torch.testing.assert_close(tokens.metrics, expected.metrics, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(router.metrics["aux_loss"], torch.ones(2))
+
+
+def peak(length, cutting, checkpointing):
+    """Most bytes held in a step of forwards of 40 tokens, weights left out, of a response of so many tokens."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(tiny_config(num_hidden_layers=8, max_position_embeddings=1000)).train()
+    prepare([model])
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    batch = GroupCollator()(rows_of([(10, (length - 9, 3))]))
+    with Timeline([*model.parameters(), *model.buffers()], 320) as timeline:
+        step(model, batch, "NCA", 40, cutting=cutting)
+    return sum(timeline.peak(0, timeline.now).values())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_memory_grows_by_keys_and_values_alone(checkpointing):
+    """Of all layers, and their gradients; attention works on those of one layer at a time, for all heads."""
+    config = tiny_config()
+    of_a_layer = 2 * config.num_key_value_heads * config.head_dim * (4 + 4) * 300
+    whole, in_pieces = (
+        peak(400, cutting, checkpointing) - peak(100, cutting, checkpointing) for cutting in (WHOLE, ANY)
+    )
+    assert 8 * of_a_layer < in_pieces < 11 * of_a_layer
+    assert whole > (1.3 if checkpointing else 5) * in_pieces
 
 
 def test_what_cannot_be_cut_runs_whole_and_says_why():

@@ -4,8 +4,10 @@ import pytest
 from transformers import AutoConfig, LlamaConfig
 
 from alignment.configs import parse_configs
+from alignment.errors import UserError
 from alignment.models import SHIPPED_CONFIGS
 from alignment.plan import estimate, layouts
+from alignment.plan.compatibility import check_layout
 from alignment.plan.describe import describe
 from alignment.plan.estimate import MemoryEstimator
 from alignment.plan.show import _memory
@@ -92,3 +94,18 @@ def test_a_budget_below_the_longest_response_is_named(no_tracing):
     assert fits["fits"] and not more["fits"]
     facts, _ = plan_of("zero2")
     assert facts["largest_max_tokens_per_forward"] is None
+
+
+@pytest.mark.parametrize("key", ["cp_size", "sp_size"])
+def test_sequences_that_are_sharded_over_processes_are_refused(key, no_tracing, monkeypatch):
+    """The plan says so, and what a process takes without."""
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv(f"PARALLELISM_CONFIG_{key.upper()}", "2")
+    facts, text = plan_of("ddp", "--max_tokens_per_forward=300")
+    assert not facts["fits"] and f"Refused: {key}: 2: it shards causal sequences, and a packed row is none" in text
+    assert facts["layouts"]["ddp"]["training_gb"] > 0 and "Note: The table is of whole sequences" in text
+    configs = parse_configs(FLAGS)
+    with pytest.raises(UserError, match=f"{key}: 2: .*; use max_tokens_per_forward"):
+        check_layout(configs.policy, configs.trainer)
+    monkeypatch.setenv(f"PARALLELISM_CONFIG_{key.upper()}", "1")
+    check_layout(configs.policy, configs.trainer)

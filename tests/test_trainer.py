@@ -6,6 +6,7 @@ import tempfile
 
 import pytest
 import torch
+from accelerate import ParallelismConfig
 from trl import DPOConfig, DPOTrainer
 
 from nca_trainer import NCAConfig, PairwiseNCATrainer
@@ -181,6 +182,7 @@ def test_tie_break_goes_to_the_first_response(tmp_path):
         ({"pad_to_multiple_of": 8}, "pad_to_multiple_of: 8 is not supported: .* packed without padding"),
         ({"truncation_mode": "keep_end"}, "truncation_mode: 'keep_end' is not supported: prompts lose their beginning"),
         ({"enable_jit_checkpoint": True}, "enable_jit_checkpoint: True is not supported: .* on SIGTERM by themselves"),
+        ({"parallelism_config": ParallelismConfig(cp_size=2)}, "parallelism_config: .* a packed row is none"),
         ({"report_to": ["comet_ml"]}, "report_to: comet_ml is not installed"),
     ],
 )

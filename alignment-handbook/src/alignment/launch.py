@@ -20,6 +20,14 @@ def launched_layout(num_processes: int) -> str:
     return "ddp" if num_processes > 1 else "single"
 
 
+def launched_sequence_parallelism() -> dict[str, int]:
+    """Over how many processes accelerate's launch shards each sequence, by `cp_size` and `sp_size`; those that do."""
+    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() != "true":
+        return {}
+    sizes = {name: int(os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}", "1")) for name in ("cp_size", "sp_size")}
+    return {name: size for name, size in sizes.items() if size > 1}
+
+
 def enable_cpu_sharding() -> None:
     """Enables FSDP and DeepSpeed sharding on CPU-only launches that ask for it. Changes no other launch.
 

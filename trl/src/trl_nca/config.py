@@ -92,8 +92,9 @@ class NCAConfig(LossConfig, DPOConfig):
         default=None,
         metadata={
             "help": "Most tokens that a forward runs, prompts and responses: a micro-batch of more is run and "
-            "back-propagated in chunks, with the same gradient. Bounds memory whatever K and "
-            "per_device_train_batch_size are; forwards of several thousand keep a GPU busy. None: no bound."
+            "back-propagated in chunks, with the same gradient; one response of more in pieces. Bounds memory "
+            "whatever K, per_device_train_batch_size and the lengths are, but for the keys and values of one response; "
+            "forwards of several thousand keep a GPU busy. None: no bound."
         },
     )
     ref_logps_dir: str | None = field(
@@ -152,6 +153,14 @@ class NCAConfig(LossConfig, DPOConfig):
         for key, (neutral, reason) in UNSUPPORTED.items():
             if getattr(self, key) not in (neutral, None):
                 raise ValueError(f"{key}: {getattr(self, key)!r} is not supported: {reason}; remove the key")
+        if (
+            self.parallelism_config is not None
+            and max(self.parallelism_config.cp_size, self.parallelism_config.sp_size) > 1
+        ):
+            raise ValueError(
+                "parallelism_config: cp_size and sp_size shard causal sequences, and a packed row is none; set them to "
+                "1, and max_tokens_per_forward, by which each process runs a long response in pieces"
+            )
         self.gradient_checkpointing = _true_false_or_auto("gradient_checkpointing", self.gradient_checkpointing)
         if self.report_to in (None, "false"):  # null, and no as YAML 1.1 reads it
             self.report_to = "none"

@@ -6,7 +6,7 @@ torch 2.13, bitsandbytes 0.50, accelerate 1.15, DeepSpeed 0.19.8.
 from transformers import TrainingArguments
 
 from alignment.errors import UserError
-from alignment.launch import launched_layout
+from alignment.launch import launched_layout, launched_sequence_parallelism
 from alignment.models import PolicyConfig
 from alignment.plan.layouts import BITSANDBYTES, optimizer_name
 
@@ -65,11 +65,27 @@ def incompatibilities(policy: PolicyConfig, args: TrainingArguments, layout: str
     return found
 
 
+def sharded_sequences() -> list[dict[str, str]]:
+    """Whether the launch shards each sequence over processes, as `incompatibilities` says it.
+
+    It is no layout: a plan shows what a whole sequence takes on each process.
+    """
+    # transformers' Trainer._prepare_context_parallel_inputs wants "sdpa" and a causal mask, and splits `input_ids` and
+    # `labels` of the batch; accelerate's UlyssesSPDataLoaderAdapter splits these too. A batch here has a layout.
+    reason = (
+        "it shards causal sequences, and a packed row is none, because responses do not see each other; nor is a "
+        "response's log-prob summed over processes"
+    )
+    fix = "max_tokens_per_forward, by which each process runs a long response in pieces, and a launch without it"
+    found = launched_sequence_parallelism()
+    return [{"what": f"{name}: {size}", "reason": reason, "fix": fix} for name, size in found.items()]
+
+
 def check_layout(policy: PolicyConfig, args: TrainingArguments) -> None:
     """Ends a run whose recipe its launch cannot do, before anything is loaded.
 
     Raises:
         UserError: Names the combination, the reason and the fix.
     """
-    for found in incompatibilities(policy, args, launched_layout(args.world_size)):
+    for found in sharded_sequences() + incompatibilities(policy, args, launched_layout(args.world_size)):
         raise UserError(f"{found['what']}: {found['reason']}; use {found['fix']}")

@@ -31,7 +31,7 @@ from alignment.models import load_config, load_tokenizer
 from alignment.plan import layouts
 from alignment.plan.check import check_model
 from alignment.plan.checkpointing import Checkpointing, choose, free_memory_gb
-from alignment.plan.compatibility import incompatibilities
+from alignment.plan.compatibility import incompatibilities, sharded_sequences
 from alignment.plan.describe import describe
 from alignment.plan.estimate import GroupLengths, MemoryEstimator, longest_rows
 from alignment.plan.hours import GPUS, Hours, gpu_here, named_gpu
@@ -161,6 +161,9 @@ def _memory(
         less = "--load_in_4bit=true" if policy.use_peft else "--use_peft=true (LoRA)"
         notes.append(f"No layout fits; {less} takes less")
     refused, chosen = incompatibilities(policy, args, layout), checkpointing(layout)
+    if shards := sharded_sequences():
+        refused += shards
+        notes.append("The table is of whole sequences on each process: none is planned that is sharded over several")
     moments = _moments(estimator, layout, num_processes)
     fullest, parts = max(moments.values(), key=lambda moment: moment[1]["total"])
     activations = {
