@@ -102,6 +102,33 @@ def test_older_scores_are_replaced_and_rounded(samples, functions, tmp_path):
     assert "score_parts" not in rows[0]
 
 
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": '{"a": 1}'}}]}
+TRAJECTORY = [CALL, {"role": "tool", "content": "1"}, {"role": "assistant", "content": "It is 1."}]
+
+
+def test_a_response_of_several_turns_is_the_list_of_its_messages(tmp_path):
+    (tmp_path / "rewards.py").write_text(
+        "def turns(prompts, completions, tools, **columns):\n"
+        "    assert all(named[0]['function']['name'] == 'add' for named in tools)\n"
+        "    return [len(c) + len(c[0].get('tool_calls', [])) for c in completions]\n"
+        "def called(completions, **columns):\n"
+        "    firsts = [c[0].get('tool_calls') for c in completions]\n"
+        "    return [calls[0]['function']['arguments']['a'] if calls else None for calls in firsts]\n"
+    )
+    row = {"prompt": "1?", "responses": [TRAJECTORY, "1", [{"role": "assistant", "content": "2"}]]}
+    path = write(tmp_path / "in.jsonl", [row | {"tools": [{"name": "add"}]}])
+    scorers = [Scorer.parse(f"{tmp_path}/rewards.py:{name}", False) for name in ("turns", "called")]
+    score_file(path, str(tmp_path / "out.jsonl"), scorers)
+    (scored,) = read(tmp_path / "out.jsonl")
+    assert scored["scores"] == [5.0, 1.0, 1.0]
+    assert scored["responses"][0][2] == TRAJECTORY[2]
+    assert scored["responses"][1:] == ["1", "2"]
+    for bad in ([{"role": "user", "content": "1?"}, *TRAJECTORY], [CALL | {"images": ["x"]}], 7, []):
+        path = write(tmp_path / "bad.jsonl", [row | {"responses": ["1", bad]}])
+        with pytest.raises(UserError, match="line 1: response 2 "):
+            score_file(path, str(tmp_path / "none.jsonl"), scorers[1:])
+
+
 def test_batches_are_whole_rows_the_longest_first():
     shapes = [(1, 2), (9, 3), (5, 1), (4, 9), (3, 0)]
     rows = [{"prompt": [{"content": "p"}], "responses": ["r" * length] * count} for length, count in shapes]
@@ -140,6 +167,21 @@ def test_a_reward_model_scores_batches_as_it_scores_one(samples, reward_model, t
         assert row["scores"] == pytest.approx(scores, abs=1e-5)
     flat = [score for scores in expected for score in scores]
     assert max(flat) - min(flat) > 0.1
+
+
+def test_a_reward_model_reads_all_turns_of_a_response(reward_model):
+    model, prompt = RewardModel(reward_model, 2), [{"role": "user", "content": "1?"}]
+    asked = [{"role": "assistant", "content": "Which?"}, *prompt, {"role": "assistant", "content": "It is 1."}]
+    last, whole = (
+        [{"prompt": prompt, "responses": ["It is 1."]}],
+        [{"prompt": [*prompt, *asked[:2]], "responses": ["It is 1."]}],
+    )
+    assert model([{"prompt": prompt, "responses": [asked, "It is 1."]}], ["line 1"]) == [
+        [pytest.approx(model(whole, ["x"])[0][0]), pytest.approx(model(last, ["x"])[0][0])]
+    ]
+    calls = [{**CALL, "content": ""}, *TRAJECTORY[1:]]
+    with pytest.raises(UserError, match="^line 1: the chat template of .* leaves out calls of a response"):
+        model([{"prompt": prompt, "responses": [calls]}], ["line 1"])
 
 
 def test_a_function_and_a_model_together(samples, functions, reward_model, tmp_path):

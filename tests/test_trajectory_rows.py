@@ -358,6 +358,24 @@ def test_in_long_form(tmp_path):
     assert counts["dropped_by_reason"] == {"prompts_differ": 1}
 
 
+def test_a_row_that_contradicts_itself_says_nothing_of_the_form_of_others(tmp_path):
+    twice = answered("Cold.", prompt={"messages": [ASKED], "tools": [TOOL]}, tools=[SCHEMA])
+    counts, kept = loaded(tmp_path, [twice, ROW])
+    assert (counts["dropped_by_reason"], len(kept)) == ({"prompts_differ": 1}, 1)
+
+
+def test_what_is_nested_too_deep_is_dropped(tmp_path):
+    deepest = [answered("Cold.", tools=deep(levels)) for levels in (60, 300, 900)]
+    lines = [
+        answered([asks({"name": "f", "arguments": deep(900)})]),
+        answered([{"role": "assistant", "content": deep(900)}]),
+    ]
+    counts, kept = loaded(tmp_path, [*deepest, *lines, ROW])
+    assert len(kept) == 1
+    assert counts["rows_in"] == counts["rows_dropped"] + 1 == 6
+    assert counts["dropped_by_reason"].keys() <= {"bad_tools", "bad_messages", "not_json"}
+
+
 def loaded(folder, rows, name="rows.jsonl", **settings):
     path = write_jsonl(folder / name, rows)
     found = load_source(path, config=RowConfig(**settings))

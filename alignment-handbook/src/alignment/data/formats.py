@@ -50,20 +50,19 @@ def as_record(row: Row, score: str = "overall") -> Row | None:
     Raises:
         BadRow: It is of this form, and has what cannot be read.
     """
-    row = _opened(row)
-    fields = Fields(row)
-    if not any(name in row for name in ("prompt_id", *PROMPTS, *_CONVERSATIONS)):
-        return None
     response = next((name for name in ("response", "completion") if name in row), None)
     rated = next((name for name in ("score", "reward", "rating") if name in row), None)
-    if response and rated:
-        value = fields.take(rated)
-    elif response and ultrafeedback.has_aspects(row):
-        value = ultrafeedback.score_of_aspects({name: fields.take(name) for name in ultrafeedback.HELPSTEER}, score)
-    elif "completion" in row and "label" in row:
-        response, value = "completion", _label(fields.take("label"))
-    else:
+    is_rated = rated or ultrafeedback.has_aspects(row) or ("completion" in row and "label" in row)
+    if not response or not is_rated or not any(name in row for name in ("prompt_id", *PROMPTS, *_CONVERSATIONS)):
         return None
+    row = _opened(row)
+    fields = Fields(row)
+    if rated:
+        value = fields.take(rated)
+    elif ultrafeedback.has_aspects(row):
+        value = ultrafeedback.score_of_aspects({name: fields.take(name) for name in ultrafeedback.HELPSTEER}, score)
+    else:
+        response, value = "completion", _label(fields.take("label"))
     refuse(row, _UNREAD_COLUMNS, "it has the column")
     record = {
         "id": fields.take("prompt_id"),

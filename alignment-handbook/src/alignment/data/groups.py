@@ -151,6 +151,8 @@ class GroupReader:
             group = to_group(row, self.pairs, self.unscored_pairs, make_pairs, self.config.score)
         except BadRow as bad:
             raise self.cleaner.error(bad.reason, bad.detail) from None
+        except RecursionError:
+            raise self.cleaner.error("not_json", "nested too deep") from None
         if self.config.drop_sources:
             group.noted = [note for note in group.noted if note != "column source"]
         margin = 0.0 if group.ranked else self.config.tie_margin

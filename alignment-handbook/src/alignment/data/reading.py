@@ -111,6 +111,8 @@ def _has_records(pieces: list[Piece], how: dict[str, Any]) -> bool:
                     return as_record(rename(unwrap(row), how["columns"])[0], how["score"]) is not None
                 except BadRow:
                     return True
+                except RecursionError:
+                    continue
     return False
 
 

@@ -9,6 +9,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from alignment.data.row import Response, Row, as_turns
 from alignment.errors import UserError
 from alignment.input_limits import check_input, input_limits
+from trl_nca.written import lost_part
 
 
 class RewardModel:
@@ -57,7 +58,8 @@ class RewardModel:
             places: Locations of the rows, for errors.
 
         Raises:
-            UserError: The chat template refuses a row, a row is more than the model can read, or a score is not finite.
+            UserError: The chat template refuses a row or leaves out a part of a response, a row is more than the model
+                can read, or a score is not finite.
         """
         placed = list(zip(rows, locations, strict=True))
         ids = [self._encode(row, response, location) for row, location in placed for response in row["responses"]]
@@ -75,8 +77,14 @@ class RewardModel:
         options = {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
         try:
             ids = self.tokenizer.apply_chat_template(messages, return_dict=True, **options)["input_ids"]
-        except TemplateError as error:
+        except (TemplateError, LookupError, TypeError, ValueError) as error:
             raise UserError(f"{location}: the chat template of {self.name} refuses the row: {error}") from error
+        if isinstance(response, list):
+            rendering = self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+            # Earlier reasoning is not always to be read.
+            lost = [lost_part(rendering, {**turn, "reasoning_content": ""}) for turn in response]
+            for part in filter(None, lost):
+                raise UserError(f"{location}: the chat template of {self.name} leaves out {part} of a response")
         fix = "leave the row out, or take a reward model that reads more"
         check_input(self.limits, ids, 0, f"{location}, for {self.name}", fix)
         return ids
