@@ -156,6 +156,7 @@ def test_spellings_of_results(turns, expected):
         {"prompt": {"messages": [ASKED], "functions": [SCHEMA]}, "tools": None},
         {"prompt": {"messages": [ASKED], "tools": [TOOL]}, "tools": [TOOL]},
         {"prompt": None, "messages": [ASKED], "tools": [TOOL]},
+        {"prompt": None, "input": {"messages": [ASKED], "tools": [TOOL]}},
     ],
 )
 def test_tools_of_a_row(columns):
@@ -341,6 +342,54 @@ def test_the_documented_row():
     made = group_of(json.loads(page.partition("```json\n")[2].partition("```")[0]))
     assert made.responses == [[asks(), result(), *said("It is 4 degrees.")], "Warm, I think."]
     assert (made.tools, made.noted, made.fixed) == ([TOOL], [], [])
+
+
+@pytest.mark.parametrize(
+    ("row", "settings"),
+    [
+        # OpenAI's preferences.
+        (
+            {"input": {"messages": [ASKED, asks(), result()], "tools": [TOOL], "parallel_tool_calls": True},
+             "preferred_output": said("4."), "non_preferred_output": said("9.")},
+            {"columns": {"prompt": "input", "chosen": "preferred_output", "rejected": "non_preferred_output"}},
+        ),
+        # LLaMA-Factory's with tools.
+        (
+            {"conversations": [
+                {"from": "human", "value": "Weather in Oslo?"},
+                {"from": "function_call", "value": '{"name": "weather", "arguments": {"town": "Oslo"}}'},
+                {"from": "observation", "value": "4"}],
+             "tools": json.dumps([SCHEMA]), "chosen": {"from": "gpt", "value": "4."},
+             "rejected": {"from": "gpt", "value": "9."}},
+            {},
+        ),
+        # The prompt inside, calls as OpenAI writes them, ids and all.
+        (
+            {"chosen": [ASKED, asks(), result(), *said("4.")], "rejected": [ASKED, asks(), result(), *said("9.")],
+             "functions": json.dumps([SCHEMA])},
+            {},
+        ),
+    ],
+    ids=["openai", "llama-factory", "inside"],
+)  # fmt: skip
+def test_pairs_as_others_write_them(tmp_path, row, settings):
+    path = write_jsonl(tmp_path / "rows.jsonl", [row])
+    (kept,) = load_groups(DataConfig(train_file=path, **settings), pairs=True)[0]["train"]
+    assert [turn["role"] for turn in kept["prompt"]] == ["user", "assistant", "tool"]
+    assert kept["prompt"][1]["tool_calls"][0]["function"] == call()["function"]
+    assert (kept["responses"], json.loads(kept["tools"])) == (["4.", "9."], [TOOL])
+
+
+def test_calls_in_the_text_of_hermes_stay_text():
+    turns = [
+        {"from": "system", "value": "<tools>[]</tools>"},
+        {"from": "human", "value": "Weather in Oslo?"},
+        {"from": "gpt", "value": '<tool_call>\n{"name": "weather"}\n</tool_call>'},
+        {"from": "tool", "value": "<tool_response>\n4\n</tool_response>"},
+    ]
+    made = group_of({"conversations": turns, "responses": ["4.", "9."], "scores": [1, 0]})
+    assert [turn["content"] for turn in made.prompt] == [turn["value"] for turn in turns]
+    assert all(turn.keys() == {"role", "content"} for turn in made.prompt)
 
 
 def test_in_long_form(tmp_path):

@@ -134,7 +134,8 @@ def read_prompt(row: Row) -> Row:
 
 def _opened(row: Row) -> Row:
     """A row whose prompt is an object with `messages` and, beside them, `tools`: these become columns."""
-    prompt = row.get("prompt")
+    column = next((name for name in PROMPTS if not is_empty(row.get(name))), "prompt")
+    prompt = row.get(column)
     name = next((n for n in _CONVERSATIONS if prompt.get(n) is not None), None) if isinstance(prompt, dict) else None
     if name is None or first(prompt, ROLE_KEYS) is not None:
         return row
@@ -143,7 +144,7 @@ def _opened(row: Row) -> Row:
         if key in (*_TOOLS, _TEMPLATE_KWARGS, *_SYSTEMS) and not is_empty(row.get(key)) and row[key] != inside[key]:
             raise BadRow("prompts_differ", f"the row has two of {key}, one of them inside the prompt")
     beside = {key: value for key, value in row.items() if not is_empty(value) or key not in inside}
-    return {**inside, **beside, "prompt": prompt[name]}
+    return {**inside, **beside, column: prompt[name]}
 
 
 def _options(fields: Fields) -> Row:
