@@ -25,7 +25,7 @@ from tests.templates import (
     variant,
 )
 from tests.tiny import CHATML, tiny_tokenizer
-from trl_nca.rendering import RefusedRow, clean_message
+from trl_nca.messages import RefusedRow, clean_message, clean_messages, read_tools
 from trl_nca.responses import ResponseTokenizer, tokenize_dataset
 
 PROMPT = [user("What is 17 times 23?")]
@@ -248,14 +248,17 @@ def test_a_row_out_of_a_table_renders_as_one_of_a_file():
 def test_what_says_nothing_is_cleaned_away():
     message = {"role": "assistant", "content": None, "tool_calls": [], "reasoning_content": "", "name": None}
     assert clean_message(message) == {"role": "assistant", "content": ""}
-    call = {"id": None, "type": "function", "function": {"name": "f", "arguments": {"a": None, "b": "", "c": [None]}}}
-    cleaned = clean_message({"role": "assistant", "tool_calls": [call]})["tool_calls"][0]
-    assert cleaned == {"type": "function", "function": {"name": "f", "arguments": {"b": "", "c": [None]}}}
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": None, "b": "", "c": [None]}}}
+    asks = {"role": "assistant", "content": None, "tool_calls": [call]}
+    (kept,), (filled, _) = clean_messages([[asks]]), clean_messages([[asks], [message]])
+    assert kept[0]["tool_calls"] == [call], "nothing else is null: it was meant"
+    arguments = filled[0]["tool_calls"][0]["function"]["arguments"]
+    assert arguments == {"b": "", "c": [None]}, "a table fills all messages up"
     call["function"]["arguments"] = "no JSON"
-    assert (
-        clean_message({"role": "assistant", "tool_calls": [call]})["tool_calls"][0]["function"]["arguments"]
-        == "no JSON"
-    )
+    assert clean_message(asks)["tool_calls"] == [call]
+    optional = {"name": "f", "parameters": {"properties": {"a": {"type": "string", "default": None}}}}
+    assert read_tools([optional]) == read_tools(json.dumps([optional])) == [optional]
+    assert read_tools([optional | {"strict": None}])[0]["parameters"]["properties"]["a"] == {"type": "string"}
 
 
 NO_RESULTS = QWEN3.replace("m.content + '\\n</tool_response>'", "'\\n</tool_response>'")

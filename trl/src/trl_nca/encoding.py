@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from trl_nca.answers import Template
 from trl_nca.fitting import Encoded
-from trl_nca.messages import Messages, RefusedRow, clean_message, map_texts, read_template_kwargs, read_tools, text_of
+from trl_nca.messages import Messages, RefusedRow, clean_messages, map_texts, read_template_kwargs, read_tools, text_of
 from trl_nca.rendering import Renderer, StandIns, common_tail
 from trl_nca.splitting import split_rendering, writes_tools
 from trl_nca.turns import Piece
@@ -58,7 +58,7 @@ class RowEncoder:
 
     def encode_prompt(self, messages: Messages, tools: Any = None, kwargs: Any = None) -> list[int]:
         """See `trl_nca.responses.ResponseTokenizer.encode_prompt`."""
-        messages, tools = [clean_message(message) for message in messages], read_tools(tools)
+        (messages,), tools = clean_messages([messages]), read_tools(tools)
         stand_ins = self.renderer.stand_ins(messages, tools)
         if self.tokenizer.chat_template is None and len(messages) == 1 and not tools:
             return self._encode_text(stand_ins.protect(messages[0]["content"]), stand_ins)
@@ -81,7 +81,7 @@ class RowEncoder:
         tools: list[dict[str, Any]] | None,
         kwargs: dict[str, Any],
     ) -> Encoded:
-        row = [[clean_message(message) for message in messages] for messages in (prompt, *responses)]
+        row = clean_messages([prompt, *responses])
         stand_ins = self.renderer.stand_ins(row, tools)
         prompt, *responses = map_texts(stand_ins.protect, row)
         template = self._template(tools, kwargs, stand_ins)
@@ -176,7 +176,7 @@ def _text_alone(response: str | Messages) -> str:
     """
     if isinstance(response, str):
         return response
-    messages = [clean_message(message) for message in response]
+    (messages,) = clean_messages([response])
     if len(messages) != 1 or {*messages[0]} != {"role", "content"} or messages[0]["role"] != "assistant":
         detail = "the prompt is text or the tokenizer has no chat template, and a response is more than text"
         raise RefusedRow("template_refused", f"{detail}; set chat_template, and give the prompt as messages")

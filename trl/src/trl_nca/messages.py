@@ -1,7 +1,7 @@
 """Messages, tools and template arguments of a row, as chat templates expect them.
 
-Arrow gives all messages of a column the same keys, most of them None, and some data have a call's arguments as JSON
-text. Templates print both as they are.
+Arrow gives all messages of a column the same keys, most of them null, and some data have a call's arguments as JSON
+text. Templates print both as they are. A null in arguments may also be meant: where nothing else is null, it is.
 """
 
 import inspect
@@ -29,11 +29,18 @@ class RefusedRow(Exception):
         self.detail = detail
 
 
-def clean_message(message: Mapping[str, Any]) -> dict[str, Any]:
+def clean_messages(conversations: Sequence[Sequence[Mapping[str, Any]]]) -> list[Messages]:
+    """The conversations of a row, each message as by `clean_message`."""
+    is_filled = any(_is_filled(message) for messages in conversations for message in messages)
+    return [[clean_message(message, is_filled) for message in messages] for messages in conversations]
+
+
+def clean_message(message: Mapping[str, Any], is_filled: bool = True) -> dict[str, Any]:
     """A message without keys that say nothing, and with the arguments of its calls as dicts.
 
     Args:
-        message: As a row has it. In arguments that are JSON text null is a value; elsewhere it is what Arrow fills in.
+        message: As a row has it.
+        is_filled: Whether Arrow filled the row up, so that null in arguments is no value. It is one in JSON text.
 
     Returns:
         Another message. Its `content` is always there.
@@ -46,7 +53,8 @@ def clean_message(message: Mapping[str, Any]) -> dict[str, Any]:
         >>> sorted(cleaned)
         ['content', 'role', 'tool_calls']
     """
-    said = {key: value for key, value in _without_none(message).items() if value not in ("", [], {})}
+    kept = () if is_filled else ("arguments",)
+    said = {key: value for key, value in _without_none(message, kept).items() if value not in ("", [], {})}
     cleaned = {"role": said.pop("role", ""), "content": said.pop("content", ""), **said}
     if "tool_calls" in cleaned:
         cleaned["tool_calls"] = [_clean_call(call) for call in cleaned["tool_calls"]]
@@ -63,17 +71,27 @@ def _clean_call(call: dict[str, Any]) -> dict[str, Any]:
     return {**call, "arguments": arguments}
 
 
-def _without_none(value: Any) -> Any:
-    """A value without keys of dicts that are None, at any depth."""
+def _is_filled(value: Any) -> bool:
+    """Whether a value has a null where data that no table filled up have none: nowhere but in these."""
     if isinstance(value, Mapping):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
-    return [_without_none(item) for item in value] if isinstance(value, list | tuple) else value
+        nullable = ("content", "default", "arguments")
+        nulls = [key for key, item in value.items() if item is None and key not in nullable]
+        return bool(nulls) or any(_is_filled(item) for key, item in value.items() if key != "arguments")
+    return isinstance(value, list | tuple) and any(map(_is_filled, value))
+
+
+def _without_none(value: Any, kept: Sequence[str] = ()) -> Any:
+    """A value without keys of dicts that are None, at any depth but under those that are kept as they are."""
+    if isinstance(value, Mapping):
+        given = {key: item for key, item in value.items() if item is not None}
+        return {key: item if key in kept else _without_none(item, kept) for key, item in given.items()}
+    return [_without_none(item, kept) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _read_json(value: Any) -> Any:
-    """What JSON text says; None for text that is none, and all else as it is, without None in it."""
+    """What JSON text says, None for text that is none; all else without what a table filled up."""
     if not isinstance(value, str):
-        return _without_none(value)
+        return _without_none(value) if _is_filled(value) else value
     try:
         return json.loads(value)
     except ValueError:

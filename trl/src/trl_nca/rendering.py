@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from trl_nca.messages import Messages, RefusedRow, texts_in
-from trl_nca.messages import clean_message as clean_message  # which readers of rows take from here
 
 #: Planes 15 and 16: characters that have no meaning of their own, of which those that a row lacks can stand for others.
 _PRIVATE_USE = range(0xF0000, 0x10FFFE)
