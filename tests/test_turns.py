@@ -386,3 +386,34 @@ def test_no_space_and_no_other_context_with_tokenizers_that_put_spaces():
         tokenize_row, row = tokenize(spaced_tokenizer(kind, vicuna), with_other(turns))
         assert row["dropped"] == "", row["detail"]
         check_as_sampled(tokenize_row, row, 0, turns)
+
+
+JOINS_ARGUMENTS = QWEN3.replace("(call.function.arguments | tojson) + '}", "call.function.arguments + '}")
+PRINTS_ARGUMENTS = QWEN3.replace("{{- (call.function.arguments | tojson) + '}", "{{- call.function.arguments }}{{ '}")
+READS_PARTS = (
+    "{% for m in messages %}{{ m.role + ': ' }}{% for part in m.content %}{{ part.text }}{% endfor %}"
+    "{{ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+NEEDS_TOOLS = "{% if not tools %}{{ raise_exception('no tools') }}{% endif %}" + QWEN3
+
+
+@pytest.mark.parametrize("template", [JOINS_ARGUMENTS, PRINTS_ARGUMENTS, NEEDS_TOOLS])
+def test_arguments_are_json_also_where_a_template_expects_them_as_text(template):
+    assert template.removeprefix(NEEDS_TOOLS.removesuffix(QWEN3)) != QWEN3 or template == NEEDS_TOOLS
+    responses = with_other(TRAJECTORIES["call, user, call"])
+    tokenize_row, row = tokenize(template, responses, TOOLS)
+    check_as_sampled(tokenize_row, row, 0, responses[0], TOOLS)
+    _, expected = tokenize(QWEN3, responses, TOOLS)
+    assert row == expected
+
+
+def test_contents_that_are_parts_are_read_where_the_template_reads_them():
+    part = lambda role, text: {"role": role, "content": [{"type": "text", "text": text}]}  # noqa: E731
+    turns = [part("assistant", "Which one?"), part("user", "The first."), part("assistant", "It is <|im_end|>391.")]
+    prompt = [part("user", "What is 17 times 23?")]
+    tokenize_row, row = tokenize(READS_PARTS, [turns, [part("assistant", "No idea.")]], prompt=prompt)
+    assert row["dropped"] == "", row["detail"]
+    assert counted_texts(tokenize_row.tokenizer, row) == ["Which one?<|im_end|>", "It is <|im_end|>391.<|im_end|>"]
+    assert row["response_ids"][0].count(tokenize_row.tokenizer.eos_token_id) == 3
+    _, row = tokenize(QWEN3, [turns, "No idea."], prompt=prompt)
+    assert row["dropped"] != ""

@@ -11,7 +11,15 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from trl_nca.messages import CLOSED, Messages, RefusedRow, reasoning_of, text_of
+from trl_nca.messages import (
+    CLOSED,
+    Messages,
+    RefusedRow,
+    calls_of,
+    reasoning_of,
+    text_of,
+    with_arguments_as_text,
+)
 from trl_nca.rendering import Renderer, Spans
 from trl_nca.written import lost_part
 
@@ -34,14 +42,38 @@ class Template:
 
     def __init__(self, renderer: Renderer, tools: list[dict[str, Any]] | None, kwargs: dict[str, Any], mark: str):
         self.renderer, self.tools, self.kwargs, self.mark = renderer, tools, kwargs, mark
+        self._joins_arguments: bool | None = None
 
     def render(self, messages: Messages, add_generation_prompt: bool = False) -> str:
         """See `Renderer.render`."""
-        return self.renderer.render(messages, add_generation_prompt, tools=self.tools, **self.kwargs)
+        return self.renderer.render(self._readable(messages), add_generation_prompt, tools=self.tools, **self.kwargs)
 
     def generated(self, messages: Messages) -> Spans | None:
         """See `Renderer.generated`."""
-        return self.renderer.generated(messages, self.tools, **self.kwargs)
+        return self.renderer.generated(self._readable(messages), self.tools, **self.kwargs)
+
+    def _readable(self, messages: Messages) -> Messages:
+        """The messages, with arguments of calls as JSON text for a template that prints them as they are."""
+        if not any("tool_calls" in message for message in messages):
+            return messages
+        as_text = [with_arguments_as_text(message) for message in messages]
+        if self._joins_arguments is None:
+            self._joins_arguments = self._prints_dicts(messages, as_text)
+        return as_text if self._joins_arguments else messages
+
+    def _prints_dicts(self, messages: Messages, as_text: Messages) -> bool:
+        """Whether a template writes arguments that are a dict as Python does, or fails on them, and not on JSON."""
+        try:
+            written = self.renderer.render(messages, tools=self.tools, **self.kwargs)
+        except RefusedRow:
+            written = None
+        arguments = [call.get("arguments") for message in messages for call in calls_of(message)]
+        if written is not None and not any(a and isinstance(a, dict) and str(a) in written for a in arguments):
+            return False
+        try:
+            return bool(self.renderer.render(as_text, tools=self.tools, **self.kwargs))
+        except RefusedRow:
+            return False
 
     @property
     def knows_thinking(self) -> bool:
@@ -126,7 +158,7 @@ def _is_verbatim(start: Start, message: dict[str, Any], rendering: str) -> bool:
 def _lost(start: Start, message: dict[str, Any], rendering: str) -> str | None:
     """What a rendering lacks of an answer: see `lost_part`; or "added" for thinking that is not the answer's."""
     mark = start.template.mark
-    has_text = mark in start.marked or "tool_calls" in message
+    has_text = mark in start.marked or "tool_calls" in message or isinstance(message["content"], list)
     after = start.marked.rpartition(mark)[2] if mark in start.marked else ""
     written = rendering[len(os.path.commonprefix([start.unanswered, rendering])) :].removesuffix(after)
     lost = lost_part(written, message) if has_text or not text_of(message).strip() else "text"

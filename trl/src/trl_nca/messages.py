@@ -171,6 +171,20 @@ def calls_of(message: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [call.get("function", call) for call in message.get("tool_calls") or ()]
 
 
+def with_arguments_as_text(message: dict[str, Any]) -> dict[str, Any]:
+    """A message with the arguments of its calls as JSON text."""
+    if "tool_calls" not in message:
+        return message
+    return {**message, "tool_calls": [_as_text(call) for call in message["tool_calls"]]}
+
+
+def _as_text(call: dict[str, Any]) -> dict[str, Any]:
+    if "function" in call:
+        return {**call, "function": _as_text(call["function"])}
+    arguments = call.get("arguments", {})
+    return {**call, "arguments": arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)}
+
+
 def names_of_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[str]:
     """The names of the functions among a row's tools."""
     return [str(tool.get("function", tool).get("name", "")) for tool in tools or ()]

@@ -89,7 +89,10 @@ def writes_tools(template: Template, messages: Messages) -> bool:
     if not template.tools:
         return True
     rendering = template.render(messages, add_generation_prompt=True)
-    without = template.renderer.render(messages, add_generation_prompt=True, **template.kwargs)
+    try:
+        without = Template(template.renderer, None, template.kwargs, template.mark).render(messages, True)
+    except RefusedRow:
+        without = ""  # it needs them
     return rendering != without and all(name in rendering for name in names_of_tools(template.tools))
 
 

@@ -4,6 +4,7 @@ Templates lose text in silence: what stands before `</think>`, calls and tools t
 they expect lists of parts. White space and the escapes of JSON do not count.
 """
 
+import html
 import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -101,7 +102,7 @@ def _lost(rendering: str, parts: list[Part]) -> Part | None:
 
 
 def _place(written: str, value: Any) -> tuple[int, int] | None:
-    """Where a value stands in squeezed text: as it is, or as JSON writes it, or as JSON in JSON; None if nowhere."""
+    """Where a value stands in squeezed text: as it is, or as JSON, JSON in JSON, Python or XML write it."""
     for form in _forms(value):
         squeezed = _squeezed(form)
         if (start := written.find(squeezed)) >= 0:
@@ -118,6 +119,8 @@ def _forms(value: Any) -> Iterator[str]:
         once = json.dumps(value, ensure_ascii=is_ascii)[1:-1]
         yield once
         yield json.dumps(once, ensure_ascii=is_ascii)[1:-1]
+    yield repr(value)[1:-1]
+    yield html.escape(value)
 
 
 def _squeezed(text: str) -> str:
