@@ -5,7 +5,6 @@ each rendering is compared with the messages that it was made of, and with the p
 """
 
 import json
-import os.path
 import re
 from collections.abc import Callable
 from functools import cached_property
@@ -20,7 +19,7 @@ from trl_nca.messages import (
     text_of,
     with_arguments_as_text,
 )
-from trl_nca.rendering import Renderer, Spans
+from trl_nca.rendering import Renderer, Spans, common_length
 from trl_nca.written import lost_part
 
 #: A tag that is open at the end of a text: <think> or [THINK].
@@ -160,7 +159,7 @@ def _lost(start: Start, message: dict[str, Any], rendering: str) -> str | None:
     mark = start.template.mark
     has_text = mark in start.marked or "tool_calls" in message or isinstance(message["content"], list)
     after = start.marked.rpartition(mark)[2] if mark in start.marked else ""
-    written = rendering[len(os.path.commonprefix([start.unanswered, rendering])) :].removesuffix(after)
+    written = rendering[common_length(start.unanswered, rendering) :].removesuffix(after)
     lost = lost_part(written, message) if has_text or not text_of(message).strip() else "text"
     num_thoughts = text_of(message).count(CLOSED) + bool(reasoning_of(message))
     if not lost and rendering.count(CLOSED) - start.unanswered.count(CLOSED) > num_thoughts >= 1:
@@ -211,7 +210,7 @@ def answer_start(rendering: str, start: Start) -> int | None:
         return len(sampled_from)
     # Up to here the rendering does not depend on the answer. What sampling is given may end earlier: some templates
     # write an empty thinking block into a finished answer, others a space before its first word.
-    before = os.path.commonprefix([start.marked, rendering])
+    before = rendering[: common_length(start.marked, rendering)]
     last_turn = text_of(start.messages[-1]) if start.messages else ""
     for anchor in (last_turn, json.dumps(last_turn, ensure_ascii=False)):  # as templates write what a tool returned
         found = response_start(rendering, sampled_from, before, anchor)

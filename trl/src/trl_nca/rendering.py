@@ -162,3 +162,17 @@ class Renderer:
 def common_tail(prompt: str, special_text: re.Pattern[str]) -> int:
     """Where the last special token of a prompt begins. Tokens from there on do not depend on what stands before it."""
     return max((match.start() for match in special_text.finditer(prompt)), default=0)
+
+
+def common_length(text: str, other: str) -> int:
+    """Length of the beginning that two texts share.
+
+    Example:
+        >>> common_length("A: Paris", "A: Pisa"), common_length("A", "A: Pisa"), common_length("", "A")
+        (4, 1, 0)
+    """
+    low, high = 0, min(len(text), len(other))
+    while low < high:  # compares halves: a loop over characters takes long for a long conversation
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if text[low:middle] == other[low:middle] else (low, middle - 1)
+    return low

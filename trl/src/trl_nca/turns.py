@@ -6,14 +6,13 @@ what that one started from. Where it does not (templates that take thinking out 
 the last turn of the user's), one sequence of tokens cannot be what sampling saw at each turn.
 """
 
-import os.path
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from trl_nca.answers import BreakRule, Start
 from trl_nca.messages import CLOSED, Messages, RefusedRow, reasoning_of, text_of
-from trl_nca.rendering import Spans
+from trl_nca.rendering import Spans, common_length
 from trl_nca.written import lost_part
 
 #: What looks like a special token, to models whose tokenizers are not at hand.
@@ -118,10 +117,12 @@ def turn_end(rendering: str, start: int, following: str, special: re.Pattern[str
     """
     if following.startswith(rendering):
         return len(rendering)
-    common = len(os.path.commonprefix([rendering, following]))
-    cut = [m.start() for text in (rendering, following) for m in special.finditer(text) if m.start() < common < m.end()]
-    common = min([common, *cut])
-    if common < start or special.sub("", rendering[common:]).strip():
+    common = common_length(rendering, following)
+    if common < start:
+        return None
+    found = (match for text in (rendering, following) for match in special.finditer(text, start))
+    common = min([common, *(m.start() for m in found if m.start() < common < m.end())])
+    if special.sub("", rendering[common:]).strip():
         return None
     written = rendering[start:common].rstrip()
     is_ended = any(m.end() == len(written) for m in special.finditer(written))
