@@ -174,13 +174,13 @@ def test_tokens_are_counted_once_and_forwards_by_their_share(training):
 
 
 def peak(length, cutting, checkpointing):
-    """Most bytes held in a step of forwards of 40 tokens, weights left out, of a response of so many tokens."""
+    """Most bytes held in a step of forwards of 40 tokens, weights left out, of two responses of so many tokens."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(tiny_config(num_hidden_layers=8, max_position_embeddings=1000)).train()
     prepare([model])
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    batch = GroupCollator()(rows_of([(10, (length - 9, 3))]))
+    batch = GroupCollator()(rows_of([(10, (length - 9, length - 9))]))
     with Timeline([*model.parameters(), *model.buffers()], 320) as timeline:
         step(model, batch, "NCA", 40, cutting=cutting)
     return sum(timeline.peak(0, timeline.now).values())
@@ -188,7 +188,7 @@ def peak(length, cutting, checkpointing):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_memory_grows_by_keys_and_values_alone(checkpointing):
-    """Of all layers, and their gradients; attention works on those of one layer at a time, for all heads."""
+    """Of one response, in all layers, and their gradients; attention works on those of a layer for all heads."""
     config = tiny_config()
     of_a_layer = 2 * config.num_key_value_heads * config.head_dim * (4 + 4) * 300
     whole, in_pieces = (

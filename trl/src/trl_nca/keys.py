@@ -30,7 +30,7 @@ class KeyStore:
         """Keys and values of a piece, behind those of the pieces before.
 
         Args:
-            layer: The attention that they are for. Called once a forward, and again where it is recomputed.
+            layer: The attention that they are for, which is called once a forward, and again where it is recomputed.
             key, value: Those of the piece. Shape (1, H, n, D).
             start: S.
 
@@ -49,10 +49,10 @@ class KeyStore:
 
 
 class _Kept:
-    """Keys, or values, of a layer: those of the row's first `filled` tokens.
+    """Keys, or values, of a layer.
 
     Attributes:
-        values: Shape (1, L, H, D).
+        values: Those of the row's tokens so far. Shape (1, L, H, D).
         gradients: What was sent back to those before the last piece, in float32 or wider. Shape (1, S, H, D).
     """
 
@@ -60,14 +60,6 @@ class _Kept:
         _, heads, _, size = like.shape
         self.values = torch.empty(1, length, heads, size, dtype=like.dtype, device=like.device)
         self.gradients: Tensor | None = None
-        self.filled = 0
-
-    def fill(self, own: Tensor, start: int) -> None:
-        """Takes a piece's, unless they are there: it is run again."""
-        stop = start + own.shape[1]
-        if self.filled < stop:
-            self.values[:, start:stop] = own
-            self.filled = stop
 
     def send_back(self, gradient: Tensor, start: int) -> Tensor:
         """Keeps the gradient by what is before a piece; returns that by its own, of shape (1, n, H, D), in full.
@@ -91,9 +83,10 @@ class _Extended(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, own: Tensor, kept: _Kept, start: int) -> Tensor:
-        kept.fill(own.transpose(1, 2), start)
+        stop = start + own.shape[2]
+        kept.values[:, start:stop] = own.transpose(1, 2)  # the same again, where a piece is run again
         ctx.kept, ctx.start = kept, start
-        return kept.values[:, : start + own.shape[2]].transpose(1, 2)
+        return kept.values[:, :stop].transpose(1, 2)
 
     @staticmethod
     @once_differentiable

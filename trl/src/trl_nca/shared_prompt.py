@@ -169,6 +169,9 @@ def _attend_by_parts(
     group_layout: GroupLayout,
 ) -> Tensor:
     """One context or response after the other, on any device and in any precision. Shape (1, T, H, D)."""
+    if group_layout.store is not None and sliding_window is not None:  # what no query sees is not copied
+        unseen = max(group_layout.start - sliding_window + 1, 0)
+        key, value = key[:, :, unseen:], value[:, :, unseen:]
     heads_per_key = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, heads_per_key), repeat_kv(value, heads_per_key)
 
@@ -179,8 +182,7 @@ def _attend_by_parts(
         return scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=causal, scale=scaling)
 
     if group_layout.store is not None:
-        unseen = 0 if sliding_window is None else max(key.shape[2] - query.shape[2] - sliding_window + 1, 0)
-        return attend(query, key[:, :, unseen:], value[:, :, unseen:]).transpose(1, 2)
+        return attend(query, key, value).transpose(1, 2)
     # One split, whose gradient is one concatenation: a slice's would be a tensor of the whole row's size each.
     lengths = [part.stop - part.start for context, responses in group_layout.groups for part in (context, *responses)]
     parts = zip(*(t.split(lengths, dim=2) for t in (query, key, value)), strict=True)
