@@ -58,6 +58,7 @@ from trl_nca.collate import GroupCollator
 from trl_nca.config import NCAConfig
 from trl_nca.head import fuse_head
 from trl_nca.logps import prepare, response_logps
+from trl_nca.pieces import find_cutting
 from trl_nca.rotary import forget_lengths, length_dependent
 
 _PLAIN = {k: v for k, v in SIZES.items() if k not in ("head_dim", "num_key_value_heads")}
@@ -144,7 +145,7 @@ def alone(model, rows):
 
 
 def check(model, packs):
-    """Value and gradient, packed and padded, whole and in chunks, against a copy that the engine never saw."""
+    """Value and gradient, packed and padded, whole and in pieces, against a copy that the engine never saw."""
     rows, plain = rows_of(SHAPES), copy.deepcopy(model.eval())
     expected = alone(plain, rows)
     weights = torch.linspace(-1, 1, len(expected), dtype=expected.dtype)
@@ -164,7 +165,9 @@ def check(model, packs):
             assert (gradient is None) == (right is None)
             if right is not None:
                 torch.testing.assert_close(gradient, right, rtol=1e-3, atol=1e-4 * right.abs().max().clamp(min=1))
-        chunks = split_batch(batch, 20, shared)
+        cutting = find_cutting([model], 8, shared)
+        assert (cutting.longest > 0) == shared
+        chunks = split_batch(batch, 8, shared, cutting)
         pieces = logps_without_gradient(lambda b, shared=shared: response_logps(model, b, shared), chunks)
         torch.testing.assert_close(pieces[batch["response_mask"]].double(), expected, rtol=1e-5, atol=1e-4)
 
