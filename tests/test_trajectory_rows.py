@@ -266,7 +266,9 @@ def test_bad_turns(turn, rule):
         ([asks(), result(), asks(call("c2")), ASKED], "call_without_result"),
         ([asks(call(), call("c2")), result(), *said("Hm.")], "call_without_result"),
         ([asks(call(None), call(None)), result(identity=None), *said("Hm.")], "call_without_result"),
+        ([asks(call(), call("c2")), result(), result(), *said("Hm.")], "call_without_result"),
         ([*said("Hm."), result(), *said("4.")], "result_without_call"),
+        ([*said("Hm."), result(identity=None), *said("4.")], "result_without_call"),
         ([asks(), result(identity="c9"), *said("4.")], "result_without_call"),
         # Fine: parallel calls with their results in another order, by name, or without ids; a call at the very end.
         ([asks(call(), call("c2")), result("2", "c2"), result("1"), *said("Hm.")], None),
@@ -447,6 +449,8 @@ def loaded(folder, rows, name="rows.jsonl", **settings):
         ([[ASKED, *said("Where?"), ASKED, *said("a")], [ASKED, *said("Where?"), ASKED, *said("b")]], [ASKED], 3),
         ([[ASKED, *said("Where?"), ASKED, *said("a")], [ASKED, *said("Where?"), ASKED, *said("b"), ASKED, *said("c")]],
          [ASKED], 1),
+        ([[ASKED, *said("Where?"), ASKED, *said("So."), ASKED, *said(text)] for text in "ab"],
+         [ASKED, *said("Where?"), ASKED], 3),
         # What goes on where the prompt ends is a response as it is.
         ([GOOD, [asks(), result(), *said("Cold.")]], [ASKED], 1),
         ([[result(), *said("a")], [result(), asks(call("c2"))]], [ASKED, asks()], 3),

@@ -75,7 +75,7 @@ def split(
             raise BadRow("no_assistant_turn", f"response {k + 1} does not answer the turns that all responses share")
     if not cuts:
         raise BadRow("prompts_differ", "the responses' earlier turns differ")
-    cut = _cut(conversations, prompt, cuts, num_shared) if prompt else cuts[-1]
+    cut = _cut(conversations, prompt, cuts) if prompt else cuts[-1]
     starts = [cut if isinstance(said, list) and said[0]["role"] != "assistant" else 0 for said in responses]
     return conversations[0][:cut], [
         as_response(said[start:]) if isinstance(said, list) else said
@@ -90,15 +90,12 @@ def _common(conversations: list[Messages]) -> int:
     return next((i for i in range(shortest) if any(turns[i] != first[i] for turns in others)), shortest)
 
 
-def _cut(conversations: list[Messages], prompt: Messages, cuts: list[int], num_shared: int) -> int:
+def _cut(conversations: list[Messages], prompt: Messages, cuts: list[int]) -> int:
     """Of the places where the answers may begin the one that fits the prompt of a column of its own.
 
     Where one answer follows turns of plain talk, a prompt of one turn names them all: it is their first or last.
     """
-    told = _told(prompt, conversations[0])
-    if told and told[0] > num_shared:
-        raise BadRow("prompts_differ", "the responses part before the prompt ends")
-    ends = [end for end in told if end in cuts]
+    ends = [end for end in _told(prompt, conversations[0]) if end in cuts]
     if not ends:
         return cuts[-1]
     follows = [turn for turns in conversations for turn in turns[ends[-1] :]]

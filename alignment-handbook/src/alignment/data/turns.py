@@ -1,7 +1,5 @@
 """Checks that turns follow each other as they can: calls and their results, roles that alternate."""
 
-from collections.abc import Callable
-
 from alignment.data.row import Messages, Row
 
 #: What models write where they call a tool in the text itself, in the formats that are met most often.
@@ -12,9 +10,9 @@ _CALL_MARKS = ("<tool_call", "<|tool_call", "<｜tool", "<function", "<invoke", 
 def faults_of_calls(turns: Messages) -> dict[str, str]:
     """What is wrong with the calls of a conversation and their results, by the name of the rule.
 
-    A result belongs to the call with its `tool_call_id`, else to the first call of its name, else to the first that
-    waits for one. All results of calls that were made together are to come before any other turn; calls of the last
-    turn need none. What a model calls in its text is a call of which nobody knows the id.
+    A result belongs to the call with its `tool_call_id`, else to the first that waits for one. All results of calls
+    that were made together are to come before any other turn; calls of the last turn need none. What a model calls in
+    its text is a call of which nobody knows the id.
 
     Example:
         >>> call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": {}}}
@@ -50,13 +48,8 @@ def faults_of_calls(turns: Messages) -> dict[str, str]:
 def _answered(waiting: list[Row], result: Row) -> int | None:
     """Which of the calls that wait for a result this one is of."""
     identity = result.get("tool_call_id")
-    fits: tuple[Callable[[Row], bool], ...] = (
-        lambda call: identity is not None and call.get("id") == identity,
-        lambda call: call["function"]["name"] == result.get("name"),
-        lambda call: True,
-    )
-    free = [i for i, call in enumerate(waiting) if identity is None or call.get("id") in (None, identity)]
-    return next((i for fit in fits for i in free if fit(waiting[i])), None)
+    fits = [i for i, call in enumerate(waiting) if identity is None or call.get("id") in (None, identity)]
+    return next((i for i in fits if identity and waiting[i].get("id") == identity), next(iter(fits), None))
 
 
 def doubled_role(turns: Messages) -> str | None:
