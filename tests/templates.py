@@ -284,10 +284,10 @@ TRAJECTORIES = {
 #: What templates differ in. `{role}` is the turn's.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "head": (
-        "<|im_start|>{role}\n", "<|{role}|>\n", "### {role}\n\n", "{role}:\n",
+        "<|im_start|>{role}\n", "<|{role}|>\n", "### {role}\n\n", "\n{role}:\n",
         "<|start_header_id|>{role}<|end_header_id|>\n\n",
     ),
-    "end": ("<|im_end|>", "</s>", "<|end|>", ""),
+    "end": ("<|im_end|>", "<|end_of_the_turn|>", "<|end|>", ""),
     "last_end": ("", "<|return|>", "and <|endoftext|>"),
     "tail": ("", "\n", "\n\n"),
     "results": ("own turn", "user's turn", "json"),

@@ -125,7 +125,13 @@ def test_so_it_is_with_any_template_of_their_parts(seed, kind):
             if row["dropped"]:
                 assert not is_kept or ("reasoned" in name and parts["thinking"] == "unknown"), (parts, name, row)
             else:
-                check_as_sampled(tokenize_row, row, 0, turns, tools_of(turns), exact=kind == "family")
+                # Line ends on both sides of a turn's end become one token, unless a special token keeps them apart.
+                is_apart = parts["end"] in ("<|im_end|>", "<|end|>") or not parts["head"].startswith("\n")
+                check_as_sampled(tokenize_row, row, 0, turns, tools_of(turns), exact=kind == "family" and is_apart)
+                *earlier, _ = counted_texts(tokenizer, row)
+                end = parts["end"] if parts["spans"] != "text" else ""
+                assert all(text.rstrip("\n").endswith(end) for text in earlier), (parts, earlier)
+                assert not end or not any(text.endswith("<|im_start|>") for text in earlier), (parts, earlier)
 
 
 #: Families of TRL's that write no calls, or only lists of parts.
@@ -200,21 +206,21 @@ def test_text_that_spells_a_special_token_stays_text_wherever_it_stands(family):
         call["tool_calls"][0]["function"]["arguments"][f"how {text}"] = [{"a b": text}, None, True, 0.5]
         return [call, tool(f"391{text}"), assistant(f"It is{text}."), user(f"Sure{text}?"), assistant(f"Yes{text}.")]
 
-    tools = json.loads(json.dumps(TOOLS).replace("Computes", f"Computes {SPECIAL}"))
-    if family == "mistral":  # whose tools move with the user's turn
-        tools = None
+    def tools(text):
+        described = json.loads(json.dumps(TOOLS).replace("Computes", f"Computes{text}"))
+        return described if family != "mistral" else None  # whose tools move with the user's turn
+
     tokenizer = family_tokenizer(FAMILIES[family])
     special = {*tokenizer.all_special_ids}
-    tokenize_row, row = tokenize(tokenizer, [trajectory(SPECIAL), "No idea."], tools)
-    _, plain = tokenize(tokenizer, [trajectory("@"), "No idea."], tools)
+    tokenize_row, row = tokenize(tokenizer, [trajectory(SPECIAL), "No idea."], tools(SPECIAL))
+    _, plain = tokenize(tokenizer, [trajectory("@"), "No idea."], tools("@"))
     assert (row["dropped"], plain["dropped"]) == ("", ""), row["detail"]
     for key in ("prompt_ids", "response_ids"):
         ids, plain_ids = (done[key] if key == "prompt_ids" else done[key][0] for done in (row, plain))
         assert [i for i in ids if i in special] == [i for i in plain_ids if i in special]
     text = tokenizer.decode(row["response_ids"][0])
     assert text == tokenizer.decode(plain["response_ids"][0]).replace("@", SPECIAL)
-    if family != "gpt_oss":  # which writes names of arguments alone
-        assert SPECIAL in tokenizer.decode(row["prompt_ids"]) or not tools
+    assert tokenizer.decode(row["prompt_ids"]).count(SPECIAL) == (family != "mistral")
 
 
 def test_a_row_out_of_a_table_renders_as_one_of_a_file():
@@ -285,6 +291,14 @@ def test_calls_and_results_that_a_template_loses_are_named(template, trajectory,
     assert (row["dropped"], row["broken"]) == ("", [CNR])
 
 
+def test_calls_and_tools_are_not_found_in_what_others_say():
+    said = [assistant("The calculator takes the expression 17 * 23.", calls={"call00001": "17 * 23"})]
+    _, row = tokenize(CHATML, [said, "No idea."])
+    assert row["dropped"] == CNR and "a call in response 1" in row["detail"]
+    _, row = tokenize(CHATML, ["391.", "No idea."], TOOLS, prompt=[user("Without the calculator: 17 * 23?")])
+    assert row["dropped"] == CNR and "the tools (calculator)" in row["detail"]
+
+
 def test_calls_of_a_prompt_are_looked_for_too():
     prompt = [*PROMPT, *TRAJECTORIES["call"][:2]]
     for template, what in ((NO_RESULTS, "the tool's turn"), (NO_ARGUMENTS, "a call in the assistant's turn")):
@@ -346,6 +360,15 @@ def test_spans_decide_what_counts_and_where_turns_are_that_sampling_does_not_see
     tokenize_row, row = tokenize(CHANGES_LAST, [turns, "No idea."], actions={PNS: "keep"})
     assert row["broken"] == [PNS]
     assert counted_texts(tokenize_row.tokenizer, row) == ["Which one?<|im_end|>", "Finally: It is 391.<|im_end|>"]
+    behind = CHATML_SPANS.replace(
+        "{{- '<|im_end|>' }}\n        {%- endgeneration %}", "{%- endgeneration %}{{- 'he end' }}"
+    )
+    tokenize_row, row = tokenize(behind, ["It is t", "No idea."])
+    assert counted_texts(tokenize_row.tokenizer, row) == ["It is the"], "a token that reaches out of a span counts"
+    cuts = CHATML_SPANS.replace("{{- m.content }}", "{{- m.content.split('</think>')[-1] }}")
+    cuts = cuts.replace("m.reasoning_content + '</think>' if m.reasoning_content", "'</think>' if false")
+    tokenize_row, row = tokenize(cuts, [[assistant("391.", "Hm.")], "<think>\nEr.\n</think>\n\nNo idea."])
+    assert counted_texts(tokenize_row.tokenizer, row) == ["<think>\nHm.\n</think>\n\n391.<|im_end|>"]
     _, row = tokenize(ELSEWHERE, ["It is 391.", "No idea."])
     assert row["dropped"] == TNF and "generation" in row["detail"]
 

@@ -68,16 +68,16 @@ def join_turns(turns: Sequence[Turn], end: str | None, special_text: re.Pattern[
             raise _refusal(turns[: i + 1], following)
         skipped, stop = placed
         text = following[len(turn.start) : stop]
-        pieces += [Piece(text, _moved(turn, skipped, len(text))), Piece(following[stop:], [], False)]
+        pieces += [Piece(text, _moved(turn, skipped, text)), Piece(following[stop:], [], False)]
     return pieces
 
 
-def _moved(turn: Turn, skipped: int, length: int) -> Spans | None:
-    """The spans of a turn that lost its first characters, and whose end may be another."""
+def _moved(turn: Turn, skipped: int, text: str) -> Spans | None:
+    """The spans of a turn in a text that lacks its first characters, and may end otherwise."""
     if turn.spans is None:
         return None
-    ends = {len(turn.text): length + skipped}
-    moved = [(max(a - skipped, 0), min(ends.get(b, b) - skipped, length)) for a, b in turn.spans]
+    same = common_length(turn.text[skipped:], text)
+    moved = ((max(a - skipped, 0), b - skipped if b - skipped <= same else len(text)) for a, b in turn.spans)
     return [(a, b) for a, b in moved if a < b]
 
 
