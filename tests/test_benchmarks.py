@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM, MistralConfig
 
-from benchmarks import bench, data, systems
+from benchmarks import bench, data, pieces, systems
 from benchmarks.bench import CASES, main, table
 from benchmarks.flops import count_flops, model_flops
 from benchmarks.measure import choose_setting, measure
@@ -219,3 +219,9 @@ def test_both_ways_of_preparing_data_give_the_same_tokens(tmp_path, monkeypatch,
     tokens = {system: prepare(tmp_path, 1) for system, prepare in data.SYSTEMS.items()}
     assert tokens["ours"] == tokens["upstream"] > 6 * data.RESPONSES * data.RESPONSE_WORDS
     assert "6 of 6 rows kept" in capsys.readouterr().out
+
+
+def test_pieces_take_less_memory_for_the_same_gradient(monkeypatch):
+    monkeypatch.setattr(pieces, "MOST", 60)
+    cells = pieces.compare(180, False, "NCA", turns=1).split(" | ")
+    assert float(cells[4]) < float(cells[3]) and float(cells[-1].strip(" |")) < 1e-5
