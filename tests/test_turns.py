@@ -134,6 +134,17 @@ def test_so_it_is_with_any_template_of_their_parts(seed, kind):
                 assert not end or not any(text.endswith("<|im_start|>") for text in earlier), (parts, earlier)
 
 
+def test_line_ends_behind_a_turns_end_are_tokenized_with_what_follows():
+    parts = {name: values[0] for name, values in VARIANTS.items()} | {"head": "\n{role}:\n", "tail": "\n"}
+    turns = TRAJECTORIES["call, user, call"]
+    tokenize_row, row = tokenize(variant(**parts), with_other(turns), TOOLS)
+    check_as_sampled(tokenize_row, row, 0, turns, TOOLS)
+    texts = counted_texts(tokenize_row.tokenizer, row)
+    assert all(text.endswith("<|im_end|>") for text in texts[:-1]), (
+        "the line end is half of a token that is not sampled"
+    )
+
+
 #: Families of TRL's that write no calls, or only lists of parts.
 NO_CALLS = "cohere deepseek gemma_ gemma3 idefics3 lfm2_training llama3_training llava_next phi3 qwen2_5_vl smolvlm"
 
