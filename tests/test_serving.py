@@ -10,7 +10,8 @@ import yaml
 from alignment.serving.modelfile import GGUF, modelfile, translate, write_modelfile
 from tests.conftest import ROOT
 from tests.tiny import CHATML, save_tiny_model, tiny_tokenizer
-from trl_nca.rendering import RefusedRow, Renderer
+from trl_nca.rendering.messages import RefusedRow
+from trl_nca.rendering.renderer import Renderer
 
 #: In the manner of well-known families.
 TEMPLATES = {

@@ -16,10 +16,11 @@ from tests.tiny import SHAPES, rows_of
 from trl_nca.chunks import split_batch
 from trl_nca.collate import GroupCollator
 from trl_nca.columns import checked_rows
-from trl_nca.fitting import Encoded, Limits, fit_row
+from trl_nca.fitting import Limits, fit_row
 from trl_nca.logps import prepare, response_logps
 from trl_nca.losses import LOSSES
-from trl_nca.rendering import RefusedRow
+from trl_nca.rendering.encoding import Encoded
+from trl_nca.rendering.messages import RefusedRow
 from trl_nca.token_metrics import TokenMetrics
 
 

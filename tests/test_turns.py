@@ -25,7 +25,7 @@ from tests.templates import (
     variant,
 )
 from tests.tiny import CHATML, tiny_tokenizer
-from trl_nca.messages import RefusedRow, clean_message, clean_messages, read_tools
+from trl_nca.rendering.messages import RefusedRow, clean_message, clean_messages, read_tools
 from trl_nca.responses import ResponseTokenizer, tokenize_dataset
 
 PROMPT = [user("What is 17 times 23?")]

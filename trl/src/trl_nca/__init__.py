@@ -1,14 +1,12 @@
 """What NCA adds to TRL: losses over K scored responses, and the log-prob engine under them.
 
-In the order in which rows meet the files: `columns` takes them, `responses` makes token ids of them: `messages` cleans
-them, `rendering` runs the chat template, `splitting` cuts what it makes into prompt and responses (`answers` one turn,
-`turns` several, `written` checks that nothing is lost), `encoding` makes ids and masks of that, and `fitting` cuts to
-lengths; `sampler` orders rows, `collate` packs them into a batch with its `layout`, `chunks` cuts the batch to the
-memory there is and `pieces` a response (`keys` keeps what later ones look at), `logps` runs it through a model that is
-patched by `shared_prompt` (attention; `sharing` says for which models, `flash` and `two_part` by which kernels),
-`rotary`, `head` (with its `cross_entropy`), `layers`, `norms` and `one_pass` (by `kernels`), once `self_check` has held
-the result against the model's own; `router` balances the experts of a mixture, and `token_metrics` logs what the head
-sees.
+In the order in which rows meet the files: `columns` takes them, `responses` makes token ids of them, by `rendering`
+(messages through the chat template, and which of their tokens count) and `fitting` (lengths); `sampler` orders rows,
+`collate` packs them into a batch with its `layout`, `chunks` cuts the batch to the memory there is and `pieces` a
+response (`keys` keeps what later ones look at), `logps` runs it through a model that is patched by `shared_prompt`
+(attention; `sharing` says for which models, `flash` and `two_part` by which kernels), `rotary`, `head` (with its
+`cross_entropy`), `layers`, `norms` and `one_pass` (by `kernels`), once `self_check` has held the result against the
+model's own; `router` balances the experts of a mixture, and `token_metrics` logs what the head sees.
 `loading` loads 4-bit models that will be sharded.
 `adapter_reference` gives a policy the reference's weights, `reference` keeps the reference's log-probs on disk, and
 `divergence` says how far the policy has moved from it.

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from trl_nca.messages import RefusedRow
+from trl_nca.rendering.encoding import Encoded
+from trl_nca.rendering.messages import RefusedRow
 
 #: What happens to rows by the name of a rule: `fix`, `keep`, or another to drop them.
 DEFAULT_ACTIONS = {
@@ -35,22 +36,6 @@ class Limits:
     max_prompt_length: int | None = None
     actions: Mapping[str, str] = field(default_factory=lambda: DEFAULT_ACTIONS)
     min_responses: int = 2
-
-
-class Encoded(NamedTuple):
-    """Token ids of a prompt and of each of its responses.
-
-    Attributes:
-        prompt_ids: Those of the prompt.
-        response_ids: Those of its K responses.
-        token_masks: Which of a response's tokens count in the loss, K lists.
-        broken: Names of the rules that the row breaks and is kept despite.
-    """
-
-    prompt_ids: list[int]
-    response_ids: list[list[int]]
-    token_masks: list[list[bool]]
-    broken: list[str]
 
 
 def fit_row(encoded: Encoded, scores: Sequence[float], bos: int | None, limits: Limits) -> dict[str, Any]:

@@ -17,10 +17,10 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
 from trl_nca.code_hash import code_hash
-from trl_nca.encoding import RowEncoder
 from trl_nca.fitting import DEFAULT_ACTIONS, Limits, fit_row
-from trl_nca.messages import Messages, RefusedRow
-from trl_nca.rendering import Renderer
+from trl_nca.rendering.encoding import RowEncoder
+from trl_nca.rendering.messages import Messages, RefusedRow
+from trl_nca.rendering.renderer import Renderer
 
 #: Rows that are tokenized, and cached, at a time.
 _PIECE_ROWS = 50_000

@@ -7,7 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from trl_nca.rendering import RefusedRow, Renderer
+from trl_nca.rendering.messages import RefusedRow
+from trl_nca.rendering.renderer import Renderer
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:

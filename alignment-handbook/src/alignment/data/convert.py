@@ -24,7 +24,7 @@ from alignment.data.weights import describe_weights
 from alignment.errors import UserError
 from alignment.files import atomic_path
 from alignment.models import load_trained_tokenizer
-from trl_nca.rendering import control_tokens
+from trl_nca.rendering.renderer import control_tokens
 from trl_nca.responses import tokenize_dataset
 
 _ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")

@@ -13,7 +13,8 @@ from alignment.data.row import Row
 from alignment.data.rules import actions
 from trl_nca.config import NCAConfig
 from trl_nca.fitting import DEFAULT_ACTIONS
-from trl_nca.rendering import RefusedRow, control_tokens
+from trl_nca.rendering.messages import RefusedRow
+from trl_nca.rendering.renderer import control_tokens
 from trl_nca.responses import ResponseTokenizer, tokenize_dataset
 from trl_nca.stops import stop_tokens
 

@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, TemplateSyntaxError
 
 from alignment.errors import UserError
-from trl_nca.messages import RefusedRow, read_template_kwargs
+from trl_nca.rendering.messages import RefusedRow, read_template_kwargs
 
 #: What a Jinja template has in it.
 _JINJA = re.compile("{[{%]")

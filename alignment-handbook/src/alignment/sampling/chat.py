@@ -17,7 +17,7 @@ from alignment.files import write_text
 from alignment.input_limits import check_input, input_limits
 from alignment.models import load_trained_model, load_trained_tokenizer
 from alignment.sampling.sample import SamplingConfig, encode_prompt, generation_settings, read_sample
-from trl_nca.messages import RefusedRow, read_tools
+from trl_nca.rendering.messages import RefusedRow, read_tools
 
 HELP = """/again: another answer to the last turn
 /system TEXT: what the system says from now on; without TEXT nothing

@@ -9,7 +9,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from alignment.data.row import Response, Row, as_turns
 from alignment.errors import UserError
 from alignment.input_limits import check_input, input_limits
-from trl_nca.written import lost_part
+from trl_nca.rendering.written import lost_part
 
 
 class RewardModel:

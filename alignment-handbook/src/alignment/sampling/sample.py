@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from alignment.data.row import Messages, Row
 from alignment.errors import UserError
 from alignment.input_limits import check_input, input_limits
-from trl_nca.rendering import RefusedRow
+from trl_nca.rendering.messages import RefusedRow
 from trl_nca.responses import ResponseTokenizer
 from trl_nca.stops import stop_tokens
 

@@ -10,7 +10,8 @@ from typing import NamedTuple
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from alignment.data.row import Messages
-from trl_nca.rendering import RefusedRow, Renderer
+from trl_nca.rendering.messages import RefusedRow
+from trl_nca.rendering.renderer import Renderer
 from trl_nca.stops import stop_tokens
 
 #: The GGUF file that the Modelfile is for, seen from it.

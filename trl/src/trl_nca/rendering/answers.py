@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from trl_nca.messages import (
+from trl_nca.rendering.messages import (
     CLOSED,
     Messages,
     RefusedRow,
@@ -19,8 +19,8 @@ from trl_nca.messages import (
     text_of,
     with_arguments_as_text,
 )
-from trl_nca.rendering import Renderer, Spans, common_length
-from trl_nca.written import lost_part
+from trl_nca.rendering.renderer import Renderer, Spans, common_length
+from trl_nca.rendering.written import lost_part
 
 #: A tag that is open at the end of a text: <think> or [THINK].
 _OPEN_TAG = re.compile(r"([<\[])(\w+)[>\]]\s*$")

@@ -5,13 +5,36 @@ import os.path
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from trl_nca.answers import Template
-from trl_nca.fitting import Encoded
-from trl_nca.messages import Messages, RefusedRow, clean_messages, map_texts, read_template_kwargs, read_tools, text_of
-from trl_nca.rendering import Renderer, StandIns, common_tail
-from trl_nca.splitting import split_rendering, writes_tools
-from trl_nca.turns import Piece
-from trl_nca.written import lost_from_prompt
+from trl_nca.rendering.answers import Template
+from trl_nca.rendering.messages import (
+    Messages,
+    RefusedRow,
+    clean_messages,
+    map_texts,
+    read_template_kwargs,
+    read_tools,
+    text_of,
+)
+from trl_nca.rendering.renderer import Renderer, StandIns, common_tail
+from trl_nca.rendering.splitting import split_rendering, writes_tools
+from trl_nca.rendering.turns import Piece
+from trl_nca.rendering.written import lost_from_prompt
+
+
+class Encoded(NamedTuple):
+    """Token ids of a prompt and of each of its responses.
+
+    Attributes:
+        prompt_ids: Those of the prompt.
+        response_ids: Those of its K responses.
+        token_masks: Which of a response's tokens count in the loss, K lists.
+        broken: Names of the rules that the row breaks and is kept despite.
+    """
+
+    prompt_ids: list[int]
+    response_ids: list[list[int]]
+    token_masks: list[list[bool]]
+    broken: list[str]
 
 
 class _Tail(NamedTuple):

@@ -4,10 +4,10 @@ import os.path
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from trl_nca.answers import BreakRule, Start, Template, answer_start, write_answer
-from trl_nca.messages import Messages, RefusedRow, names_of_tools
-from trl_nca.turns import Piece, Turn, check_spans, cut_by_spans, join_turns
-from trl_nca.written import lost_from_prompt
+from trl_nca.rendering.answers import BreakRule, Start, Template, answer_start, write_answer
+from trl_nca.rendering.messages import Messages, RefusedRow, names_of_tools
+from trl_nca.rendering.turns import Piece, Turn, check_spans, cut_by_spans, join_turns
+from trl_nca.rendering.written import lost_from_prompt
 
 
 class Split(NamedTuple):

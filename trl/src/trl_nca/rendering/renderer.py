@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from trl_nca.messages import Messages, RefusedRow, texts_in
+from trl_nca.rendering.messages import Messages, RefusedRow, texts_in
 
 #: Planes 15 and 16: characters that have no meaning of their own, of which those that a row lacks can stand for others.
 _PRIVATE_USE = range(0xF0000, 0x10FFFE)

@@ -10,10 +10,10 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from trl_nca.answers import BreakRule, Start
-from trl_nca.messages import CLOSED, Messages, RefusedRow, reasoning_of, text_of
-from trl_nca.rendering import Spans, common_length
-from trl_nca.written import lost_part
+from trl_nca.rendering.answers import BreakRule, Start
+from trl_nca.rendering.messages import CLOSED, Messages, RefusedRow, reasoning_of, text_of
+from trl_nca.rendering.renderer import Spans, common_length
+from trl_nca.rendering.written import lost_part
 
 #: What looks like a special token, to models whose tokenizers are not at hand.
 _MARKUP = r"<[|｜][^<>|｜]*[|｜]>|</s>"

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from trl_nca.messages import CLOSED, Messages, calls_of, reasoning_of, text_of
+from trl_nca.rendering.messages import CLOSED, Messages, calls_of, reasoning_of, text_of
 
 
 class Part(NamedTuple):
