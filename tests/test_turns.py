@@ -1,5 +1,6 @@
 """Responses of several turns: ids as sampling sees them at each turn, and which of them are the assistant's."""
 
+import html
 import json
 import random
 from pathlib import Path
@@ -27,6 +28,7 @@ from tests.templates import (
 from tests.tiny import CHATML, tiny_tokenizer
 from trl_nca.rendering.messages import RefusedRow, clean_message, clean_messages, read_tools
 from trl_nca.responses import ResponseTokenizer, tokenize_dataset
+from trl_nca.written import lost_part
 
 PROMPT = [user("What is 17 times 23?")]
 RNR, TNF, CNR, PNS, REFUSED = (
@@ -300,6 +302,14 @@ def test_calls_and_results_that_a_template_loses_are_named(template, trajectory,
     assert detail in row["detail"]
     _, row = tokenize(template, [TRAJECTORIES[trajectory], "No idea."], TOOLS, actions={CNR: "keep"})
     assert (row["dropped"], row["broken"]) == ("", [CNR])
+
+
+@pytest.mark.parametrize("write", [str, json.dumps, lambda text: json.dumps(json.dumps(text)), repr, html.escape])
+def test_what_is_called_with_is_found_as_templates_write_it(write):
+    value = 'it\'s "5 < é"\n'
+    message = assistant("", calls={"call00001": value})
+    assert lost_part(f"calculator(expression={write(value)}, {write(value)})", message) is None
+    assert lost_part(f"calculator(expression={write(value[1:])})", message) == "calls"
 
 
 def test_calls_and_tools_are_not_found_in_what_others_say():

@@ -3,9 +3,10 @@
     python alignment-handbook/scripts/sample.py prompts.jsonl --model_name_or_path runs/reward_cpu \
         --output samples.jsonl --num_samples 6 --max_new_tokens 256 --finished_only
 
-A row of PROMPTS has a column `prompt`: text, which is one turn of the user's, or messages; a `.txt` has a prompt a
-line. A model is a folder, a Hub id or the folder of a PEFT adapter; several give `num_samples` responses each. A run
-that was killed resumes where it stopped (`OUTPUT.part`) and gives the same file. vLLM is used where it is installed.
+A row of PROMPTS has a column `prompt`: text, which is one turn of the user's, or messages, of which the last may be a
+tool's; a `.txt` has a prompt a line. Its `tools` and `chat_template_kwargs` reach the chat template. A model is a
+folder, a Hub id or the folder of a PEFT adapter; several give `num_samples` responses each. A run that was killed
+resumes where it stopped (`OUTPUT.part`) and gives the same file. vLLM is used where it is installed.
 """
 
 from alignment import errors
