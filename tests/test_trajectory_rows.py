@@ -411,6 +411,21 @@ def test_in_long_form(tmp_path):
     assert counts["dropped_by_reason"] == {"prompts_differ": 1}
 
 
+def test_logs_of_whole_runs(tmp_path):
+    runs = [[ASKED, *GOOD], [ASKED, {"role": "assistant", "content": "Hot."}, {"role": "user", "content": "Sure?"},
+                             {"role": "assistant", "content": "No."}]]  # fmt: skip
+    rows = [{"messages": run, "reward": k, "tools": [TOOL], "steps": 9} for k, run in enumerate(runs)]
+    for more in ({}, {"prompt_id": "x"}):
+        counts, (kept,) = loaded(tmp_path, [row | more for row in rows])
+        assert (kept["prompt"], kept["responses"], kept["scores"]) == ([ASKED], [GOOD, runs[1][1:]], [0, 1])
+        assert json.loads(kept["tools"]) == [TOOL]
+        assert counts["noted"] == {"column steps": 1}
+    (told,) = loaded(tmp_path, [{"messages": json.dumps(run), "score": k} for k, run in enumerate(runs)])[1]
+    assert told["responses"] == [GOOD, runs[1][1:]]
+    counts, _ = loaded(tmp_path, [*rows, {"messages": [ASKED], "reward": 1}, {"messages": 7, "reward": 1}])
+    assert counts["dropped_by_reason"] == {"no_assistant_turn": 1, "bad_messages": 1}
+
+
 def test_a_row_that_contradicts_itself_says_nothing_of_the_form_of_others(tmp_path):
     twice = answered("Cold.", prompt={"messages": [ASKED], "tools": [TOOL]}, tools=[SCHEMA])
     counts, kept = loaded(tmp_path, [twice, ROW])

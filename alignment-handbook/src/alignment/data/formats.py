@@ -4,14 +4,15 @@ docs/data.md has the table of the forms. Those of K responses and their scores a
 those of one response a row, which `data.reading` gathers by their prompt before they come here as a list.
 """
 
+import itertools
 from typing import Any
 
 from alignment.data import conversations, ultrafeedback
-from alignment.data.forms import Fields, find_responses
+from alignment.data.forms import RESPONSES, Fields, find_responses
 from alignment.data.messages import messages_of, refuse
 from alignment.data.row import BadRow, Group, Messages, Row
 from alignment.data.tools import agreed, template_kwargs_of, tools_of
-from alignment.data.written import ROLE_KEYS, first, is_empty
+from alignment.data.written import ROLE_KEYS, as_objects, first, is_empty, read_written
 
 #: Columns that a prompt may be in; the first that has a value is taken.
 PROMPTS = ("prompt", "trajectory", "question", "instruction", "query", "input", "context", "history")
@@ -53,6 +54,8 @@ def as_record(row: Row, score: str = "overall") -> Row | None:
     response = next((name for name in ("response", "completion") if name in row), None)
     rated = next((name for name in ("score", "reward", "rating") if name in row), None)
     is_rated = rated or ultrafeedback.has_aspects(row) or ("completion" in row and "label" in row)
+    if rated and not response and not any(name in row for name in (*RESPONSES, "chosen", "A0")):
+        row, response = _parted(row)
     if not response or not is_rated or not any(name in row for name in ("prompt_id", *PROMPTS, *_CONVERSATIONS)):
         return None
     row = _opened(row)
@@ -74,6 +77,28 @@ def as_record(row: Row, score: str = "overall") -> Row | None:
         "weight": fields.take("weight"),
     }
     return record | {"noted": fields.unread()}
+
+
+def _parted(row: Row) -> tuple[Row, str | None]:
+    """A log of a whole run: its conversation parted before the assistant's first turn, which the response begins with.
+
+    Returns:
+        The row with columns `prompt` and `response`, and the name of the latter; or as it is, and None, for another.
+    """
+    name = next((name for name in _CONVERSATIONS if not is_empty(row.get(name))), None)
+    if name is None:
+        return row, None
+    value = row[name]
+    turns = as_objects(read_written(value) if isinstance(value, str) else value)
+    what = f"the column {name}"
+    if not isinstance(turns, list):
+        raise BadRow("bad_messages", f"{what} has no messages")
+    asked = itertools.takewhile(lambda turn: messages_of([turn], what)[0]["role"] != "assistant", turns)
+    start = len([*asked])
+    if start == len(turns):
+        raise BadRow("no_assistant_turn", f"{what} has no turn of the assistant's")
+    others = {key: value for key, value in row.items() if key != name}
+    return {**others, "prompt": turns[:start], "response": turns[start:]}, "response"
 
 
 def to_group(

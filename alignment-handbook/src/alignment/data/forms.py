@@ -14,7 +14,7 @@ from alignment.data.row import BadRow, Row, as_number
 from alignment.data.written import as_objects, is_empty, read_written
 
 #: Columns that are a list of responses, and of their scores.
-_RESPONSES = ("responses", "all_generated_responses", "generations", "completions", "candidates", "outputs", "answers")
+RESPONSES = ("responses", "all_generated_responses", "generations", "completions", "candidates", "outputs", "answers")
 _SCORES = ("scores", "rewards", "all_rm_scores", "rm_scores", "ratings", "rating")
 #: Keys of the objects in a list of responses.
 _TEXT_KEYS = ("response", "answer", "text", "content", "completion", "output", "generation", "messages", "trajectory",
@@ -99,7 +99,7 @@ def find_responses(fields: Fields, pairs: bool, unscored_pairs: bool, make_pairs
 
 def _list(fields: Fields, score: str) -> Scored | None:
     row = fields.row
-    responses = fields.first_list(*_RESPONSES)
+    responses = fields.first_list(*RESPONSES)
     scores = fields.first_list(*_SCORES, "ranks", "rank")
     if "responses" in row and ("scores" in row or "rewards" in row):  # by these names, whatever they hold
         responses, scores = "responses", "scores" if row.get("scores") is not None else "rewards"
@@ -153,7 +153,7 @@ def _ultrafeedback(fields: Fields, score: str) -> Scored | None:
 
 def _objects(fields: Fields, score: str) -> Scored | None:
     """A list of objects, each with a text and its score or rank: Nectar's `answers`."""
-    for name in _RESPONSES:
+    for name in RESPONSES:
         objects = as_objects(_as_list(fields.row.get(name)))
         if not isinstance(objects, list) or not objects or not all(isinstance(item, dict) for item in objects):
             continue
