@@ -340,7 +340,7 @@ def test_every_recipe_plans_on_any_number_of_processes(recipe, num_processes, mo
 FITS = {
     "reward_qlora": ("ddp", 8, 24), "reward_lora": ("ddp", 8, 40),
     "reward_full": ("zero3", 8, 80), "preference_eurus": ("zero3", 8, 80), "reward_mixtral": ("fsdp2", 8, 80),
-    "reward_70b": ("fsdp2", 16, 80), "reward_trajectories": ("ddp", 8, 80),
+    "reward_70b": ("fsdp2", 16, 80), "reward_trajectories": ("ddp", 8, 24),
 }  # fmt: skip
 
 
