@@ -27,8 +27,8 @@ from tests.templates import (
 )
 from tests.tiny import CHATML, tiny_tokenizer
 from trl_nca.rendering.messages import RefusedRow, clean_message, clean_messages, read_tools
+from trl_nca.rendering.written import lost_part
 from trl_nca.responses import ResponseTokenizer, tokenize_dataset
-from trl_nca.written import lost_part
 
 PROMPT = [user("What is 17 times 23?")]
 RNR, TNF, CNR, PNS, REFUSED = (
