@@ -245,7 +245,7 @@ def deep(levels):
          "bad_messages: .* in an order that no template writes: tool_use, text"),
         ({"role": "assistant", "content": [{"type": "tool_result", "content": "4"}]}, "bad_tools"),
         ({"role": "user", "content": [{"type": "tool_use", "name": "f"}]}, "bad_tools"),
-        (result({"t": 4}), "bad_messages"),
+        (result({"t": float("inf")}), "bad_tools"),
         (result(identity=1.5), "bad_tools"),
         ({"role": 7, "content": "x"}, "bad_messages"),
         ({"role": "critic", "content": "x"}, "bad_messages"),
@@ -382,6 +382,40 @@ def test_pairs_as_others_write_them(tmp_path, row, settings):
     assert [turn["role"] for turn in kept["prompt"]] == ["user", "assistant", "tool"]
     assert kept["prompt"][1]["tool_calls"][0]["function"] == call()["function"]
     assert (kept["responses"], json.loads(kept["tools"])) == (["4.", "9."], [TOOL])
+
+
+@pytest.mark.parametrize("write", [json.dumps, lambda value: value])
+def test_conversations_that_bring_their_tools(write):
+    row = {side: write({"messages": [ASKED, *turns], "tools": [TOOL]})
+           for side, turns in (("chosen", GOOD), ("rejected", said("Hot.")))}  # fmt: skip
+    made = group_of(row, pairs=True)
+    assert (made.prompt, made.responses, made.tools) == ([ASKED], [GOOD, "Hot."], [TOOL])
+    with pytest.raises(BadRow, match="bad_tools: tools and tools of response 1 differ"):
+        group_of(row | {"tools": [SCHEMA | {"name": "other"}]}, pairs=True)
+    answers = ['{"messages": 7}', '{"prime": 7}']
+    assert group_of({"prompt": "JSON?", "responses": answers, "scores": [1, 0]}).responses == answers
+
+
+@pytest.mark.parametrize(
+    ("turn", "text"),
+    [
+        ({"role": "tool", "content": {"t": 4, "rain": None}}, '{"t": 4, "rain": null}'),
+        ({"role": "tool", "content": [{"t": 4}, {"t": "\u00f8"}]}, '[{"t": 4}, {"t": "\u00f8"}]'),
+        ({"role": "tool", "content": 4}, "4"),
+        ({"role": "tool", "content": ["4", " degrees"]}, "4 degrees"),
+        ({"role": "tool", "content": [{"type": "tool_result", "call_id": "c1", "result": {"t": 4}}]}, '{"t": 4}'),
+        ({"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c1", "content": "4"}]}, "4"),
+    ],
+)
+def test_what_a_tool_returned_is_text(turn, text):
+    made = group_of(answered([asks(), turn, *said("4 degrees.")], tools=[TOOL]))
+    assert made.responses[0][1]["content"] == text
+
+
+def test_what_is_not_read_of_a_result_is_named():
+    part = {"type": "tool_result", "tool_use_id": "c1", "content": "4", "seconds": 3}
+    made = group_of(answered([asks(), {"role": "user", "content": [part]}, *said("4 degrees.")], tools=[TOOL]))
+    assert made.noted == ["message key seconds"]
 
 
 def test_calls_in_the_text_of_hermes_stay_text():

@@ -122,6 +122,7 @@ def to_group(
     responses, scores = found.responses, found.scores
     if not isinstance(responses, list) or not isinstance(scores, list) or len(responses) != len(scores):
         raise BadRow("lengths_differ", "responses and scores are not lists of the same length")
+    responses, inside = _unwrapped(responses)
     refuse(row, _UNREAD_COLUMNS, "it has the column")
     keys: set[str] = set()
     has_prompt = fields.first(*PROMPTS, *_CONVERSATIONS) is not None
@@ -136,7 +137,7 @@ def to_group(
     prompt = None if value is None else messages_of(value, "the prompt", keys)
     shared, answers = conversations.split(turns, prompt)
     prompt = conversations.join(prompt, _system(fields), shared or talk)
-    weight, options = fields.take("weight"), _options(fields)
+    weight, options = fields.take("weight"), _options(fields, inside)
     noted = [*fields.unread(), *(f"message key {key}" for key in sorted(keys))]
     return Group(prompt, answers, scores, found.fixed, found.ranked, noted, weight, **options)
 
@@ -172,9 +173,31 @@ def _opened(row: Row) -> Row:
     return {**inside, **beside, column: prompt[name]}
 
 
-def _options(fields: Fields) -> Row:
-    """What the chat template is given beside the messages."""
+def _unwrapped(responses: list[Any]) -> tuple[list[Any], Row]:
+    """Responses of which some are objects, or JSON text of one, with `messages` and `tools`; and those tools."""
+    unwrapped, tools = [], {}
+    for k, response in enumerate(responses):
+        is_object = isinstance(response, str) and response.lstrip()[:1] == "{"
+        read = read_written(response) if is_object else response
+        turns = (
+            next((read[n] for n in _CONVERSATIONS if _is_talk(read.get(n))), None) if isinstance(read, dict) else None
+        )
+        unwrapped.append(response if turns is None else turns)
+        if turns is not None and not is_empty(read.get("tools")):
+            tools[f"tools of response {k + 1}"] = tools_of(read["tools"], f"tools of response {k + 1}")
+    return unwrapped, tools
+
+
+def _is_talk(value: Any) -> bool:
+    """Whether a value is a list of messages."""
+    is_list = isinstance(value, list) and bool(value)
+    return is_list and all(isinstance(turn, dict) and first(turn, ROLE_KEYS) is not None for turn in value)
+
+
+def _options(fields: Fields, inside: Row | None = None) -> Row:
+    """What the chat template is given beside the messages. `inside`: the tools that responses have beside theirs."""
     tools = {name: tools_of(fields.take(name), f"the column {name}") for name in _TOOLS if name in fields.row}
+    tools |= inside or {}
     template_kwargs = fields.take(_TEMPLATE_KWARGS)
     return {
         "tools": agreed(tools),

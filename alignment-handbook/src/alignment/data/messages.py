@@ -5,11 +5,12 @@ the assistant's turns, `tool_call_id` and `name` of a tool's. What else changes 
 drops the row under a name; what does not is named in the report.
 """
 
+import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from alignment.data.row import BadRow, Messages, Row
-from alignment.data.tools import CALL_TYPES, agreed, calls_of, identity_of
+from alignment.data.tools import CALL_TYPES, agreed, calls_of, identity_of, plain_json
 from alignment.data.written import (
     CALL_ROLES,
     CONTENT_KEYS,
@@ -40,6 +41,8 @@ _ASSISTANTS = dict.fromkeys(_CALLS, "bad_tools") | dict.fromkeys((*_REASONING, "
 _TEXTS = ("text", "input_text", "output_text")
 _THOUGHTS = ("thinking", "reasoning")
 _RESULTS = ("tool_result", "tool_response", "function_call_output")
+#: Keys of such a part that hold what was returned.
+_RETURNED = ("content", "output", "result", "response", "text")
 #: What a chat template writes around a turn, in the templates that are met most often.
 _TEMPLATE_MARKS = (
     "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|eot_id|>", "<start_of_turn>", "<end_of_turn>", "[INST]",
@@ -135,7 +138,7 @@ def _turns(message: Row, what: str, unread: set[str] | None) -> Messages:
     role = ROLE_OF[spelling]
     refuse(message, _REFUSED if role == "assistant" else _REFUSED | _ASSISTANTS, f"{what} has a turn with")
     raw = first(message, CONTENT_KEYS)
-    content = _content(raw, role, what, unread)
+    content = _content(_returned(raw) if role == "tool" else raw, role, what, unread)
     keys = {*ROLE_KEYS, *CONTENT_KEYS}
     if role == "assistant":
         keys |= {*_CALLS, *_REASONING, "reasoning_details"}
@@ -205,6 +208,19 @@ def _result(text: str, answered: Any, name: Any, what: str) -> Row:
     return turn
 
 
+def _returned(value: Any) -> Any:
+    """What a tool returned: an object or a number as JSON text; text and lists of parts as they are.
+
+    Example:
+        >>> _returned({"t": 22}), _returned([{"type": "text", "text": "22"}])
+        ('{"t": 22}', [{'type': 'text', 'text': '22'}])
+    """
+    parts = value if isinstance(value, list) else [value]
+    if value is None or all(isinstance(p, str) or (isinstance(p, dict) and p.keys() & {"type", "text"}) for p in parts):
+        return value
+    return json.dumps(plain_json(value, "a tool's result", keep_nulls=True), ensure_ascii=False)
+
+
 class _Content(NamedTuple):
     """What a content holds: text and reasoning, "" for none, calls, and tools' turns."""
 
@@ -247,7 +263,8 @@ def _part(part: Any, role: str, what: str, unread: set[str] | None) -> tuple[str
         (call,) = calls_of([part], what, unread)
         return "calls", call
     if role in ("user", "tool") and kind in _RESULTS:
-        result = _content(first(part, ("content", "output")), "result", what, unread)
+        result = _content(_returned(first(part, _RETURNED)), "result", what, unread)
+        _note(part, {"type", "name", *_RETURNED, *_ANSWERED}, unread)
         return "results", _result(result.text, first(part, _ANSWERED), part.get("name"), what)
     is_of_tools = isinstance(kind, str) and kind in (*CALL_TYPES, *_RESULTS)
     reason = "bad_tools" if is_of_tools else "bad_messages"
