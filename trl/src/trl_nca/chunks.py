@@ -103,12 +103,12 @@ def _plan_chunks(layout: GroupLayout, max_tokens: int | None, shared_prompt: boo
 
 
 def _branch(layout: GroupLayout, b: int, k: int, chosen: Container[int]) -> Branch | None:
-    """What a response goes on from, of those of its prompt that are chosen."""
+    """What a response goes on from, in a chunk with these responses of its prompt.
+
+    They are neighbours: if what it goes on from is in another chunk, so is all that this one goes on from.
+    """
     branch = layout.branch(b, k)
-    while branch and branch[0] not in chosen:
-        before = layout.branch(b, branch[0])
-        branch = (before[0], min(branch[1], before[1])) if before else None
-    return branch
+    return branch if branch and branch[0] in chosen else None
 
 
 def _select(batch: Batch, chosen: set[tuple[int, int]]) -> Batch:
