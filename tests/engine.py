@@ -18,6 +18,7 @@ from transformers import (
 
 from tests.tiny import SIZES, tiny_config
 from trl_nca.chunks import NO_MORE, logps_for_training, split_batch
+from trl_nca.collate import GroupCollator
 from trl_nca.logps import prepare, response_logps
 from trl_nca.loss_config import LossConfig
 from trl_nca.losses import LOSSES
@@ -63,6 +64,18 @@ def plain_logps(model, rows):
             predicted = model(input_ids=whole).logits[0, -len(ids) - 1 : -1].log_softmax(-1)
             logps.append(predicted[range(len(ids)), ids][torch.tensor(mask)].sum())
     return torch.stack(logps)
+
+
+def hold_against_plain(model, rows, shared_prompt, atol=1e-5):
+    """Holds log-probs, and the gradient of a weighted sum of them, against those of the plain forward."""
+    trained, expected = [*model.parameters()], plain_logps(model, rows)
+    weights = torch.linspace(-1, 1, len(expected), dtype=expected.dtype)
+    expected_gradient = torch.autograd.grad(weights @ expected, trained)
+    prepare([model], str(shared_prompt).lower())
+    batch = GroupCollator()(rows)
+    logps = response_logps(model, batch, shared_prompt)[batch["response_mask"]]
+    torch.testing.assert_close(logps, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.autograd.grad(weights @ logps, trained), expected_gradient, rtol=1e-4, atol=atol)
 
 
 def losses_of(loss_type, batch, beta=0.05, **settings):
